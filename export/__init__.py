@@ -1,0 +1,1 @@
+"""What leaves the run: packing, the Hugging Face checkpoint, verification, the hand-off."""

@@ -1,0 +1,1 @@
+"""How a run starts: command line, stage order, torchrun and Slurm, plans on paper."""

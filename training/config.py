@@ -1,0 +1,306 @@
+"""The recipe schema: one dataclass per stage, typed, with a unit in every field's docstring.
+
+`resolve.py` merges defaults < YAML < key=value into a `Recipe` and checks it. Nothing here imports torch, so that the
+command line stays fast. OmegaConf 2.3 has no Literal fields, hence the string enums.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Method(StrEnum):
+    """How accuracy is won back: not at all, by cross-entropy, by distillation; or no quantization (the control)."""
+
+    ptq = "ptq"
+    qat = "qat"
+    qad = "qad"
+    bf16 = "bf16"
+
+
+class Format(StrEnum):
+    """FP4 formats by the names that serving runtimes use (`quant_algo`)."""
+
+    nvfp4 = "nvfp4"
+    """W4A4: E2M1 elements, block 16, E4M3 block scale, FP32 second-level scale per tensor."""
+    w4a16_nvfp4 = "w4a16_nvfp4"
+    """Weights as nvfp4, activations not quantized."""
+    mxfp4 = "mxfp4"
+    """W4A4: E2M1 elements, block 32, E8M0 block scale."""
+
+
+class SecondScale(StrEnum):
+    """NVFP4's per-tensor scale: amax/2688 rounded up to a power of two, or amax/2688 itself (as ModelOpt)."""
+
+    pow2 = "pow2"
+    amax = "amax"
+
+
+class Dtype(StrEnum):
+    """Compute type: auto is bfloat16 on a GPU and float32 on a CPU; float64 is for layout tests."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+class DataFormat(StrEnum):
+    """auto decides from the first line: a `messages` list is chat, a text field is text."""
+
+    auto = "auto"
+    text = "text"
+    chat = "chat"
+
+
+class TooLong(StrEnum):
+    """What to do with a conversation longer than train.sequence_length. (Plain text simply spans windows.)"""
+
+    error = "error"
+    truncate = "truncate"
+    skip = "skip"
+
+
+class TaskKind(StrEnum):
+    """continuation: log-likelihood and greedy match of a gold continuation; text: rolling log-likelihood of a text."""
+
+    continuation = "continuation"
+    text = "text"
+
+
+class GateRule(StrEnum):
+    """bf16: within the thresholds of BF16. better_than_ptq: beats the PTQ model on every task and measure."""
+
+    bf16 = "bf16"
+    better_than_ptq = "better_than_ptq"
+
+
+class Wandb(StrEnum):
+    """Weights & Biases: written to the run folder, sent to the server, or not at all."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass
+class Run:
+    """Where the run lives and how it is logged."""
+
+    name: str = "halfbyte"
+    """Name of the experiment in logs and W&B."""
+    dir: str = "runs/${run.name}"
+    """Run folder; an existing one is resumed."""
+    wandb: Wandb = Wandb.offline
+    project: str = "halfbyte"
+    """W&B project."""
+
+
+@dataclass
+class Model:
+    """The BF16 model to start from."""
+
+    path: str = "???"
+    """Hugging Face directory: config.json, *.safetensors, tokenizer."""
+    fetch: str | None = None
+    """What `halfbyte fetch` makes at `path` if nothing is there: smollm2 | tiny."""
+    config: str | None = None
+    """A config.json to plan with (`halfbyte check`) while the weights are not at `path`."""
+
+
+@dataclass
+class Quantize:
+    """Which layers become FP4, and how."""
+
+    format: Format = Format.nvfp4
+    scale_2: SecondScale = SecondScale.pow2
+    exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])
+    """fnmatch patterns on Hugging Face module names (model.layers.0.mlp.down_proj) that stay unquantized.
+    q/k/v and gate/up are one layer each at training time: exclude all members or none."""
+    calibration_data: str | None = None
+    """JSONL for calibration; none means data.train."""
+    calibration_samples: int = 512
+    """Number of windows of `calibration_length` tokens."""
+    calibration_length: int | None = None
+    """Tokens per calibration window; none means train.sequence_length."""
+
+
+@dataclass
+class Parallel:
+    """The layout: world size = tensor x pipeline x data processes, one per GPU."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    """Sequence parallelism: activations between blocks are split over the tensor-parallel ranks."""
+
+
+@dataclass
+class Data:
+    """Training text."""
+
+    train: str | None = None
+    """JSONL or JSONL.gz, one document per line."""
+    format: DataFormat = DataFormat.auto
+    text_key: str = "text"
+    chat_key: str = "messages"
+    answer_only: bool = True
+    """Chat: only assistant tokens carry loss."""
+    isolate_documents: bool = False
+    """Attention stays inside a document of a packed window (a dense mask: slower)."""
+    too_long: TooLong = TooLong.error
+
+
+@dataclass
+class Train:
+    """Optimization. Tokens per step = global_batch x sequence_length."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    seed: int = 1234
+    global_batch: int = 8
+    """Sequences per optimizer step, over all data-parallel ranks."""
+    micro_batch: int = 1
+    """Sequences per forward pass of one rank."""
+    sequence_length: int = 512
+    """Tokens."""
+    dtype: Dtype = Dtype.auto
+    learning_rate: float = 1e-5
+    min_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    """Steps of linear warmup; cosine to min_learning_rate afterwards."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient norm over all ranks; 0 switches clipping off."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over the data-parallel ranks (float64 always uses the plain optimizer)."""
+    recompute: bool = False
+    """Recompute every layer's activations in the backward pass."""
+
+
+@dataclass
+class Distill:
+    """QAD: forward KL of the student to the BF16 model's logits."""
+
+    temperature: float = 1.0
+
+
+@dataclass
+class Checkpoint:
+    """Sharded training checkpoints under <run.dir>/checkpoints."""
+
+    every_steps: int = 0
+    """Save every N steps; 0 means only at the end and on interruption."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+@dataclass
+class Task:
+    """One evaluation data set: JSONL or JSONL.gz."""
+
+    name: str = "???"
+    data: str = "???"
+    kind: TaskKind = TaskKind.continuation
+    context_key: str = "context"
+    """Dotted path to the prompt (continuation tasks)."""
+    continuation_key: str = "continuation"
+    """Dotted path to the gold continuation (continuation tasks)."""
+    text_key: str = "text"
+    """Dotted path to the text (text tasks)."""
+    first: int = 0
+    """Items to skip from the start of the file."""
+    limit: int | None = None
+    """Number of items; none means all."""
+    max_tokens: int | None = None
+    """Text tasks: only the first N tokens of each text are scored; none means up to train.sequence_length."""
+
+
+@dataclass
+class Evaluate:
+    """Scores per item, the same items for every stage."""
+
+    tasks: list[Task] = field(default_factory=list)
+    tokens_per_batch: int = 2048
+    """Padded tokens of one forward pass."""
+    kl_positions: int = 32
+    """At most this many scored positions of an item, evenly spread, enter the KL to BF16; 0 means no KL."""
+
+
+@dataclass
+class Gate:
+    """When the result may ship."""
+
+    rule: GateRule = GateRule.bf16
+    threshold_pp: float = 0.2
+    """Largest tolerated loss on accuracy-like scores against BF16, percentage points."""
+    perplexity_ratio: float = 1.01
+    """Largest tolerated perplexity against BF16, as a ratio."""
+    confidence: float = 0.95
+    """Level of the paired interval that must lie inside the threshold."""
+
+
+@dataclass
+class Export:
+    """The checkpoint for serving."""
+
+    shard_gb: float = 5.0
+    """Largest size of one safetensors file, gigabytes (1e9 bytes)."""
+
+
+@dataclass
+class Verify:
+    """The check of the exported files."""
+
+    items: int = 8
+    """Items per task on which the decoded checkpoint is scored again; 0 means none."""
+
+
+@dataclass
+class Launch:
+    """How processes start. World size comes from `parallel`."""
+
+    gpus_per_node: int = 8
+    port: int = 0
+    """Rendezvous port on this machine; 0 picks a free one."""
+    partition: str | None = None
+    """Slurm partition."""
+    account: str | None = None
+    """Slurm account."""
+    time: str = "04:00:00"
+    """Slurm time limit."""
+    container: str | None = None
+    """Container image for srun --container-image."""
+
+
+@dataclass
+class Recipe:
+    """Everything a run needs. One YAML file holds what differs from these defaults."""
+
+    description: str = ""
+    run: Run = field(default_factory=Run)
+    method: Method = Method.qat
+    model: Model = field(default_factory=Model)
+    quantize: Quantize = field(default_factory=Quantize)
+    parallel: Parallel = field(default_factory=Parallel)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    distill: Distill = field(default_factory=Distill)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    gate: Gate = field(default_factory=Gate)
+    export: Export = field(default_factory=Export)
+    verify: Verify = field(default_factory=Verify)
+    launch: Launch = field(default_factory=Launch)
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole layout."""
+        return self.parallel.tensor * self.parallel.pipeline * self.parallel.data
+
+
+BLOCK = {Format.nvfp4: 16, Format.w4a16_nvfp4: 16, Format.mxfp4: 32}
+"""Elements along K that share one block scale."""
