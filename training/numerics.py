@@ -1,0 +1,347 @@
+"""FP4 arithmetic in plain torch: the definition every kernel is tested against, and the CPU path of the product.
+
+Both formats round elements to E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign) and share one scale per block along the
+last dimension (K, the input channels of a linear):
+
+    format   block   block scale                  second-level scale    value
+    NVFP4    16      E4M3, amax/(6 s2), RNE       FP32 per tensor, s2   q * (sb * s2)
+    MXFP4    32      E8M0, 2^ceil(log2(amax/6))   none                  q * 2^k
+
+The rules, with the reasons in docs/decisions.md:
+
+* Elements round to nearest, ties to even; everything above 5 becomes 6, Inf included. Divisions are correctly rounded.
+* The NVFP4 block scale is clamped to [2^-9, 448] before the E4M3 cast: E4M3's smallest subnormal and its largest value.
+* A NaN makes its whole block NaN, never a finite number. Finite input never becomes Inf.
+* Zeros come out as +0, whatever their sign was: code 8 (-0) is never written.
+* A block whose codes are all zero carries the NVFP4 scale 1.0 in a file, as ModelOpt's packer writes it.
+* A power-of-two s2 makes q * (sb * s2) exact in BF16 and the block scales the same in every serving runtime.
+
+`fake(x)` and `decode(encode(x))` are equal bit for bit, because both end in the same two products. Everything is
+computed in FP32, whatever the input's dtype, block by block: a shard of a tensor quantizes to the shard of the whole.
+
+Shapes: N output channels, K input channels, G = K/block; C blocks of one chunk.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from halfbyte.training.config import BLOCK, Format, SecondScale
+
+NVFP4_BLOCK = BLOCK[Format.nvfp4]
+MXFP4_BLOCK = BLOCK[Format.mxfp4]
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitude of code & 7; code & 8 is the sign."""
+E2M1_MAX = 6.0
+E4M3_MIN, E4M3_MAX = 2.0**-9, 448.0
+SCALE_2_EXPONENT = 116
+"""s2 stays in [2^-116, 2^116]: then E2M1's smallest step times E4M3's smallest scale times s2 is FP32's smallest normal
+number (0.5 * 2^-9 * 2^-116 = 2^-126), and 6 * 448 * s2 is finite."""
+E8M0_BIAS, E8M0_NAN, E8M0_MAX = 127, 255, 252
+"""E8M0 code = exponent + 127; 252 is the largest whose block maximum, 6 * 2^125, is finite in FP32."""
+
+_EXPONENT_MASK = 0x7F800000
+_ONE = 0x3F800000  # FP32 bits of 1.0
+_MAGIC = (22 << 23) | 0x400000  # on the bits of 2^e: 1.5 * 2^(e+22), whose ulp is 2^(e-1)
+
+# Temporaries of one chunk stay in a core's L2 cache; a GPU wants few launches instead.
+_CPU_CHUNK = 1 << 18  # elements
+_GPU_CHUNK = 1 << 24
+
+
+@torch.no_grad()
+def second_scale(amax: Tensor, mode: SecondScale) -> Tensor:
+    """Second-level scale of NVFP4: amax/(6*448), as it is or rounded up to a power of two.
+
+    Exact for every FP32 amax: no logarithm is taken. With 2688 = 0.65625 * 2^12 and amax = m * 2^e, m in [0.5, 1),
+    2^ceil(log2(amax/2688)) is 2^(e-12) if m <= 0.65625 and 2^(e-11) otherwise.
+
+    Args:
+        amax: Absolute maximum of a tensor (or of its calibration data), any shape, any float dtype.
+        mode: pow2 or amax (ModelOpt's value).
+
+    Returns:
+        FP32, shape of amax, clamped to [2^-116, 2^116]: defined for amax = 0. NaN and Inf propagate.
+    """
+    amax = amax.float()
+    if SecondScale(mode) is SecondScale.amax:
+        # Tensor / tensor: CUDA turns a division by a Python number into a product with its rounded reciprocal.
+        scale = amax / torch.full_like(amax, E2M1_MAX * E4M3_MAX)
+        scale = scale.clamp(2.0**-SCALE_2_EXPONENT, 2.0**SCALE_2_EXPONENT)
+    else:
+        mantissa, exponent = torch.frexp(amax)
+        exponent = (exponent - 12 + (mantissa > 0.65625).int()).clamp(-SCALE_2_EXPONENT, SCALE_2_EXPONENT)
+        # frexp(0) has exponent 0: without this line amax = 0 would get a larger scale than amax = 1e-6.
+        exponent = torch.where(amax == 0, -SCALE_2_EXPONENT, exponent)
+        scale = _power_of_two(exponent)
+    return torch.where(amax.isfinite(), scale, amax)
+
+
+@torch.no_grad()
+def nvfp4_fake(x: Tensor, scale_2: Tensor) -> Tensor:
+    """Round to NVFP4 and back.
+
+    Idempotent for a frozen scale_2, with one exception that the format itself makes: a block with an amax between
+    9 and 10 times 2^-9 * s2 (5e-6 of the tensor's amax) gets the subnormal scale 2 * 2^-9, on which 9..10 rounds to 8,
+    and 8 alone would have got the scale 2^-9 and saturated at 6.
+
+    Args:
+        x: [..., K] float32, bfloat16, float16 or float64; K a multiple of 16.
+        scale_2: FP32 [] second-level scale (see second_scale), on x's device or a CPU scalar.
+
+    Returns:
+        Contiguous, x's shape and dtype. float32 and float64 hold the NVFP4 values exactly; bfloat16 holds them exactly
+        if scale_2 is a power of two and rounds them to nearest otherwise.
+
+    Raises:
+        ValueError: The last dimension is not a multiple of 16.
+    """
+    scale_2 = scale_2.to(device=x.device, dtype=torch.float32)
+
+    def quantize(chunk: Tensor, out: Tensor) -> None:
+        scale = _nvfp4_block_scale(chunk, scale_2).float().mul_(scale_2)
+        _round_e2m1(chunk / scale, out=out).mul_(scale)
+
+    return _map_blocks(x, NVFP4_BLOCK, quantize)
+
+
+@torch.no_grad()
+def mxfp4_fake(x: Tensor) -> Tensor:
+    """Round to MXFP4 and back.
+
+    The exponent is the smallest k with amax <= 6 * 2^k (RCEIL), so nothing in range saturates; k is clamped to
+    [-127, 125], so that finite input stays finite.
+
+    Args:
+        x: [..., K] float32, bfloat16, float16 or float64; K a multiple of 32.
+
+    Returns:
+        Contiguous, x's shape and dtype, exact in float32, float64 and bfloat16.
+
+    Raises:
+        ValueError: The last dimension is not a multiple of 32.
+    """
+
+    def quantize(chunk: Tensor, out: Tensor) -> None:
+        scale, inverse = _mxfp4_scales(_mxfp4_exponent_code(chunk))
+        _round_e2m1(chunk * inverse, out=out).mul_(scale)
+
+    return _map_blocks(x, MXFP4_BLOCK, quantize)
+
+
+@torch.no_grad()
+def nvfp4_encode(w: Tensor, scale_2: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a weight as NVFP4; decode(encode(w)) equals nvfp4_fake(w) bit for bit.
+
+    Args:
+        w: [N, K] (or [..., K]) float; K a multiple of 16.
+        scale_2: FP32 [].
+
+    Returns:
+        packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
+        scale: float8_e4m3fn [N, K/16], linear row-major, in [2^-9, 448]; NaN where the block holds a NaN.
+
+    Raises:
+        ValueError: The last dimension is not a multiple of 16.
+    """
+    scale_2 = scale_2.to(device=w.device, dtype=torch.float32)
+    packed, scale = _empty_encoding(w, NVFP4_BLOCK, torch.float8_e4m3fn)
+    packed_rows, scale_rows = packed.view(-1, NVFP4_BLOCK // 2), scale.view(-1, 1)
+    for rows, chunk in _chunks(w, NVFP4_BLOCK):
+        block_scale = _nvfp4_block_scale(chunk, scale_2)
+        q = _round_e2m1(chunk / block_scale.float().mul_(scale_2))
+        # One canonical encoding of zeros. NaN counts as nonzero here and keeps its NaN scale.
+        empty = ~q.ne(0).any(-1, keepdim=True)
+        scale_rows[rows] = torch.where(empty, 1.0, block_scale.float()).to(torch.float8_e4m3fn)
+        packed_rows[rows] = _pack(q)
+    return packed, scale
+
+
+@torch.no_grad()
+def nvfp4_decode(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+    """Values of an NVFP4 tensor: q * (scale * scale_2), two FP32 products.
+
+    Args:
+        packed: uint8 [N, K/2].
+        scale: float8_e4m3fn [N, K/16].
+        scale_2: FP32 [].
+
+    Returns:
+        FP32 [N, K].
+    """
+    block_scale = scale.float() * scale_2.to(device=scale.device, dtype=torch.float32)
+    return (_unpack(packed).unflatten(-1, (-1, NVFP4_BLOCK)) * block_scale.unsqueeze(-1)).flatten(-2) + 0.0
+
+
+@torch.no_grad()
+def mxfp4_encode(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a weight as MXFP4; decode(encode(w)) equals mxfp4_fake(w) bit for bit.
+
+    Args:
+        w: [N, K] (or [..., K]) float; K a multiple of 32.
+
+    Returns:
+        packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
+        scale: uint8 [N, K/32], E8M0: exponent + 127; 255 (NaN) where the block holds a NaN.
+
+    Raises:
+        ValueError: The last dimension is not a multiple of 32.
+    """
+    packed, scale = _empty_encoding(w, MXFP4_BLOCK, torch.uint8)
+    packed_rows, scale_rows = packed.view(-1, MXFP4_BLOCK // 2), scale.view(-1, 1)
+    for rows, chunk in _chunks(w, MXFP4_BLOCK):
+        code = _mxfp4_exponent_code(chunk)
+        scale_rows[rows] = code.to(torch.uint8)
+        packed_rows[rows] = _pack(_round_e2m1(chunk * _mxfp4_scales(code)[1]))
+    return packed, scale
+
+
+@torch.no_grad()
+def mxfp4_decode(packed: Tensor, scale: Tensor) -> Tensor:
+    """Values of an MXFP4 tensor: q * 2^(scale - 127).
+
+    Args:
+        packed: uint8 [N, K/2].
+        scale: uint8 [N, K/32].
+
+    Returns:
+        FP32 [N, K]; NaN where the scale is 255.
+    """
+    block_scale, _ = _mxfp4_scales(scale.int())
+    return (_unpack(packed).unflatten(-1, (-1, MXFP4_BLOCK)) * block_scale.unsqueeze(-1)).flatten(-2) + 0.0
+
+
+class StraightThrough(torch.autograd.Function):
+    """Fake quantization whose gradient is the identity; nothing is saved for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, number_format: Format, scale_2: Tensor | None) -> Tensor:
+        """Fake-quantized x; see fake_quantize."""
+        if number_format is Format.mxfp4:
+            return mxfp4_fake(x)
+        if scale_2 is None:
+            raise ValueError(f"{number_format.value} needs a second-level scale")
+        return nvfp4_fake(x, scale_2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """The gradient of the output, unchanged, also where values saturated."""
+        return grad, None, None
+
+
+def fake_quantize(x: Tensor, number_format: Format, scale_2: Tensor | None = None) -> Tensor:
+    """Fake quantization with a straight-through gradient (dL/dx = dL/dy everywhere).
+
+    Args:
+        x: [..., K] float; K a multiple of the format's block.
+        number_format: nvfp4 and w4a16_nvfp4 round alike; mxfp4.
+        scale_2: FP32 [] second-level scale of NVFP4; ignored by mxfp4.
+
+    Returns:
+        x's shape and dtype.
+
+    Raises:
+        ValueError: K is not a multiple of the block, or NVFP4 comes without scale_2.
+    """
+    return StraightThrough.apply(x, Format(number_format), scale_2)
+
+
+def _map_blocks(x: Tensor, block: int, quantize: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """Run quantize(FP32 chunk [C, block], FP32 out [C, block]) over x; the result has x's shape and dtype."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out_rows = out.view(-1, block) if x.numel() else out
+    for rows, chunk in _chunks(x, block):
+        if x.dtype == torch.float32:
+            quantize(chunk, out_rows[rows])
+        else:
+            result = torch.empty_like(chunk)
+            quantize(chunk, result)
+            out_rows[rows] = result
+    return out
+
+
+def _chunks(x: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive blocks of x as FP32 [C, block], with their row numbers; not to be written to."""
+    if x.dim() == 0 or x.shape[-1] % block:
+        raise ValueError(f"last dimension of {tuple(x.shape)} is not a multiple of the FP4 block of {block}")
+    if not x.numel():
+        return
+    rows_NB = x.detach().reshape(-1, block)
+    step = (_CPU_CHUNK if x.device.type == "cpu" else _GPU_CHUNK) // block
+    for start in range(0, len(rows_NB), step):
+        rows = slice(start, start + step)
+        yield rows, rows_NB[rows].float()
+
+
+def _round_e2m1(y: Tensor, out: Tensor | None = None) -> Tensor:
+    """Nearest signed E2M1 value, ties to even, saturating at 6; FP32, no branches, y is overwritten.
+
+    Adding 1.5 * 2^(e+22) to a number of exponent e pushes everything below its first mantissa bit out of FP32, with
+    the hardware's own ties-to-even; e is at least 0, because below 1 the grid keeps the step 0.5. The 1.5 keeps the
+    sum of a negative number in the same binade. A rounded zero comes out as +0.
+    """
+    y.clamp_(-E2M1_MAX, E2M1_MAX)
+    magic = y.view(torch.int32).bitwise_and(_EXPONENT_MASK).clamp_(min=_ONE).add_(_MAGIC).view(torch.float32)
+    y.add_(magic)
+    return torch.sub(y, magic, out=y if out is None else out)
+
+
+def _nvfp4_block_scale(chunk: Tensor, scale_2: Tensor) -> Tensor:
+    """E4M3 block scale: float8_e4m3fn [C, 1] of FP32 [C, 16]."""
+    amax = chunk.abs().amax(-1, keepdim=True)
+    return (amax / (E2M1_MAX * scale_2)).clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _mxfp4_exponent_code(chunk: Tensor) -> Tensor:
+    """E8M0 code of ceil(log2(amax/6)): int32 [C, 1] of FP32 [C, 32].
+
+    From the bits: amax = 1.f * 2^e and 6 = 1.5 * 2^2, so the exponent is e - 2, plus 1 if 1.f > 1.5. Adding 0x3FFFFF
+    carries into the exponent field exactly then.
+    """
+    amax = chunk.abs().amax(-1, keepdim=True)
+    nan = amax.isnan()
+    bits = amax.masked_fill_(nan, 0.0).view(torch.int32)
+    code = bits.add_(0x3FFFFF).bitwise_right_shift_(23).sub_(2).clamp_(0, E8M0_MAX)
+    return code.masked_fill_(nan, E8M0_NAN)
+
+
+def _mxfp4_scales(code: Tensor) -> tuple[Tensor, Tensor]:
+    """2^(code-127) and, for code <= 252, its reciprocal, both FP32 and exact; NaN for code 255."""
+    nan = code == E8M0_NAN
+    # 2^-127 is subnormal: mantissa 0x400000 under an exponent field of 0.
+    bits = torch.where(code == 0, 0x400000, code << 23)
+    scale = bits.view(torch.float32).masked_fill(nan, torch.nan)
+    inverse = ((2 * E8M0_BIAS - code) << 23).view(torch.float32).masked_fill(nan, torch.nan)
+    return scale, inverse
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent for int32 exponents in [-126, 127], exactly (a library pow may be off by an ulp)."""
+    return ((exponent + 127) << 23).int().view(torch.float32)
+
+
+def _empty_encoding(w: Tensor, block: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Uninitialised packed codes [..., K/2] and block scales [..., K/block]."""
+    lead, k = w.shape[:-1], w.shape[-1]
+    packed = torch.empty(*lead, k // 2, dtype=torch.uint8, device=w.device)
+    return packed, torch.empty(*lead, k // block, dtype=scale_dtype, device=w.device)
+
+
+def _pack(q: Tensor) -> Tensor:
+    """Signed E2M1 values, FP32 [C, block] -> uint8 [C, block/2]; NaN becomes code 0 (its scale is NaN)."""
+    # 2q is one of 0, 1, 2, 3, 4, 6, 8, 12: small enough to look its code up.
+    code_of_twice = torch.zeros(25, dtype=torch.uint8, device=q.device)
+    for index, magnitude in enumerate(E2M1):
+        code_of_twice[12 - int(2 * magnitude)] = index | 8
+        code_of_twice[12 + int(2 * magnitude)] = index
+    code = code_of_twice[(2 * q.nan_to_num(0.0)).int() + 12]
+    return code[:, 0::2] | (code[:, 1::2] << 4)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """uint8 [..., K/2] -> signed E2M1 values, FP32 [..., K]."""
+    value_of_code = torch.tensor([*E2M1, *(-v for v in E2M1)], device=packed.device)
+    pair_of_byte = torch.stack([value_of_code.repeat(16), value_of_code.repeat_interleave(16)], -1)
+    return pair_of_byte[packed.int()].flatten(-2)
