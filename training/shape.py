@@ -1,0 +1,184 @@
+"""The facts of a Llama-family model that planning needs, read from its Hugging Face config.json. Torch-free."""
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from halfbyte.training.config import Format, Method, Recipe
+from halfbyte.training.errors import RecipeError
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+FUSED_GROUPS = (QKV, GATE_UP)
+"""Linears that are one layer at training time and share one second-level scale."""
+ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
+"""Linears whose K is split over tensor-parallel ranks; the others split N."""
+
+# Megatron-Core's Llama-3 RoPE takes only the factor; these three are constants in it.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a Llama-family model.
+
+    Attributes:
+        layers: Transformer layers.
+        hidden: Width of the residual stream.
+        ffn: Width of the MLP.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+        head_dim: Elements per head.
+        vocab: Rows of the embedding.
+        tied: Whether lm_head is the embedding.
+        max_positions: Longest sequence, tokens.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling_factor: Factor of Llama-3 frequency scaling; None without scaling.
+        norm_eps: Epsilon of RMSNorm.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    max_positions: int
+    rope_theta: float
+    rope_scaling_factor: float | None
+    norm_eps: float
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tied lm_head counts once."""
+        linear = sum(n * k for n, k in linear_sizes(self).values())
+        norms = (2 * self.layers + 1) * self.hidden
+        return linear + norms + self.vocab * self.hidden * (1 if self.tied else 2)
+
+
+def linear_sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Every linear of the decoder layers by Hugging Face module name -> (N = out, K = in), in model order."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {
+        "self_attn.q_proj": (q, shape.hidden),
+        "self_attn.k_proj": (kv, shape.hidden),
+        "self_attn.v_proj": (kv, shape.hidden),
+        "self_attn.o_proj": (shape.hidden, q),
+        "mlp.gate_proj": (shape.ffn, shape.hidden),
+        "mlp.up_proj": (shape.ffn, shape.hidden),
+        "mlp.down_proj": (shape.hidden, shape.ffn),
+    }
+    return {f"model.layers.{i}.{name}": size for i in range(shape.layers) for name, size in sizes.items()}
+
+
+def excluded(name: str, patterns: list[str]) -> bool:
+    """Whether a Hugging Face module name matches one of the case-sensitive fnmatch patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def planned_linears(shape: ModelShape, recipe: Recipe) -> dict[str, Format]:
+    """Hugging Face module name -> format of every linear that the recipe quantizes; empty for the BF16 control."""
+    if recipe.method == Method.bf16:
+        return {}
+    return {name: recipe.quantize.format for name in linear_sizes(shape) if not excluded(name, recipe.quantize.exclude)}
+
+
+def read_shape(config_json: str | Path) -> ModelShape:
+    """Read a Hugging Face config.json.
+
+    transformers 5 keeps rotary settings in `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
+
+    Args:
+        config_json: Path of the file.
+
+    Returns:
+        The model's sizes.
+
+    Raises:
+        RecipeError: the file is missing, is not JSON, lacks a key, or describes a model that halfbyte cannot train;
+            one line per reason.
+    """
+    config = _load(Path(config_json))
+    rope = _rope(config)
+    missing = [key for key in _REQUIRED if not isinstance(config.get(key), int)]
+    problems = [f"{config_json}: {key} is missing or not a whole number; take the model's own file" for key in missing]
+    problems += [f"{config_json}: {reason}" for reason in _unsupported(config, rope)]
+    if problems:
+        raise RecipeError(problems)
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        ffn=config["intermediate_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        max_positions=config["max_position_embeddings"],
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_scaling_factor=float(rope["factor"]) if rope["rope_type"] == "llama3" else None,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+    )
+
+
+_REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise RecipeError([f"{path}: cannot be read ({error.strerror}); give a Hugging Face directory"]) from error
+    except ValueError as error:
+        raise RecipeError([f"{path}: not valid JSON ({error}); copy the model's config.json again"]) from error
+    if not isinstance(config, dict):
+        raise RecipeError([f"{path}: not a JSON object; copy the model's config.json again"])
+    return config
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))  # `type` is the spelling before transformers 4.43
+    if "rope_theta" not in rope and "rope_theta" in config:
+        rope["rope_theta"] = config["rope_theta"]
+    return rope
+
+
+def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+    """What in the config has no counterpart in training/model.py, one reason each."""
+    reasons = []
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture != "LlamaForCausalLM":
+        reasons.append(f"architectures = {architecture}: only LlamaForCausalLM models can be trained")
+    if config.get("hidden_act", "silu") != "silu":
+        reasons.append(f"hidden_act = {config['hidden_act']}: only silu (SwiGLU) is supported")
+    reasons += [
+        f"{key} = true: linears with a bias are not supported"
+        for key in ("attention_bias", "mlp_bias")
+        if config.get(key)
+    ]
+    if rope["rope_type"] == "llama3":
+        reasons += [
+            f"rope {key} = {rope.get(key)}: Megatron-Core computes Llama-3 scaling with {key} = {value:g} only"
+            for key, value in LLAMA3_ROPE.items()
+            if rope.get(key) != value
+        ]
+        if not isinstance(rope.get("factor"), int | float):
+            reasons.append(f"rope factor = {rope.get('factor')}: Llama-3 scaling needs a number")
+    elif rope["rope_type"] != "default":
+        reasons.append(f"rope_type = {rope['rope_type']}: only default and llama3 are supported")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        reasons.append(f"partial_rotary_factor = {rope['partial_rotary_factor']}: only full rotary (1.0) is supported")
+    return reasons
