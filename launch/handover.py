@@ -1,0 +1,148 @@
+"""Gate, export, verify: the stages on files, in one process without a process group."""
+
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from halfbyte.launch.pipeline import trained_name
+from halfbyte.training import gate, tasks
+from halfbyte.training.config import Method, Recipe
+from halfbyte.training.errors import UserError
+from halfbyte.training.files import read_json, write_json
+from halfbyte.training.hf_map import HFWeight
+from halfbyte.training.shape import planned_linears, read_shape
+
+PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "nemo-toolkit", "lightning", "transformers", "halfbyte")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made the files."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def judge(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Compare per-item scores and write gate.json.
+
+    Raises:
+        UserError: a stage was not evaluated, or stages were scored on different items.
+    """
+    summaries = read_json(folder / "evaluate.json")
+    scores = {
+        stage: {task: tasks.read_scores(folder / "evaluate" / f"{stage}.{task}.jsonl") for task in by_task}
+        for stage, by_task in summaries.items()
+    }
+    verdict = gate.judge(recipe.gate, method=recipe.method.value, stages=scores, summaries=summaries)
+    write_json(folder / "gate.json", verdict)
+    return verdict
+
+
+def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
+    """The newest checkpoint's tensors in Hugging Face naming.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    from halfbyte.training import checkpoint
+
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is None:
+        raise UserError(f"{folder / 'checkpoints'}: no checkpoint; train first (halfbyte train {folder})")
+    shape = read_shape(Path(recipe.model.path) / "config.json")
+    planned = {} if recipe.method == Method.bf16 else planned_linears(shape, recipe)
+    return checkpoint.read_weights(last, shape, planned)
+
+
+def out_folder(folder: Path) -> Path:
+    """Where the checkpoint for serving stands."""
+    return folder / "export" / "hf"
+
+
+def export(recipe: Recipe, folder: Path, verdict: dict[str, Any], *, resume: bool) -> dict[str, Any]:
+    """Write export/hf and export/HANDOFF.md.
+
+    Returns:
+        Sizes: bytes_before (BF16), bytes_after, files, tensors, quantized.
+    """
+    from halfbyte.export import handoff, hf
+    from halfbyte.training import checkpoint
+
+    out, record = out_folder(folder), folder / "export" / "export.json"
+    made_for = {"checkpoint": str(checkpoint.latest(folder / "checkpoints")), "verdict": verdict["verdict"]}
+    if resume and out.exists() and record.exists() and read_json(record)["made_for"] == made_for:
+        return read_json(record)["sizes"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sizes = hf.write(
+        trained_weights(recipe, folder),
+        recipe,
+        model_dir=Path(recipe.model.path),
+        out=out,
+        verdict=verdict,
+        versions=versions(),
+    )
+    handoff.write_handoff(out, recipe, verdict, sizes, versions())
+    write_json(record, {"made_for": made_for, "sizes": sizes})
+    return sizes
+
+
+def withdraw(folder: Path) -> None:
+    """A gate that does not pass leaves nothing to ship, not even an older export."""
+    shutil.rmtree(out_folder(folder), ignore_errors=True)
+    (folder / "export" / "HANDOFF.md").unlink(missing_ok=True)
+    (folder / "export" / "export.json").unlink(missing_ok=True)
+
+
+def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Compare the files with the trained weights, score the decoded model on a few items, write verify.json."""
+    from halfbyte.export import verify as check
+
+    out = out_folder(folder)
+    report = check.verify(out, trained_weights(recipe, folder), recipe)
+    if report["ok"] and recipe.verify.items and recipe.evaluate.tasks:
+        report["rescored"] = _rescore(recipe, folder, out)
+        off = [name for name, task in report["rescored"].items() if not task["ok"]]
+        if off:
+            report["ok"] = False
+            report["problems"] += [
+                f"{name}: the decoded model scores differently: {report['rescored'][name]}" for name in off
+            ]
+    write_json(folder / "verify.json", report)
+    return report
+
+
+TOLERANCE = 0.02
+"""Nats per token by which the decoded model may differ from the training-time model on the re-scored items: the export
+rounds embeddings and norms to BF16, and FP4 activations flip codes on differences in the last place."""
+
+
+def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
+    """Score the decoded checkpoint in transformers, without Megatron, on the first items of every task."""
+    import torch
+
+    from halfbyte.export.verify import decoded_model
+    from halfbyte.training.evaluate import item_limit
+    from halfbyte.training.fetch import load_tokenizer
+
+    model, tokenizer = decoded_model(out), load_tokenizer(out)
+    limit = read_shape(out / "config.json").max_positions
+    stage = "ptq" if recipe.method == Method.ptq else trained_name(recipe)
+    report: dict[str, Any] = {}
+    for task in recipe.evaluate.tasks:
+        items = tasks.load_items(task, tokenizer, item_limit(task, recipe, limit))[: recipe.verify.items]
+        before = {row["item"]: row for row in tasks.read_scores(folder / "evaluate" / f"{stage}.{task.name}.jsonl")}
+        scores = []
+        for item in items:
+            with torch.no_grad():
+                logits = model(tasks.pad([item], tokenizer.eos_token_id, 1)).logits
+            scores += tasks.score_batch(logits, [item], reference=None, kl_positions=0)
+        tokens = sum(score.tokens for score in scores)
+        drift = (sum(s.loglikelihood for s in scores) - sum(before[s.item]["loglikelihood"] for s in scores)) / tokens
+        report[task.name] = {
+            "n": len(scores),
+            "nats_per_token_difference": drift,
+            "greedy_matches_equal": sum(s.correct == before[s.item]["correct"] for s in scores),
+            "tolerance": TOLERANCE,
+            "ok": bool(scores) and abs(drift) <= TOLERANCE,
+        }
+    return report

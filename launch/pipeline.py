@@ -1,0 +1,160 @@
+"""The stages of a run, in order. Start reading here.
+
+    import -> calibrate (PTQ) -> evaluate BF16 and PTQ -> train (QAT / QAD) -> evaluate -> gate -> export -> verify
+
+The first half needs all processes of the layout and happens in `together`; the second half works on files and happens in
+`alone`, on rank 0. Each stage writes one JSON into the run folder, so a stopped run goes on where it was and any stage
+can be run again by itself.
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from halfbyte.launch.console import Console
+from halfbyte.training.config import Method, Recipe
+from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, UserError
+from halfbyte.training.files import read_json, write_json
+
+STAGES = ("calibrate", "evaluate", "train", "gate", "export", "verify")
+TOGETHER = ("calibrate", "evaluate", "train")
+"""Stages that need the layout's process group; the others read files."""
+VERDICT_CODE = {"pass": OK, "not_applicable": OK, "fail": GATE_FAILED, "inconclusive": GATE_INCONCLUSIVE}
+
+
+def run_stages(recipe: Recipe, stages: Sequence[str], *, allow_failed_gate: bool = False) -> int:
+    """Run `stages` in this process, one of the layout's.
+
+    Args:
+        recipe: Resolved recipe; run.dir exists and holds resolved.yaml.
+        stages: Some of STAGES. All of them: what a run folder already holds is not done again. Fewer: these are.
+        allow_failed_gate: Export even if the gate does not pass, with the verdict in the files.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: a stage stopped; its message is one line.
+    """
+    resume = set(stages) == set(STAGES)
+    first = True
+    if any(stage in TOGETHER for stage in stages):
+        first = together(recipe, [stage for stage in stages if stage in TOGETHER], resume=resume)
+    rest = [stage for stage in stages if stage not in TOGETHER]
+    return alone(recipe, rest, resume=resume, allow_failed_gate=allow_failed_gate) if first and rest else OK
+
+
+def together(recipe: Recipe, stages: Sequence[str], *, resume: bool) -> bool:
+    """Everything that needs the model in memory under the layout; collective.
+
+    Returns:
+        Whether this process is rank 0, which goes on alone.
+    """
+    from halfbyte.training.runtime import Stop, close_runtime, open_runtime
+
+    stop = Stop()
+    stop.install()
+    started = time.perf_counter()
+    runtime = open_runtime(recipe)
+    try:
+        from halfbyte.launch.stages import Work
+
+        work = Work.open(recipe, runtime, stop, Console(runtime.first), resume=resume, started=started)
+        work.evaluate("bf16", wanted="evaluate" in stages)
+        if recipe.method != Method.bf16:
+            work.calibrate()
+            work.evaluate("ptq", wanted="evaluate" in stages)
+        if recipe.method == Method.ptq:
+            work.keep_weights()
+        else:
+            work.train(wanted="train" in stages)
+            work.evaluate(trained_name(recipe), wanted="evaluate" in stages)
+    finally:
+        close_runtime()
+    return runtime.first
+
+
+def trained_name(recipe: Recipe) -> str:
+    """Name of the last stage in evaluate.json: the method, or `bf16_trained` for the control."""
+    return "bf16_trained" if recipe.method == Method.bf16 else recipe.method.value
+
+
+def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_gate: bool) -> int:
+    """Gate, export, verify: on files, in one process.
+
+    Returns:
+        0, or the gate's exit code.
+    """
+    from halfbyte.launch import handover
+
+    console, folder = Console(True), Path(recipe.run.dir)
+    if "gate" in stages:
+        with console.stage("gate") as notes:
+            verdict = handover.judge(recipe, folder)
+            notes.append(verdict["verdict"])
+    verdict = read_json(folder / "gate.json")
+    code = VERDICT_CODE[verdict["verdict"]]
+    ships = code == OK or allow_failed_gate
+    if "export" in stages:
+        if ships:
+            with console.stage("export") as notes:
+                sizes = handover.export(recipe, folder, verdict, resume=resume)
+                notes.append(f"{sizes['bytes_before'] / 1e6:.1f} MB -> {sizes['bytes_after'] / 1e6:.1f} MB")
+        else:
+            handover.withdraw(folder)
+            console.say(f"export           skipped: the gate says {verdict['verdict']} (--allow-failed-gate overrides)")
+    if "verify" in stages and ships:
+        with console.stage("verify") as notes:
+            report = handover.verify(recipe, folder)
+            notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
+        if not report["ok"]:
+            raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
+    if "gate" in stages or "verify" in stages:
+        from halfbyte.launch.summary import summary_text
+
+        console.say(summary_text(recipe, folder))
+    return code if "gate" in stages or not ships else OK
+
+
+def worker(argv: Sequence[str]) -> int:
+    """Entry of one process under torchrun or srun: RESOLVED_YAML STAGE... [--allow-failed-gate].
+
+    A failure leaves its one line in <run.dir>/errors/rank<N>.json for the parent, and a traceback beside it when it was
+    not a UserError.
+    """
+    from halfbyte.training.runtime import coordinates, set_process_environment
+
+    set_process_environment()
+    from halfbyte.training.resolve import load
+
+    flags, words = [w for w in argv if w.startswith("--")], [w for w in argv if not w.startswith("--")]
+    recipe = load(Path(words[0]), [])
+    try:
+        return run_stages(recipe, words[1:], allow_failed_gate="--allow-failed-gate" in flags)
+    except UserError as error:
+        _report(recipe, coordinates()[0], str(error), error.code)
+        return error.code
+    except BaseException as error:  # the process ends here: say why in one line, keep the traceback in a file
+        details = _report(recipe, coordinates()[0], "", FAILED).with_suffix(".txt")
+        details.write_text(traceback.format_exc())
+        _report(recipe, coordinates()[0], f"{type(error).__name__}: {_line(error)} (traceback: {details})", FAILED)
+        return FAILED
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+def _report(recipe: Recipe, rank: int, message: str, code: int) -> Path:
+    path = Path(recipe.run.dir) / "errors" / f"rank{rank}.json"
+    content: dict[str, Any] = {"time": time.time(), "message": message, "code": code}
+    write_json(path, content)
+    return path
+
+
+if __name__ == "__main__":  # megatron-core's checkpoint writer spawns: the module must be import-safe
+    sys.exit(worker(sys.argv[1:]))

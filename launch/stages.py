@@ -1,0 +1,191 @@
+"""The stages that hold the model in memory, each a method of `Work`, with what they share between them."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.launch.console import Console
+from halfbyte.training import checkpoint, data, evaluate, model, quantize
+from halfbyte.training.config import Method, Recipe
+from halfbyte.training.errors import UserError
+from halfbyte.training.fetch import load_tokenizer
+from halfbyte.training.files import read_json, write_json
+from halfbyte.training.runtime import Runtime, Stop, on_first_rank
+from halfbyte.training.schedule import collect, token_batch
+from halfbyte.training.shape import ModelShape, read_shape
+
+
+@dataclass
+class Work:
+    """One run in one process: the model as the stages have left it so far."""
+
+    recipe: Recipe
+    runtime: Runtime
+    stop: Stop
+    console: Console
+    resume: bool
+    """Leave alone what the run folder already holds."""
+    shape: ModelShape
+    tokenizer: Any
+    gpt: Any
+    exam: evaluate.Examination
+    teacher: Any = None
+    current: bool = field(default=False)
+    """Whether `gpt` holds the trained weights."""
+
+    @classmethod
+    def open(
+        cls, recipe: Recipe, runtime: Runtime, stop: Stop, console: Console, *, resume: bool, started: float
+    ) -> "Work":
+        """Import the BF16 model and load the evaluation items."""
+        with console.stage("import") as notes:
+            folder = Path(recipe.model.path)
+            shape = read_shape(folder / "config.json")
+            tokenizer = load_tokenizer(folder)
+            gpt = model.build(shape, recipe, runtime)
+            model.import_hf(gpt, folder, shape, runtime)
+            teacher = None
+            if recipe.method == Method.qad:
+                teacher = model.build(shape, recipe, runtime)
+                model.import_hf(teacher, folder, shape, runtime)
+                teacher.requires_grad_(False)
+            exam = evaluate.Examination.load(recipe, runtime, Path(recipe.run.dir), tokenizer, shape.max_positions)
+            layout = recipe.parallel
+            notes.append(
+                f"{shape.parameters / 1e6:.1f} M parameters, TP{layout.tensor} PP{layout.pipeline} DP{layout.data}"
+                f"{' SP' if layout.sequence else ''}, {str(runtime.dtype).removeprefix('torch.')} on {runtime.device.type}"
+                f", process start {time.perf_counter() - started:.0f} s"
+            )
+        return cls(recipe, runtime, stop, console, resume, shape, tokenizer, gpt, exam, teacher)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.recipe.run.dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of training checkpoints."""
+        return self.folder / "checkpoints"
+
+    def _marks(self) -> dict[str, Any]:
+        """What is done, by stage, with what it was done for."""
+        path = self.folder / "state.json"
+        return on_first_rank(self.runtime, lambda: read_json(path) if path.exists() else {})
+
+    def _mark(self, stage: str, value: Any) -> None:
+        marks = self._marks() | {stage: value}
+        on_first_rank(self.runtime, lambda: write_json(self.folder / "state.json", marks))
+
+    def evaluate(self, stage: str, *, wanted: bool) -> None:
+        """Score `stage`'s model on all tasks, unless an earlier start of this run did."""
+        steps = self.recipe.train.steps if stage not in ("bf16", "ptq") else 0
+        name = f"evaluate.{stage}"
+        if not wanted or not self.recipe.evaluate.tasks or (self.resume and self._marks().get(name) == steps):
+            return
+        if steps and not self.current:
+            self._load_trained()
+        with self.console.stage(f"evaluate {stage}") as notes, quantize.weights_once(self.gpt):
+            for task, scores in evaluate.evaluate(self.exam, self.gpt, stage).items():
+                shown = "accuracy" if "accuracy" in scores else "bits_per_byte"
+                notes.append(f"{task}: {shown} {scores[shown]:.4f}, perplexity {scores['perplexity']:.2f}")
+            notes.append(f"{sum(len(items) for items in self.exam.items.values())} items")
+        self._mark(name, steps)
+
+    def calibrate(self) -> None:
+        """Insert the quantizers: calibrated now, or as quantize.json says."""
+        path = self.folder / "quantize.json"
+        with self.console.stage("calibrate") as notes:
+            if on_first_rank(self.runtime, path.exists):
+                report = quantize.restore(self.gpt, self.recipe, path)
+                notes.append("as in quantize.json")
+            else:
+                report = quantize.quantize(self.gpt, self.recipe, self.runtime, self._run_calibration)
+                on_first_rank(self.runtime, lambda: write_json(path, report))
+            layers = report["layers"].values()
+            errors = [layer["weight_relative_rms_error"] for layer in layers]
+            notes.append(
+                f"{sum(len(layer['hf']) for layer in layers)} linears in {report['format']}, "
+                f"weight error {min(errors):.3f} to {max(errors):.3f} relative RMS"
+            )
+
+    def _run_calibration(self, stage: Any) -> None:
+        recipe = self.recipe
+        length = recipe.quantize.calibration_length or recipe.train.sequence_length
+        source = Path(recipe.quantize.calibration_data or recipe.data.train or "")
+        packed = self._packed(source, length)
+        windows = data.calibration_windows(packed, recipe.quantize.calibration_samples, recipe.train.seed)
+        most = max(1, recipe.evaluate.tokens_per_batch // length)
+        rows = next(n for n in range(most, 0, -1) if len(windows) % n == 0)  # equal batches: one schedule, one shape
+        batches = [token_batch(part.to(self.runtime.device)) for part in windows.split(rows)]
+        # All data-parallel ranks see all windows: the maxima, and so every scale, are the same under any layout.
+        group = evaluate.GROUP
+        with torch.no_grad():
+            for start in range(0, len(batches), group):
+                collect(stage, batches[start : start + group], None)
+
+    def _packed(self, source: Path, length: int) -> data.PackedDataset:
+        def prepare() -> data.PackedDataset:
+            cache = self.folder / "cache"
+            return data.prepare(source, self.tokenizer, self.recipe.data, length, cache, vocab_size=self.shape.vocab)
+
+        on_first_rank(self.runtime, lambda: len(prepare()))  # one rank tokenizes, all map the same file
+        return prepare()
+
+    def keep_weights(self) -> None:
+        """PTQ trains nothing: its weights are kept as step 0, for export and verify."""
+        path = self.checkpoints / checkpoint.folder_name(0)
+        if not on_first_rank(self.runtime, path.exists):
+            checkpoint.save(checkpoint.Trainable(self.gpt), {}, path)
+
+    def train(self, *, wanted: bool) -> None:
+        """Train to train.steps, from the newest checkpoint on."""
+        steps = self.recipe.train.steps
+        if not wanted or (self.resume and self._marks().get("train") == steps):
+            return
+        from halfbyte.training.experiment import fit
+        from halfbyte.training.module import Training
+
+        assert self.recipe.data.train is not None  # resolve.py has checked it
+        packed = self._packed(Path(self.recipe.data.train), self.recipe.train.sequence_length)
+        last = on_first_rank(self.runtime, lambda: checkpoint.latest(self.checkpoints))
+        done = int(last.name.removeprefix("step_")) if last else 0
+        if done > steps:
+            raise UserError(f"train.steps = {steps}: {last} is already past it; raise train.steps or use a new run.dir")
+        with self.console.stage("train") as notes:
+            module = Training(self.gpt, teacher=self.teacher, recipe=self.recipe, runtime=self.runtime, data=packed)
+            seconds = fit(module, self.recipe, self.runtime, self.stop) if done < steps else []
+            progress = module.progress
+            if seconds:
+                tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length
+                self._write_training(progress, seconds, tokens)
+                notes.append(
+                    f"{steps} steps ({'from ' + str(done) if done else 'from the start'}), loss {progress.losses[0]:.4f} -> "
+                    f"{progress.losses[-1]:.4f}, {tokens * len(seconds) / sum(seconds):,.0f} tokens/s"
+                )
+        self.current = bool(seconds)
+        self._mark("train", steps)
+
+    def _write_training(self, progress: Any, seconds: list[float], tokens: int) -> None:
+        peak = torch.cuda.max_memory_allocated() if self.runtime.device.type == "cuda" else None
+        content = {
+            "steps": len(progress.losses),
+            "losses": progress.losses,
+            "loss_tokens": progress.tokens,
+            "tokens_per_step": tokens,
+            "seconds_per_step": seconds,
+            "peak_gpu_bytes_rank0": peak,
+        }
+        on_first_rank(self.runtime, lambda: write_json(self.folder / "train.json", content))
+
+    def _load_trained(self) -> None:
+        last = on_first_rank(self.runtime, lambda: checkpoint.latest(self.checkpoints))
+        if last is None:
+            raise UserError(f"{self.checkpoints}: no checkpoint; train first (halfbyte train {self.folder})")
+        checkpoint.load(checkpoint.Trainable(self.gpt), last)
+        if self.recipe.method != Method.bf16:
+            quantize.refresh_scales(self.gpt, self.recipe.quantize)
+        self.current = True

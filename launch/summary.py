@@ -1,0 +1,85 @@
+"""The table that ends a run: scores of every stage, the gate's verdict, sizes, and where the checkpoint is."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from halfbyte.training.config import Recipe
+from halfbyte.training.files import read_json
+
+METRICS = {
+    "accuracy": ("accuracy, %", 100.0, "{:.2f}"),
+    "perplexity": ("perplexity", 1.0, "{:.2f}"),
+    "bits_per_byte": ("bits per byte", 1.0, "{:.4f}"),
+    "kl": ("KL to BF16, nats", 1.0, "{:.4f}"),
+    "agreement": ("top-1 agreement, %", 100.0, "{:.2f}"),
+}
+"""Metric in evaluate.json -> label, factor, format."""
+
+
+def columns(rows: list[list[str]]) -> Iterable[str]:
+    """Rows of cells, the first one a heading, as aligned lines; the first two columns are text, the others numbers."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        yield "  " + "  ".join(cells).rstrip()
+        if number == 0:
+            yield "  " + "  ".join("-" * w for w in widths)
+
+
+def score_rows(scores: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
+    """Table of evaluate.json: one row per task and metric, one column per stage."""
+    stages = list(scores)
+    rows = [["task", "score", *(stage.upper().replace("_", " ") for stage in stages)]]
+    for task, first in scores[stages[0]].items():
+        for metric, (label, factor, pattern) in METRICS.items():
+            values = [scores[stage].get(task, {}).get(metric) for stage in stages]
+            if all(value is None for value in values):
+                continue
+            shown = ["-" if value is None else pattern.format(value * factor) for value in values]
+            rows.append([f"{task} ({int(first['n'])})", label, *shown])
+    return rows
+
+
+def summary_text(recipe: Recipe, folder: Path) -> str:
+    """Everything a reader wants to see after a run.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder, with evaluate.json and gate.json; export.json and verify.json where they exist.
+    """
+    lines = ["", f"{recipe.run.name}: {recipe.method.value}, {recipe.quantize.format.value}", ""]
+    if (folder / "evaluate.json").exists():
+        lines += [*columns(score_rows(read_json(folder / "evaluate.json"))), ""]
+    verdict = read_json(folder / "gate.json")
+    lines.append(f"  gate ({verdict['rule']}): {verdict['verdict'].upper()}")
+    lines += [f"    {reason}" for reason in verdict["reasons"]]
+    lines += _against_bf16(verdict)
+    lines += _shipped(folder)
+    return "\n".join(lines)
+
+
+def _against_bf16(verdict: dict[str, Any]) -> list[str]:
+    against = verdict.get("against_bf16")
+    if not against or verdict["rule"] == "bf16":
+        return []
+    return [f"  within the thresholds of BF16: {against['verdict'].upper()}", *(f"    {r}" for r in against["reasons"])]
+
+
+def _shipped(folder: Path) -> list[str]:
+    record, out = folder / "export" / "export.json", folder / "export" / "hf"
+    if not record.exists() or not out.exists():
+        return ["", "  nothing exported"]
+    sizes = read_json(record)["sizes"]
+    before, after = sizes["bytes_before"], sizes["bytes_after"]
+    lines = ["", f"  size: {before / 1e6:.1f} MB in BF16 -> {after / 1e6:.1f} MB ({before / after:.2f}x smaller)"]
+    if (folder / "verify.json").exists():
+        report = read_json(folder / "verify.json")
+        state = "every byte verified" if report["ok"] else "NOT VERIFIED"
+        lines.append(f"  {state}: {report['tensors']} tensors compared, {report['mismatches']} mismatches")
+    return [
+        *lines,
+        f"  checkpoint: {out.resolve()}",
+        f"  serve it:   trtllm-serve {out.resolve()}",
+        f"  more:       {folder / 'export' / 'HANDOFF.md'}",
+    ]

@@ -1,0 +1,235 @@
+"""Training checkpoints: sharded, reshardable, atomic; and a reader that takes single tensors out of one.
+
+A checkpoint folder holds Megatron's dist_checkpointing files (weights with quantizer maxima, optimizer state) and what
+Lightning and halfbyte need to go on: step, losses so far (the data position is the step: order is a function of seed and
+step), RNG state, recipe. It is written under a temporary name and renamed when complete; the link `last` moves after
+that, so a killed save never shadows the last good one. Layouts may change between save and load.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from halfbyte.training.errors import UserError
+from halfbyte.training.hf_map import FUSED, NORMS, HFWeight, split_fused
+from halfbyte.training.runtime import agree
+from halfbyte.training.shape import ModelShape
+
+LAST = "last"
+
+
+@dataclass
+class Trainable:
+    """What a checkpoint stores besides plain values: this rank's model and, in training, its Megatron optimizer."""
+
+    model: torch.nn.Module
+    optimizer: Any | None = None
+
+
+def folder_name(step: int) -> str:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    link = checkpoints / LAST
+    return link.resolve() if link.exists() else None
+
+
+def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
+    """Write one checkpoint; collective over all ranks.
+
+    Args:
+        trainable: Model and optimizer of this rank.
+        plain: Picklable values, the same on every rank.
+        path: Final folder, `<run.dir>/checkpoints/step_NNNNNNNN`.
+
+    Raises:
+        UserError: the disk is full or not writable; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    first = dist.get_rank() == 0
+    failure: BaseException | None = None
+    try:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(_state(trainable, loading=False) | {"plain": plain, "rng": _rng()}, str(temporary))
+    except (OSError, RuntimeError, CheckpointingException) as error:
+        failure = error
+    # Every rank must agree that all files stand before the rename makes the checkpoint visible.
+    if agree(failure is not None):
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(failure).strip().splitlines()[-1] if failure else "another rank failed"
+        raise UserError(f"checkpoint {path} not saved ({reason}); the previous one stays; free space and start again")
+    if first:
+        _fsync(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        _point(path)
+    dist.barrier()
+
+
+def _point(path: Path) -> None:
+    link = path.with_name(f".{LAST}.tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    link.replace(path.with_name(LAST))
+
+
+def _fsync(folder: Path) -> None:
+    for file in [*folder.iterdir(), folder]:
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and what a killed save left behind; rank 0 only."""
+    complete = sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
+    for path in [*complete[:-keep], *checkpoints.glob(".step_*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load(trainable: Trainable, path: Path) -> dict[str, Any]:
+    """Load weights (and optimizer state) in place, from any layout; returns the plain values.
+
+    Raises:
+        UserError: the folder is damaged or belongs to another model.
+    """
+    if trainable.optimizer is not None:
+        _give_state(trainable.optimizer)
+    try:
+        loaded = dist_checkpointing.load(_state(trainable, loading=True), str(path))
+    except (CheckpointingException, KeyError, RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"checkpoint {path}: cannot be loaded ({reason}); remove it to use an older one") from error
+    trainable.model.load_state_dict(loaded["model"], strict=False)
+    if trainable.optimizer is not None:
+        trainable.optimizer.load_state_dict(loaded["optimizer"])
+        for part in _parts(trainable.optimizer):
+            for slot in part.optimizer.state.values():  # 0.19.2 hands every parameter the SAME step tensor
+                if isinstance(slot.get("step"), torch.Tensor):
+                    slot["step"] = slot["step"].clone()
+    _set_rng(loaded["rng"])
+    return loaded["plain"]
+
+
+def _state(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
+    weights = trainable.model.sharded_state_dict(prefix="")  # type: ignore[operator]
+    if trainable.optimizer is None:
+        return {"model": weights}
+    # The distributed optimizer refuses its default sharding in 0.19; the plain one takes no such argument.
+    sharded = any(isinstance(part, DistributedOptimizer) for part in _parts(trainable.optimizer))
+    kind = {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}} if sharded else {}
+    return {"model": weights, "optimizer": trainable.optimizer.sharded_state_dict(weights, is_loading=loading, **kind)}
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return optimizer.chained_optimizers if hasattr(optimizer, "chained_optimizers") else [optimizer]
+
+
+def _give_state(optimizer: Any) -> None:
+    """torch's Adam has no state before its first step: make the slots that a load fills."""
+    for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
+        for slot in part.optimizer.state.values():
+            slot.setdefault("step", torch.tensor(0.0))
+
+
+def tolerate_plain_adam() -> None:
+    """Let Megatron 0.19.2's reshardable load work with torch's Adam, whose 'step' it looks up and does not find.
+
+    A non-tensor 'step' is skipped there; the step itself was restored before. Idempotent.
+    """
+    put = DistributedOptimizer._set_main_param_and_optimizer_states
+    if put.__name__ == "_without_step":
+        return
+
+    def _without_step(self, param, tensors):
+        return put(self, param, {"step": None, **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = _without_step
+
+
+def _rng() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "numpy": numpy.random.get_state(), "python": random.getstate()}
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    numpy.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+def read_weights(path: Path, shape: ModelShape, quantized: Collection[str]) -> Iterator[HFWeight]:
+    """The model in Hugging Face naming, tensor by tensor, from a checkpoint of any layout; needs no process group.
+
+    Args:
+        path: A checkpoint folder.
+        shape: The model's shape.
+        quantized: Hugging Face module names of the linears that training fake-quantizes.
+
+    Yields:
+        Complete tensors in the checkpoint's dtype, layer by layer; memory holds one Megatron tensor at a time.
+
+    Raises:
+        UserError: the folder is damaged or lacks a tensor.
+    """
+    reader = _Reader(path)
+    yield HFWeight("model.embed_tokens.weight", reader.tensor("embedding.word_embeddings.weight")[: shape.vocab])
+    for layer in range(shape.layers):
+        prefix, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        for name, target in NORMS.items():
+            yield HFWeight(f"{hf}{target}.weight", reader.tensor(f"{prefix}{name}.weight"))
+        for name in FUSED:
+            amax = {side: reader.maximum(f"{prefix}{name}.{side}_quantizer._amax") for side in ("weight", "input")}
+            fused = reader.tensor(f"{prefix}{name}.weight")
+            for part, tensor in split_fused(name, fused, shape).items():
+                yield HFWeight(f"{hf}{part}.weight", tensor, f"{hf}{part}" in quantized, amax["weight"], amax["input"])
+    yield HFWeight("model.norm.weight", reader.tensor("decoder.final_layernorm.weight"))
+    if not shape.tied:
+        yield HFWeight("lm_head.weight", reader.tensor("output_layer.weight")[: shape.vocab])
+
+
+class _Reader:
+    """Single tensors of a torch_dist checkpoint, loaded one at a time without a process group."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.reader = dcp.FileSystemReader(str(path))
+            self.sizes = {
+                key: entry
+                for key, entry in self.reader.read_metadata().state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"checkpoint {path}: cannot be read ({error}); remove it to use an older one") from error
+
+    def tensor(self, key: str) -> torch.Tensor:
+        if key not in self.sizes:
+            raise UserError(f"checkpoint {self.path}: {key} is not in it; it belongs to another model")
+        entry = self.sizes[key]
+        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        dcp.load(state, storage_reader=self.reader, no_dist=True)
+        return state[key]
+
+    def maximum(self, key: str) -> torch.Tensor | None:
+        return self.tensor(key).float().amax() if key in self.sizes else None

@@ -1,0 +1,170 @@
+"""The only file that knows NeMo and W&B: experiment folder, loggers, resume, and the trainer around them.
+
+NeMo's exp_manager keeps <run.dir>/experiment (its logs, the command, the commit), creates the W&B logger, and points the
+trainer at the checkpoint that the link <run.dir>/checkpoints/last names.
+"""
+
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from tqdm import tqdm
+
+from halfbyte.training import checkpoint
+from halfbyte.training.config import Recipe, Wandb
+from halfbyte.training.module import Training
+from halfbyte.training.runtime import Interrupted, Runtime, Stop, agree
+from halfbyte.training.strategy import MegatronStrategy, Processes
+
+
+def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) -> pl.Trainer:
+    """A Lightning trainer on Megatron, set up by exp_manager; `trainer.ckpt_path` names what to resume from, if any."""
+    from nemo.utils import logging as nemo_logging
+    from nemo.utils.exp_manager import exp_manager
+
+    nemo_logging.setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    trainer = pl.Trainer(
+        strategy=MegatronStrategy(runtime),
+        plugins=[Processes(runtime)],
+        accelerator="gpu" if runtime.device.type == "cuda" else "cpu",
+        devices=runtime.local_world,
+        num_nodes=runtime.world // runtime.local_world,
+        max_steps=recipe.train.steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+    )
+    folder = Path(recipe.run.dir)
+    exp_manager(
+        trainer,
+        {
+            "explicit_log_dir": str(folder / "experiment"),
+            "name": recipe.run.name,
+            "create_tensorboard_logger": False,
+            "create_checkpoint_callback": False,
+            "create_wandb_logger": recipe.run.wandb != Wandb.disabled and runtime.first,
+            "wandb_logger_kwargs": {
+                "name": recipe.run.name,
+                "project": recipe.run.project,
+                "save_dir": str(folder),
+                "offline": recipe.run.wandb == Wandb.offline,
+            },
+            "checkpoint_callback_params": {"dirpath": str(folder / "checkpoints")},
+            "resume_if_exists": True,
+            "resume_ignore_no_checkpoint": True,
+            "log_step_timing": False,
+            "seconds_to_sleep": 0,
+        },
+    )
+    return trainer
+
+
+class Checkpoints(Callback):
+    """Saves every N steps, at the end, and when a signal asks to stop."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, stop: Stop):
+        self.recipe, self.runtime, self.stop = recipe, runtime, stop
+        self.folder = Path(recipe.run.dir) / "checkpoints"
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Save if it is time to; raise Interrupted after saving if SIGINT or SIGTERM came."""
+        step = len(pl_module.progress.losses)
+        every = self.recipe.checkpoint.every_steps
+        stopping = agree(self.stop.requested is not None)
+        if stopping or step == self.recipe.train.steps or (every and step % every == 0):
+            trainer.save_checkpoint(self.folder / checkpoint.folder_name(step))
+            if self.runtime.first:
+                checkpoint.prune(self.folder, self.recipe.checkpoint.keep)
+        if stopping and step < self.recipe.train.steps:
+            reason = self.stop.requested or "another rank"
+            raise Interrupted(
+                f"stopped by {reason} after step {step} of {self.recipe.train.steps}: checkpoint saved; "
+                f"halfbyte run with run.dir={self.recipe.run.dir} goes on from there"
+            )
+
+
+class Bar(Callback):
+    """One line of progress on rank 0: loss, tokens per second, time left."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime):
+        self.recipe, self.runtime = recipe, runtime
+        self.bar: tqdm | None = None
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Open the bar at the step that training resumes from."""
+        self._started = time.perf_counter()
+        if self.runtime.first:
+            done = len(pl_module.progress.losses)
+            self.bar = tqdm(
+                total=self.recipe.train.steps,
+                initial=done,
+                desc=f"  {self.recipe.method.value}",
+                unit="step",
+                file=sys.stdout,
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stdout.isatty() else 15.0,
+            )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Advance by one optimizer step."""
+        now = time.perf_counter()
+        self.seconds.append(now - self._started)
+        self._started = now
+        if self.bar is not None:
+            tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length
+            recent = self.seconds[-10:]
+            rate = tokens * len(recent) / sum(recent)
+            self.bar.set_postfix_str(f"loss {pl_module.progress.losses[-1]:.4f}, {rate:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Leave the finished bar on the screen."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Close the bar before the error line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop) -> list[float]:
+    """Train to recipe.train.steps, from the last checkpoint if there is one.
+
+    Returns:
+        Seconds of each step that this process ran.
+
+    Raises:
+        UserError: training stopped; Interrupted says what was saved.
+    """
+    checkpoint.tolerate_plain_adam()
+    bar = Bar(recipe, runtime)
+    trainer = make_trainer(recipe, runtime, [bar, Checkpoints(recipe, runtime, stop)])
+    with stop.graceful():
+        trainer.fit(module, ckpt_path=trainer.ckpt_path)
+    finish_logging(trainer)
+    return bar.seconds
+
+
+def finish_logging(trainer: pl.Trainer) -> None:
+    """Close the W&B run, so that its files are complete before the process ends."""
+    import wandb
+
+    if trainer.loggers and wandb.run is not None:
+        wandb.finish(quiet=True)

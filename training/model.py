@@ -1,0 +1,243 @@
+"""The Megatron-Core GPT model of a Llama-family checkpoint, with our own layer spec, and its import from Hugging Face.
+
+Megatron-Core's local spec refuses sequence parallelism and materialises the [S, S] attention scores; ours is made of the
+same parallel linears, an RMSNorm that marks its weight sequence-parallel, and torch's scaled_dot_product_attention.
+Neither TransformerEngine nor Apex is needed. Shapes: S sequence, B batch, N heads, G key/value heads, D head dimension.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from safetensors import SafetensorError, safe_open
+from torch.nn import functional
+from tqdm import tqdm
+
+from halfbyte.training.config import Recipe
+from halfbyte.training.errors import UserError
+from halfbyte.training.hf_map import expected_shapes
+from halfbyte.training.runtime import Runtime, on_first_rank
+from halfbyte.training.shape import ModelShape
+
+
+class RMSNorm(torch.nn.Module):
+    """Root mean square normalization over the last axis, weight only (arXiv 1910.07467).
+
+    Under sequence parallelism each tensor-parallel rank sees a part of the sequence, so the weight's gradient is a
+    partial sum: the `sequence_parallel` mark makes Megatron reduce it.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """[S, B, H] -> [S, B, H], same dtype; the mean is taken in FP32 for BF16 inputs."""
+        return functional.rms_norm(x_SBH, (x_SBH.shape[-1],), self.weight, self.eps)
+
+
+class Attention(MegatronModule):
+    """Causal grouped-query attention through torch's fused kernels: no [S, S] tensor unless documents are isolated."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object):
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **_: object,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [S, B, N/tp, D].
+            key: [S, B, G/tp, D].
+            value: [S, B, G/tp, D].
+            attention_mask: None for plain causal attention, or bool [B, 1, S, S], True where attention is allowed.
+
+        Returns:
+            [S, B, N/tp * D], dtype of query.
+        """
+        q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = functional.scaled_dot_product_attention(
+            q_BNSD,
+            k_BGSD,
+            v_BGSD,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.scale,
+            enable_gqa=q_BNSD.shape[1] != k_BGSD.shape[1],
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def layer_spec() -> ModuleSpec:
+    """One pre-norm transformer layer: RMSNorm, attention, RMSNorm, SwiGLU MLP."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=Attention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=mlp,
+        mlp_bda=get_bias_dropout_add,
+    )
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def transformer_config(shape: ModelShape, recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of this model under this layout.
+
+    Losses are summed over tokens and divided once by the global token count (`calculate_per_token_loss`), so that the
+    gradient does not depend on how tokens fall into micro-batches and data-parallel ranks.
+    """
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=recipe.parallel.tensor,
+        pipeline_model_parallel_size=recipe.parallel.pipeline,
+        sequence_parallel=recipe.parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,  # needs Apex or TransformerEngine
+        hetereogenous_dist_checkpoint=True,  # (sic) one checkpoint key per layer: readable one tensor at a time
+        **(recompute if recipe.train.recompute else {}),
+    )
+
+
+def build(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> GPTModel:
+    """This rank's part of the model, weights not yet set, on the runtime's device.
+
+    Raises:
+        UserError: the tensor-parallel size does not divide the vocabulary.
+    """
+    if shape.vocab % recipe.parallel.tensor:
+        raise UserError(
+            f"parallel.tensor = {recipe.parallel.tensor}: does not divide the vocabulary of {shape.vocab} tokens; "
+            "choose a divisor"
+        )
+    config = transformer_config(shape, recipe, runtime.dtype)
+    layers = get_num_layers_to_build(config)
+    model = GPTModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm),
+        vocab_size=shape.vocab,
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta),
+        rope_scaling=shape.rope_scaling_factor is not None,
+        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+    )
+    return model.to(device=runtime.device, dtype=runtime.dtype)
+
+
+def import_hf(model: GPTModel, model_dir: Path, shape: ModelShape, runtime: Runtime) -> None:
+    """Load a Hugging Face checkpoint into this rank's part of the model.
+
+    Args:
+        model: From `build`.
+        model_dir: Directory with config.json and *.safetensors.
+        shape: The model's shape, for the check of the files.
+        runtime: This process.
+
+    Raises:
+        UserError: a weight file is missing, corrupt, lacks a tensor, holds another shape, or holds NaN or Inf.
+    """
+    from modelopt.torch.export import import_mcore_gpt_from_hf
+    from modelopt.torch.export.plugins import megatron_importer
+
+    on_first_rank(runtime, lambda: check_weights(model_dir, shape))
+    megatron_importer.tqdm = _quiet_bar
+    import_mcore_gpt_from_hf(model, str(model_dir), dtype=runtime.dtype)
+    model.to(runtime.dtype)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(
+                f"model.path = {model_dir}: {name} holds NaN or Inf; the weights are damaged, get them again"
+            )
+
+
+def _quiet_bar(layers: Iterable[Any], **_: Any) -> tqdm:
+    """ModelOpt's importer draws a bar of its own; a run prints one line per stage."""
+    return tqdm(layers, disable=True)
+
+
+def check_weights(model_dir: Path, shape: ModelShape) -> None:
+    """Compare the files' headers with the shapes that the model needs; no tensor is read.
+
+    Raises:
+        UserError: no weight file, a corrupt one, a missing tensor or another shape (a vocabulary mismatch shows here).
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    files = sorted(model_dir.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model.path = {model_dir}: no *.safetensors file there; download or convert the weights")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: corrupt weight file ({error}); copy it again") from error
+    for name, size in expected_shapes(shape).items():
+        if name not in found:
+            raise UserError(f"model.path = {model_dir}: tensor {name} is missing; the checkpoint is incomplete")
+        if found[name] != size:
+            raise UserError(
+                f"model.path = {model_dir}: {name} has shape {list(found[name])}, config.json asks for {list(size)}; "
+                "weights and config.json (vocabulary, sizes) do not belong together"
+            )

@@ -1,0 +1,233 @@
+"""The LightningModule: one training_step is one global batch through Megatron's schedule and one optimizer step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch.utils.data import DataLoader
+
+from halfbyte.training import losses
+from halfbyte.training.config import Method, Recipe, Train
+from halfbyte.training.data import MicroBatch, PackedDataset, StepStream
+from halfbyte.training.errors import UserError
+from halfbyte.training.quantize import weights_once
+from halfbyte.training.runtime import Runtime
+from halfbyte.training.schedule import collect, to_device, train_batch
+
+
+def learning_rate(step: int, train: Train) -> float:
+    """Learning rate of the update after global batch `step` (from 0): linear warmup, then cosine to the minimum.
+
+    Megatron's own scheduler starts a warmup at 0, which makes the first update a no-op; with few steps that is a loss.
+    """
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * cosine
+
+
+def wrap(model: GPTModel, recipe: Recipe) -> DistributedDataParallel:
+    """Megatron's DDP around one pipeline stage: contiguous gradient buffers, FP32 except in float64 runs."""
+    sharded = uses_distributed_optimizer(recipe)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=recipe.train.dtype != "float64", use_distributed_optimizer=sharded
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return DistributedDataParallel(model.config, config, model)
+
+
+def uses_distributed_optimizer(recipe: Recipe) -> bool:
+    """The distributed optimizer keeps FP32 gradients, so float64 layout tests take the plain one."""
+    return recipe.train.distributed_optimizer and recipe.train.dtype != "float64"
+
+
+class MegatronOptimizer:
+    """Megatron's optimizer with the few methods that Lightning calls on one."""
+
+    def __init__(self, ddp: DistributedDataParallel, recipe: Recipe, dtype: torch.dtype):
+        train = recipe.train
+        self.megatron = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=train.learning_rate,
+                weight_decay=train.weight_decay,
+                adam_beta1=train.beta1,
+                adam_beta2=train.beta2,
+                adam_eps=train.eps,
+                clip_grad=train.clip_grad,
+                params_dtype=dtype,
+                bf16=dtype is torch.bfloat16,
+                use_distributed_optimizer=uses_distributed_optimizer(recipe),
+            ),
+            [ddp],
+        )
+        self.ddp = ddp
+        self.train_config = train
+        self.defaults: dict[str, Any] = {}
+        self.state: dict[str, Any] = {}
+        self.gradient_norm = 0.0
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Megatron's parameter groups."""
+        return self.megatron.param_groups
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set and return the learning rate of update `step`; weight decay keeps Megatron's per-group multiplier."""
+        rate = learning_rate(step, self.train_config)
+        for group in self.megatron.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = self.train_config.weight_decay * group["wd_mult"]
+        return rate
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the DDP gradient buffers."""
+        self.ddp.zero_grad_buffer()
+        self.megatron.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Clip over all ranks and update.
+
+        Raises:
+            UserError: the gradient norm is not finite; nothing was updated.
+        """
+        if closure is not None:
+            closure()
+        self.megatron.prepare_grads()
+        norm = self.megatron.get_grad_norm()
+        if not math.isfinite(norm):
+            raise UserError(f"gradient norm is {norm}: stopped before the update; lower train.learning_rate")
+        _, clipped, _ = self.megatron.step()
+        self.gradient_norm = float(clipped if clipped is not None else norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: checkpoint.py saves the sharded state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do: checkpoint.py loads the sharded state."""
+
+
+@dataclass
+class Progress:
+    """What happened so far, saved with every checkpoint."""
+
+    losses: list[float] = field(default_factory=list)
+    """Mean loss per token of every step, FP64."""
+    tokens: list[int] = field(default_factory=list)
+    """Tokens with loss of every step."""
+
+
+class Training(pl.LightningModule):
+    """Cross-entropy (QAT, BF16 control) or distillation (QAD) of one Megatron model.
+
+    Args:
+        model: This rank's GPTModel, quantized or not.
+        teacher: The BF16 model for QAD, same layout; else None.
+        recipe: The recipe.
+        runtime: This process.
+        data: Packed training windows.
+    """
+
+    def __init__(
+        self, model: GPTModel, *, teacher: GPTModel | None, recipe: Recipe, runtime: Runtime, data: PackedDataset
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.recipe, self.runtime, self.data = recipe, runtime, data
+        self.progress = Progress()
+        # Plain attributes in a list: Lightning must not walk, move or save these modules.
+        self._hidden = [model, wrap(model, recipe), teacher]
+        self.optimizer = MegatronOptimizer(self.ddp, recipe, runtime.dtype)
+
+    @property
+    def gpt(self) -> GPTModel:
+        """This rank's part of the model."""
+        return self._hidden[0]
+
+    @property
+    def ddp(self) -> DistributedDataParallel:
+        """The same, with gradient buffers."""
+        return self._hidden[1]
+
+    def configure_optimizers(self) -> MegatronOptimizer:
+        """The Megatron optimizer, stepped by hand in training_step."""
+        return self.optimizer
+
+    def train_dataloader(self) -> DataLoader:
+        """One element per optimizer step: this data-parallel rank's micro-batches, from the step after the last."""
+        train = self.recipe.train
+        stream = StepStream(
+            self.data,
+            start_step=len(self.progress.losses),
+            stop_step=train.steps,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+            seed=train.seed,
+        )
+        return DataLoader(stream, batch_size=None)
+
+    def transfer_batch_to_device(self, batch: list[MicroBatch], device: torch.device, dataloader_idx: int) -> Any:
+        """Move every tensor of the micro-batches."""
+        return [to_device(part, self.runtime.device) for part in batch]
+
+    def training_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
+        """One global batch and one update.
+
+        Raises:
+            UserError: the loss or the gradient norm is not finite, or no token of the batch carries loss; the
+                weights are those before the step.
+        """
+        step = len(self.progress.losses)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        with weights_once(self.gpt):
+            loss = train_batch(self.ddp, batch, self._loss(batch), needs_logits=self._distills)
+        if loss.tokens == 0:
+            raise UserError(f"step {step}: no token carries loss; check data.answer_only and data.train")
+        if not math.isfinite(loss.mean):
+            raise UserError(
+                f"step {step}: loss is {loss.mean}: stopped before the update; lower train.learning_rate "
+                "or start from an earlier checkpoint"
+            )
+        rate = self.optimizer.set_learning_rate(step)
+        optimizer.step()
+        self.progress.losses.append(loss.mean)
+        self.progress.tokens.append(loss.tokens)
+        self.log_dict(
+            {"loss": loss.mean, "learning_rate": rate, "gradient_norm": self.optimizer.gradient_norm},
+            batch_size=1,
+            rank_zero_only=True,
+        )
+
+    @property
+    def _distills(self) -> bool:
+        return self.recipe.method == Method.qad
+
+    def _loss(self, batches: list[MicroBatch]) -> Callable[[torch.Tensor, MicroBatch, int], torch.Tensor]:
+        teacher = self._hidden[2]
+        if not self._distills or teacher is None:
+            return losses.cross_entropy
+        # The teacher walks the whole global batch first, so its logits must be kept: batch x tokens x V/tp values.
+        kept = collect(teacher, batches, lambda logits, index: logits.detach())
+        group = parallel_state.get_tensor_model_parallel_group()
+        temperature = self.recipe.distill.temperature
+        return lambda student, batch, index: losses.distillation(student, kept[index], group, temperature)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store losses and token counts; their length is the data position."""
+        checkpoint["progress"] = {"losses": list(self.progress.losses), "tokens": list(self.progress.tokens)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back."""
+        self.progress = Progress(**checkpoint["progress"])

@@ -1,0 +1,240 @@
+"""THE quantization hook: plan layers, let ModelOpt insert quantizers, calibrate, report; planned != converted stops.
+
+ModelOpt decides where a quantizer sits and collects the absolute maxima; the arithmetic is ours (numerics.py), given to
+ModelOpt as the backend "halfbyte". Two-level NVFP4 scaling: the second-level scale comes from the calibrated maximum and
+stays frozen, the block scales follow the tensor at every step. q/k/v and gate/up are one fused linear here, so they share
+one second-level scale from the start and nothing has to be re-quantized at export.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+import torch.distributed as dist
+from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.nn.modules import tensor_quantizer
+
+from halfbyte.training import numerics
+from halfbyte.training.config import BLOCK, Format, Quantize, Recipe
+from halfbyte.training.errors import UserError
+from halfbyte.training.files import read_json, write_json
+from halfbyte.training.hf_map import FUSED
+from halfbyte.training.runtime import Runtime
+
+SCALE_BITS = {Format.nvfp4: (4, 3), Format.w4a16_nvfp4: (4, 3), Format.mxfp4: (8, 0)}
+"""(exponent, mantissa) bits of the block scale: E4M3 or E8M0, in ModelOpt's notation."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One fused Megatron linear that shall be quantized.
+
+    Attributes:
+        module: Its name in this rank's model (layer numbers count from this pipeline stage).
+        key: Its name in the whole model, e.g. `decoder.layers.7.mlp.linear_fc1`.
+        hf: Hugging Face module names of the linears it holds.
+    """
+
+    module: str
+    key: str
+    hf: tuple[str, ...]
+
+
+def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
+    """This pipeline stage's linears to quantize: all of them but those that `quantize.exclude` names.
+
+    Raises:
+        UserError: an exclusion would split a fused linear (q/k/v or gate/up).
+    """
+    planned = []
+    for local, layer in enumerate(model.decoder.layers):  # type: ignore[union-attr]
+        number = layer.layer_number - 1
+        for name, parts in FUSED.items():
+            hf = tuple(f"model.layers.{number}.{part}" for part in parts)
+            out = [any(fnmatch.fnmatchcase(module, pattern) for pattern in quantize.exclude) for module in hf]
+            if any(out) and not all(out):
+                raise UserError(f"quantize.exclude splits {', '.join(hf)}: they are one layer; exclude all or none")
+            if not any(out):
+                planned.append(Planned(f"decoder.layers.{local}.{name}", f"decoder.layers.{number}.{name}", hf))
+    return planned
+
+
+def modelopt_config(planned: list[Planned], quantize: Quantize) -> dict[str, Any]:
+    """ModelOpt's configuration that quantizes exactly `planned`, each named, with our arithmetic."""
+    block = {-1: BLOCK[quantize.format], "type": "dynamic", "scale_bits": SCALE_BITS[quantize.format]}
+    fp4 = {"num_bits": (2, 1), "block_sizes": block, "backend": "halfbyte"}
+    sides = ["weight"] if quantize.format == Format.w4a16_nvfp4 else ["weight", "input"]
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for layer in planned:
+        entries += [{"quantizer_name": f"{layer.module}.{side}_quantizer", "cfg": dict(fp4)} for side in sides]
+    return {"quant_cfg": entries, "algorithm": None if quantize.format == Format.mxfp4 else "max"}
+
+
+def quantize(
+    model: torch.nn.Module, recipe: Recipe, runtime: Runtime, calibrate: Callable[[torch.nn.Module], None]
+) -> dict[str, Any]:
+    """Insert quantizers, calibrate them, prove that what was planned is what was converted.
+
+    Args:
+        model: This rank's GPTModel, weights loaded; changed in place.
+        recipe: The recipe; `method` is not bf16.
+        runtime: This process.
+        calibrate: Runs the calibration windows through the model it is given (not called for MXFP4, which needs none).
+
+    Returns:
+        The content of quantize.json: format, scale_2 mode, and per Hugging Face linear its format, second-level scales
+        and the relative RMS error of its weight. The same on every rank.
+
+    Raises:
+        UserError: a planned layer was not converted, another one was, or a calibrated maximum is not finite.
+    """
+    planned = plan(model, recipe.quantize)
+    _insert(model, planned, recipe.quantize, calibrate)
+    refresh_scales(model, recipe.quantize)
+    return {
+        "format": recipe.quantize.format.value,
+        "scale_2": recipe.quantize.scale_2.value,
+        "layers": _gather({layer.key: _describe(model, layer, recipe.quantize) for layer in planned}),
+    }
+
+
+def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, Any]:
+    """Insert quantizers with the calibration that an earlier start of this run wrote to quantize.json.
+
+    Raises:
+        UserError: the file belongs to another plan.
+    """
+    content = read_json(report)
+    planned = plan(model, recipe.quantize)
+    _insert(model, planned, recipe.quantize, lambda stage: None)
+    for layer in planned:
+        if layer.key not in content["layers"]:
+            raise UserError(f"{report}: {layer.key} is not in it; the run folder belongs to another recipe")
+        linear = model.get_submodule(layer.module)
+        for side, amax in content["layers"][layer.key]["amax"].items():
+            quantizer = linear.get_submodule(f"{side}_quantizer")
+            quantizer.amax = torch.tensor(amax, dtype=linear.weight.dtype, device=linear.weight.device)
+    refresh_scales(model, recipe.quantize)
+    return content
+
+
+def _insert(model: torch.nn.Module, planned: list[Planned], quantize: Quantize, calibrate: Callable) -> None:
+    if not tensor_quantizer.is_registered_quant_backend("halfbyte"):
+        tensor_quantizer.register_quant_backend("halfbyte", _fake_quantize)
+    mtq.quantize(model, modelopt_config(planned, quantize), calibrate)
+    sides = 1 if quantize.format == Format.w4a16_nvfp4 else 2
+    converted = sorted(name for name, _ in enabled_quantizers(model))
+    expected = sorted(f"{layer.module}.{side}_quantizer" for layer in planned for side in ("weight", "input")[:sides])
+    if converted != expected:
+        missing, extra = sorted(set(expected) - set(converted)), sorted(set(converted) - set(expected))
+        raise UserError(
+            f"quantize: planned != converted; not quantized: {missing or 'none'}, unplanned: {extra or 'none'}"
+        )
+
+
+def enabled_quantizers(model: torch.nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
+    """(name, quantizer) of every quantizer that is switched on."""
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and module.is_enabled:
+            yield name, module
+
+
+def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
+    """Derive every second-level scale from its calibrated maximum: after calibration and after every checkpoint load.
+
+    Raises:
+        UserError: a maximum is missing or not finite.
+    """
+    for name, quantizer in enabled_quantizers(model):
+        quantizer.halfbyte_format = quantize.format
+        quantizer.halfbyte_scale_2 = None
+        if quantize.format == Format.mxfp4:
+            continue
+        amax = quantizer.amax
+        if amax is None or not torch.isfinite(amax).all():
+            found = "nothing" if amax is None else amax.item()
+            raise UserError(f"quantize: {name} was calibrated to {found}; check the weights and the calibration data")
+        quantizer.halfbyte_scale_2 = numerics.second_scale(amax.float(), quantize.scale_2)
+
+
+class _Instead(torch.autograd.Function):
+    """A stored fake-quantized weight in place of the weight; the gradient goes to the weight unchanged."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        return quantized
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
+        return grad, None
+
+
+def _fake_quantize(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
+    """ModelOpt's backend entry: x -> x on the FP4 grid, gradient passed straight through."""
+    cache = quantizer.__dict__.get("halfbyte_cache")
+    if cache is None:
+        return numerics.fake_quantize(x, quantizer.halfbyte_format, quantizer.halfbyte_scale_2)
+    if not cache:
+        with torch.no_grad():
+            cache.append(numerics.fake_quantize(x, quantizer.halfbyte_format, quantizer.halfbyte_scale_2))
+    return _Instead.apply(x, cache[0])
+
+
+@contextmanager
+def weights_once(model: torch.nn.Module):
+    """Quantize each weight once, at its first use, for all passes inside this context.
+
+    The weights must not change inside. The context is one global batch or one evaluation, so nothing that changes
+    weights (optimizer, checkpoint load) can leave a stale copy behind. Costs one weight-sized tensor per linear.
+    """
+    quantizers = [module for name, module in enabled_quantizers(model) if name.endswith("weight_quantizer")]
+    for quantizer in quantizers:
+        quantizer.halfbyte_cache = []
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.halfbyte_cache = None
+
+
+def _describe(model: torch.nn.Module, layer: Planned, quantize: Quantize) -> dict[str, Any]:
+    linear = model.get_submodule(layer.module)
+    with torch.no_grad():
+        weight = linear.weight.float()
+        error = (linear.weight_quantizer(linear.weight).float() - weight).square().sum()
+        sums = torch.stack([error, weight.square().sum()]).double()
+    # Row- and column-parallel shards cover the weight exactly once: sums over the group are sums over the whole.
+    from megatron.core import parallel_state
+
+    dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
+    entry: dict[str, Any] = {
+        "hf": list(layer.hf),
+        "format": quantize.format.value,
+        "weight_relative_rms_error": float((sums[0] / sums[1].clamp(min=1e-30)).sqrt()),
+        "amax": {},
+        "scale_2": {},
+    }
+    for side in ("weight", "input"):
+        quantizer = linear.get_submodule(f"{side}_quantizer")
+        if quantizer.is_enabled and quantizer.halfbyte_scale_2 is not None:
+            entry["amax"][side] = float(quantizer.amax)
+            entry["scale_2"][side] = float(quantizer.halfbyte_scale_2)
+    return entry
+
+
+def _gather(mine: dict[str, Any]) -> dict[str, Any]:
+    """The union over pipeline stages, in layer order."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    merged = {key: value for part in parts for key, value in part.items()}
+    return dict(sorted(merged.items(), key=lambda item: (int(item[0].split(".")[2]), item[0])))
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write quantize.json."""
+    write_json(path, report)

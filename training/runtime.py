@@ -1,0 +1,258 @@
+"""Processes, devices, seeds, signals: the only module that reads the environment.
+
+A `Runtime` is opened once per process and passed along. On a machine without GPUs Megatron-Core runs on gloo: it names
+CUDA in a few places, and `_use_host` answers those calls with their CPU counterparts. Nothing is patched where CUDA is.
+"""
+
+import logging
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from halfbyte.training.config import Dtype, Recipe
+from halfbyte.training.errors import USAGE, UserError
+
+T = TypeVar("T")
+DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float64: torch.float64}
+TIMEOUT = timedelta(minutes=60)
+"""Longest wait of one collective: rank 0 tokenizes a corpus or writes an export while the others wait."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of the layout.
+
+    Attributes:
+        rank, world, local_rank, local_world: Process coordinates as torchrun and Slurm count them.
+        device: Where parameters live.
+        dtype: Compute type of the model.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints and writes JSON."""
+        return self.rank == 0
+
+
+def coordinates() -> tuple[int, int, int, int]:
+    """(rank, world, local rank, local world) from torchrun's or Slurm's variables; (0, 1, 0, 1) without either."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        local_world = int(env.get("SLURM_NTASKS_PER_NODE", "1"))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), local_world
+    return 0, 1, 0, 1
+
+
+def set_process_environment() -> None:
+    """Settings that libraries read at import: no model hub, no CPU instructions that some machines only advertise."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron orders its overlaps by it
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+
+def open_runtime(recipe: Recipe) -> Runtime:
+    """Join the process group, build Megatron's parallel groups, seed every generator.
+
+    Args:
+        recipe: Resolved recipe; `parallel` must multiply to the number of processes.
+
+    Returns:
+        This process's Runtime.
+
+    Raises:
+        UserError: the number of processes or GPUs does not fit the layout, float64 on a GPU, bfloat16 on a CPU, or the
+            rendezvous port is taken.
+    """
+    rank, world, local_rank, local_world = coordinates()
+    cuda = torch.cuda.is_available()
+    _quiet_libraries()
+    problem = _layout_problem(recipe, world, local_world, torch.cuda.device_count() if cuda else None)
+    if problem:
+        raise UserError(problem, USAGE)
+    dtype = DTYPES.get(recipe.train.dtype, torch.bfloat16 if cuda else torch.float32)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    _join(rank, world, "nccl" if cuda else "gloo", recipe.launch.port)
+    if not cuda:
+        _use_host()
+    _seed(recipe)
+    return Runtime(rank, world, local_rank, local_world, device, dtype)
+
+
+def _quiet_libraries() -> None:
+    """A run prints one line per stage: libraries may speak up from ERROR on."""
+    for name in ("megatron", "modelopt", "torch", "transformers", "lightning", "nemo", "DotProductAttention"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def _layout_problem(recipe: Recipe, world: int, local_world: int, gpus: int | None) -> str | None:
+    layout = recipe.parallel
+    need = recipe.world_size
+    if world != need:
+        return (
+            f"parallel = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}: needs {need} "
+            f"processes, {world} started; start {need} or change parallel"
+        )
+    if gpus is not None and local_world > gpus:
+        return f"parallel: {local_world} processes on this machine need as many GPUs, {gpus} found; change parallel"
+    if recipe.train.dtype == Dtype.float64 and gpus is not None:
+        return "train.dtype = float64: only for layout tests on the CPU; use bfloat16"
+    if recipe.train.dtype == Dtype.bfloat16 and gpus is None:
+        return "train.dtype = bfloat16: no GPU found, and CPUs compute in float32; set train.dtype=auto"
+    return None
+
+
+def _join(rank: int, world: int, backend: str, port: int) -> None:
+    env = os.environ
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:  # a single process, started without torchrun
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            env["MASTER_PORT"] = str(probe.getsockname()[1])
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"rendezvous at {where} failed ({reason}): choose a free port with launch.port") from error
+
+
+def _seed(recipe: Recipe) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    layout = recipe.parallel
+    parallel_state.initialize_model_parallel(
+        layout.tensor, layout.pipeline, distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60)
+    )
+    torch.manual_seed(recipe.train.seed)
+    model_parallel_cuda_manual_seed(recipe.train.seed)
+
+
+def close_runtime() -> None:
+    """Leave the process group; safe to call twice and after a failure."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def on_first_rank(runtime: Runtime, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and hand its (picklable) result to every rank.
+
+    Raises:
+        UserError: on every rank, when `work` raised one on rank 0: nobody is left waiting.
+    """
+    answer: list[Any] = [None, None]
+    if runtime.first:
+        try:
+            answer[0] = work()
+        except UserError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def agree(flag: bool) -> bool:
+    """True on every rank as soon as one rank says True (a MAX over all ranks)."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+class Interrupted(UserError):
+    """SIGINT or SIGTERM ended the run; the message says what was saved."""
+
+
+class Stop:
+    """What SIGINT (Ctrl-C) and SIGTERM (preemption) do: raise at once, or, inside `graceful()`, only leave a note.
+
+    Training runs inside `graceful()`: it finishes the step, saves a checkpoint and stops. Any other stage has nothing
+    to save, so it stops where it is.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._graceful = False
+
+    def install(self) -> None:
+        """Take over both signals; call once, from the main thread."""
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    @contextmanager
+    def graceful(self):
+        """Within this context a signal is only noted in `requested`."""
+        self._graceful = True
+        try:
+            yield self
+        finally:
+            self._graceful = False
+
+    def _handle(self, number: int, _frame: object) -> None:
+        self.requested = signal.Signals(number).name
+        if not self._graceful:
+            raise Interrupted(f"stopped by {self.requested}: finished stages are kept, the running one is not saved")
+
+
+class _HostDevice(TorchFunctionMode):
+    """Send every 'cuda' device argument to the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs and args[0].dtype in _HOST_PARAMETERS:
+            return "torch.cuda.FloatTensor"  # Megatron's optimizer tells FP32 parameters by this name
+        if "cuda" in str(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+_HOST_PARAMETERS = (torch.float32, torch.float64)
+
+
+def _use_host() -> None:
+    """Make Megatron-Core 0.19 run without CUDA: TP, SP, PP, DDP and the distributed optimizer on gloo."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *_, **__: None
+    cuda.empty_cache = lambda: None
+    cuda.manual_seed = torch.manual_seed
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.get_rng_state = megatron_random._get_cuda_rng_state
+    cuda.set_rng_state = megatron_random._set_cuda_rng_state
+    cpu: Any = torch.cpu
+    cpu.Stream.wait_stream = lambda self, other: None  # Megatron's DDP orders its reductions with streams
+    cuda.current_stream, cuda.Stream, cuda.stream = cpu.current_stream, cpu.Stream, cpu.stream
+    _HostDevice().__enter__()

@@ -1,0 +1,129 @@
+"""Megatron's pipeline schedule as two plain functions: train on, or collect from, a list of micro-batches.
+
+Every pipeline stage walks the same micro-batches: data is a pure function of (seed, step), so each rank builds its own
+copy and nothing but activations crosses a stage border. Shapes: B micro-batch rows, S sequence, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from halfbyte.training.data import MicroBatch
+
+Loss = Callable[[torch.Tensor, MicroBatch, int], torch.Tensor]
+"""(model output, its micro-batch, its index) -> loss per token [B, S]."""
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one global batch, the same on every rank.
+
+    Attributes:
+        mean: Sum over tokens divided by their number, FP64 arithmetic.
+        tokens: Tokens that carry loss.
+    """
+
+    mean: float
+    tokens: int
+
+
+def token_batch(tokens: torch.Tensor) -> MicroBatch:
+    """A micro-batch for forward passes only: int64 [B, S] tokens, no labels worth the name."""
+    return MicroBatch(tokens, tokens, torch.ones(tokens.shape, device=tokens.device), None)
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The same micro-batch on `device`."""
+    segments = None if batch.segments is None else batch.segments.to(device)
+    return MicroBatch(batch.tokens.to(device), batch.labels.to(device), batch.loss_mask.to(device), segments)
+
+
+def attention_mask(batch: MicroBatch) -> torch.Tensor | None:
+    """None (causal) or bool [B, 1, S, S]: causal and inside one document, from the segment numbers [B, S]."""
+    if batch.segments is None:
+        return None
+    same = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
+    return same.tril()
+
+
+def _forward(model: torch.nn.Module, batch: MicroBatch, labels: torch.Tensor | None) -> torch.Tensor:
+    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
+    return model(batch.tokens, positions, attention_mask(batch), labels=labels)
+
+
+def train_batch(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Loss, *, needs_logits: bool) -> StepLoss:
+    """Forward and backward of one rank's share of a global batch; gradients are left in the DDP buffers.
+
+    Args:
+        model: The DDP-wrapped pipeline stage.
+        batches: This data-parallel rank's micro-batches, equal shapes, on the model's device.
+        loss: Loss per token on the last stage.
+        needs_logits: Whether `loss` takes the logits [B, S, V/tp]; else the model's own cross-entropy [B, S].
+
+    Returns:
+        The loss over all ranks' tokens.
+    """
+
+    def forward_step(data: Any, stage: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        index, batch = next(data)
+        out = _forward(stage, batch, None if needs_logits else batch.labels)
+
+        def reduce(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            masked = loss(output, batch, index) * batch.loss_mask
+            tokens = batch.loss_mask.sum().to(torch.int32)
+            return masked.sum(), tokens, {"sum": masked.detach().double().sum(), "tokens": tokens.double()}
+
+        return out, reduce
+
+    done = _run(model, batches, forward_step, forward_only=False)
+    total = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
+    for part in done:
+        total += torch.stack([part["sum"], part["tokens"]])
+    # The last stage knows its own tokens: sum over data-parallel ranks, then tell the other stages.
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(total, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    if total[1] == 0:
+        return StepLoss(float("nan"), 0)
+    return StepLoss(float(total[0] / total[1]), int(total[1]))
+
+
+def collect(
+    model: torch.nn.Module, batches: Sequence[MicroBatch], take: Callable[[torch.Tensor, int], Any] | None
+) -> list[Any]:
+    """Forward pass only; the last stage's logits go through `take`.
+
+    Args:
+        model: The pipeline stage, wrapped or not.
+        batches: Micro-batches of equal shapes.
+        take: (logits [B, S, V/tp], index of the micro-batch) -> anything; None drops the logits.
+
+    Returns:
+        What `take` returned, in order, on the last pipeline stage; an empty list elsewhere.
+    """
+
+    def forward_step(data: Any, stage: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        index, batch = next(data)
+        out = _forward(stage, batch, None)
+        return out, lambda logits, non_loss_data=True: take(logits, index) if take else None
+
+    with torch.no_grad():
+        return list(_run(model, batches, forward_step, forward_only=True, collect_non_loss_data=True))
+
+
+def _run(model: torch.nn.Module, batches: Sequence[MicroBatch], forward_step: Callable, **mode: bool) -> list[Any]:
+    rows, length = batches[0].tokens.shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(enumerate(batches)),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=rows,
+        **mode,
+    )
