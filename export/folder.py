@@ -1,0 +1,68 @@
+"""A folder that appears whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from halfbyte.training.errors import UserError
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Give an empty folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    Two renames, because a rename cannot replace a folder that holds files. Killed between them, the old folder stands
+    as .<name>.previous and the next call puts it back. One writer at a time.
+    """
+    partial, previous = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.previous")
+    _put_back(previous, out)
+    shutil.rmtree(previous, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            flush(path)
+        flush(partial)
+        if out.exists():
+            out.rename(previous)
+        partial.rename(out)
+        flush(out.parent)
+    except BaseException:  # Ctrl-C included
+        shutil.rmtree(partial, ignore_errors=True)
+        _put_back(previous, out)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _put_back(previous: Path, out: Path) -> None:
+    if previous.exists() and not out.exists():
+        previous.rename(out)
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn failures of the file system (disk full, no permission) inside the block into one line.
+
+    Raises:
+        UserError: Instead of OSError and SafetensorError.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        free = shutil.disk_usage(parent).free / 1e9
+        raise UserError(f"{out}: export failed: {error} ({free:.1f} GB free); what stood there is unchanged") from error
+
+
+def flush(path: Path) -> None:
+    """Fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

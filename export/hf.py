@@ -1,0 +1,288 @@
+"""The checkpoint for serving: a Hugging Face directory that TensorRT-LLM, vLLM and SGLang load as it is.
+
+    model*.safetensors          packed linears (export/pack.py), everything else in BF16
+    config.json                 the source model's, with quantization_config in the flat shape (vLLM, SGLang)
+    hf_quant_config.json        the same in ModelOpt's nested shape (TensorRT-LLM, where it wins); NVFP4 formats only
+    tokenizer, chat template    copied
+    halfbyte.json               gate verdict, recipe hash, versions, SHA-256 of every other file
+
+The directory appears whole or not at all: it is written beside its destination, flushed to disk and renamed.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from halfbyte.export.folder import disk_errors, replacing
+from halfbyte.export.pack import module_name, pack
+from halfbyte.training.config import BLOCK, Format, Method, Recipe
+from halfbyte.training.errors import UserError
+from halfbyte.training.hf_map import HFWeight
+
+RECORD = "halfbyte.json"
+QUANT_ALGO = {Format.nvfp4: "NVFP4", Format.w4a16_nvfp4: "W4A16_NVFP4"}
+"""Names of the formats in ModelOpt's files. MXFP4 has no reader in that layout and goes out as compressed-tensors."""
+
+SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What serving needs (or the licence demands) besides weights and configs: fnmatch patterns in the model directory."""
+
+
+def write(
+    weights: Iterable[HFWeight],
+    recipe: Recipe,
+    *,
+    model_dir: Path,
+    out: Path,
+    verdict: dict[str, Any] | None,
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """Write the checkpoint. Holds at most one shard (export.shard_gb) in memory.
+
+    Args:
+        weights: Complete tensors in Hugging Face naming; consumed once, in order.
+        recipe: The resolved recipe; method bf16 writes a dense checkpoint without a quantization config.
+        model_dir: The source model: config.json, generation_config.json, tokenizer files.
+        out: Destination; an existing one is replaced once the new one is complete.
+        verdict: Content of gate.json, for halfbyte.json; None if no gate ran.
+        versions: Package -> version, for halfbyte.json.
+
+    Returns:
+        bytes_before (all tensors in BF16) and bytes_after (tensor data on disk), bytes; files (safetensors files),
+        tensors (in the files), quantized (linears).
+
+    Raises:
+        UserError: No weights, nothing quantized, a tensor twice, a weight that cannot be packed, a source file missing
+            or damaged, disk full. Nothing new stands at `out` then, and what stood there still does.
+    """
+    source = _read_config(model_dir / "config.json")
+    with disk_errors(out), replacing(out) as folder:
+        shards = _Shards(folder, limit=int(recipe.export.shard_gb * 1e9))
+        sizes, dense_modules = _write_tensors(weights, recipe, shards, tied=bool(source.get("tie_word_embeddings")))
+        shards.finish()
+        _write_configs(folder, source, recipe, dense_modules)
+        _copy_side_files(model_dir, folder, source)
+        _write_record(folder, recipe, verdict, versions)
+    return sizes | {"bytes_after": shards.total_bytes, "files": shards.count, "tensors": len(shards.file_of)}
+
+
+def _write_tensors(
+    weights: Iterable[HFWeight], recipe: Recipe, shards: "_Shards", *, tied: bool
+) -> tuple[dict[str, int], list[str]]:
+    """Pack or round every tensor into the shards; returns the sizes so far and the modules left in BF16."""
+    bytes_before = quantized = 0
+    dense_modules = {"lm_head"}  # listed even if tied: readers build the module and look it up
+    for weight in weights:
+        module = module_name(weight.name)
+        if tied and module == "lm_head":
+            if weight.quantized:
+                raise UserError("lm_head is the embedding of this model and cannot be FP4; add it to quantize.exclude")
+            continue
+        bytes_before += 2 * weight.tensor.numel()
+        if weight.quantized:
+            shards.add({f"{module}.{suffix}": part for suffix, part in pack(weight, recipe.quantize).items()})
+            dense_modules.discard(module)
+            quantized += 1
+        else:
+            # copy: a safetensors file refuses tensors that share memory, as the parts of a fused weight do
+            dense = weight.tensor.detach().to("cpu", torch.bfloat16, copy=True)
+            shards.add({weight.name: dense.contiguous()})
+            if weight.tensor.dim() == 2:
+                dense_modules.add(module)
+    if not bytes_before:
+        raise UserError("export got no weights; train first (halfbyte train RUN_DIR)")
+    if bool(quantized) is (recipe.method is Method.bf16):
+        raise UserError(f"export got {quantized} quantized linears for method = {recipe.method.value}; run again")
+    return {"bytes_before": bytes_before, "quantized": quantized}, sorted(dense_modules)
+
+
+class _Shards:
+    """Safetensors files of at most `limit` bytes of tensor data (a layer that is larger gets its own)."""
+
+    def __init__(self, folder: Path, *, limit: int):
+        self.folder, self.limit = folder, limit
+        self.count = self.total_bytes = 0
+        self.file_of: dict[str, int] = {}  # tensor name -> shard number
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Append tensors that belong into one file."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._pending and self._pending_bytes + size > self.limit:
+            self._save()
+        for name, tensor in tensors.items():
+            if name in self.file_of:
+                raise UserError(f"{name}: exported twice; the checkpoint's tensors do not fit this model")
+            self._pending[name] = tensor
+            self.file_of[name] = self.count
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def finish(self) -> None:
+        """Write what is left, then name the files, now that their number is known."""
+        self._save()
+        names = [f"model-{i + 1:05d}-of-{self.count:05d}.safetensors" for i in range(self.count)]
+        if self.count == 1:
+            names = ["model.safetensors"]
+        for i, name in enumerate(names):
+            path = self._unnamed(i).rename(self.folder / name)
+            path.chmod(0o644)  # safetensors makes its files private; a server often runs as somebody else
+        if self.count > 1:
+            weight_map = {name: names[i] for name, i in sorted(self.file_of.items())}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            _write_json(self.folder / "model.safetensors.index.json", index)
+
+    def _save(self) -> None:
+        save_file(self._pending, self._unnamed(self.count), metadata={"format": "pt"})
+        self.count += 1
+        self._pending, self._pending_bytes = {}, 0
+
+    def _unnamed(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.partial"
+
+
+def quantization_configs(
+    quantize_format: Format, dense_modules: list[str]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The `quantization_config` of config.json and the content of hf_quant_config.json (None for MXFP4).
+
+    Args:
+        quantize_format: FP4 format of the linears.
+        dense_modules: Exact Hugging Face names of the modules that stay BF16.
+    """
+    if quantize_format is Format.mxfp4:
+        return _compressed_tensors_config(dense_modules), None
+    algorithm, block = QUANT_ALGO[quantize_format], BLOCK[quantize_format]
+    # Readers look for this producer's name; the version is the one whose layout this is.
+    producer = {"name": "modelopt", "version": metadata.version("nvidia-modelopt")}
+    elements = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": block}
+    group = {"weights": elements, "targets": ["Linear"]}
+    if quantize_format is Format.nvfp4:
+        group = {"input_activations": dict(elements), **group}
+    flat = {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "ignore": dense_modules,
+        "config_groups": {"group_0": group},
+        "producer": producer,
+    }
+    nested = {
+        "producer": producer,
+        "quantization": {
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": None,  # vLLM wants the key even without KV-cache quantization
+            "group_size": block,
+            "exclude_modules": dense_modules,
+        },
+    }
+    return flat, nested
+
+
+def _compressed_tensors_config(dense_modules: list[str]) -> dict[str, Any]:
+    """compressed-tensors' scheme for MXFP4 weights and dynamically scaled MXFP4 activations."""
+    container = "mxfp4-pack-quantized"
+    elements = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**elements, "dynamic": False, "scale_dtype": "torch.uint8"},
+        "input_activations": {**elements, "dynamic": True, "scale_dtype": "torch.uint8"},
+        "output_activations": None,
+        "format": container,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": container,
+        "quantization_status": "compressed",
+        "ignore": dense_modules,
+        "config_groups": {"group_0": group},
+    }
+
+
+def _write_configs(folder: Path, source: dict[str, Any], recipe: Recipe, dense_modules: list[str]) -> None:
+    """config.json and, for the NVFP4 formats, hf_quant_config.json."""
+    # both spellings: transformers 5 reads `dtype`, the serving runtimes still look for `torch_dtype`
+    config = source | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    config.pop("quantization_config", None)  # of a source that was quantized itself
+    if recipe.method is not Method.bf16:
+        flat, nested = quantization_configs(recipe.quantize.format, dense_modules)
+        config["quantization_config"] = flat
+        if nested is not None:
+            _write_json(folder / "hf_quant_config.json", nested)
+    _write_json(folder / "config.json", config)
+
+
+def _copy_side_files(model_dir: Path, folder: Path, source: dict[str, Any]) -> None:
+    """Tokenizer, chat template, licence and generation config."""
+    names = {path.name for pattern in SIDE_FILES for path in model_dir.glob(pattern) if path.is_file()}
+    if not any(name.startswith(("tokenizer", "vocab")) for name in names):
+        raise UserError(f"{model_dir}: no tokenizer files there; a server needs them: copy them into the directory")
+    for name in sorted(names):
+        shutil.copyfile(model_dir / name, folder / name)
+    generation = model_dir / "generation_config.json"
+    if generation.exists():
+        shutil.copyfile(generation, folder / generation.name)
+    else:
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write_json(folder / generation.name, {name: source[name] for name in tokens if source.get(name) is not None})
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_record(folder: Path, recipe: Recipe, verdict: dict[str, Any] | None, versions: dict[str, str]) -> None:
+    """halfbyte.json: where the files come from, and their hashes."""
+    files = {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    quantized = recipe.method is not Method.bf16
+    record = {
+        "method": recipe.method.value,
+        "format": recipe.quantize.format.value if quantized else "bf16",
+        "scale_2": recipe.quantize.scale_2.value if quantized and recipe.quantize.format is not Format.mxfp4 else None,
+        "gate": verdict,
+        "recipe_sha256": recipe_hash(recipe),
+        "versions": versions,
+        "files": files,
+    }
+    _write_json(folder / RECORD, record)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give model.path a Hugging Face directory"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy the model's config.json again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object; copy the model's config.json again")
+    return config
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,100 @@
+"""One linear layer as the tensors that a serving runtime reads.
+
+Suffixes per quantized linear `P` (N output channels, K input channels):
+
+    format        tensor            dtype           shape
+    nvfp4         P.weight          uint8           [N, K/2]    two E2M1 codes a byte, even column in the low half
+                  P.weight_scale    float8_e4m3fn   [N, K/16]   linear row-major (kernels swizzle it, files do not)
+                  P.weight_scale_2  float32         []
+                  P.input_scale     float32         []          absent for w4a16_nvfp4
+    mxfp4         P.weight_packed   uint8           [N, K/2]
+                  P.weight_scale    uint8           [N, K/32]   E8M0: exponent + 127
+
+The NVFP4 names are ModelOpt's unified Hugging Face layout, the MXFP4 names compressed-tensors' mxfp4-pack-quantized:
+the layouts that TensorRT-LLM, vLLM and SGLang load.
+"""
+
+import torch
+from torch import Tensor
+
+from halfbyte.training import numerics
+from halfbyte.training.config import BLOCK, Format, Quantize
+from halfbyte.training.errors import UserError
+from halfbyte.training.hf_map import HFWeight
+
+
+def module_name(tensor_name: str) -> str:
+    """`model.layers.0.mlp.up_proj.weight` -> `model.layers.0.mlp.up_proj`."""
+    return tensor_name.removesuffix(".weight")
+
+
+def weight_scale_2(weight: HFWeight, quantize: Quantize) -> Tensor:
+    """FP32 [] second-level scale of an NVFP4 weight.
+
+    Raises:
+        UserError: The weight was never calibrated, or its amax is not finite.
+    """
+    return numerics.second_scale(_amax(weight, "weight_amax"), quantize.scale_2)
+
+
+def input_scale(weight: HFWeight, quantize: Quantize) -> Tensor:
+    """FP32 [] second-level scale of an NVFP4 layer's input.
+
+    Raises:
+        UserError: The input was never calibrated, or only with zeros, or its amax is not finite.
+    """
+    amax = _amax(weight, "input_amax")
+    if amax == 0:
+        raise UserError(
+            f"{weight.name}: its input was zero on all calibration data; add {module_name(weight.name)} to quantize.exclude"
+        )
+    return numerics.second_scale(amax, quantize.scale_2)
+
+
+def fake(weight: HFWeight, quantize: Quantize) -> Tensor:
+    """The values a quantized weight is trained with, FP32 [N, K]: what the packed bytes must decode to."""
+    if quantize.format is Format.mxfp4:
+        return numerics.mxfp4_fake(weight.tensor.detach().float())
+    return numerics.nvfp4_fake(weight.tensor.detach().float(), weight_scale_2(weight, quantize))
+
+
+def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
+    """Pack one quantized linear.
+
+    Args:
+        weight: Complete training-time weight, [N, K] float.
+        quantize: Format and kind of second-level scale.
+
+    Returns:
+        Suffix (without the dot) -> CPU tensor, as in the table above; decoding it gives fake(weight) bit for bit.
+
+    Raises:
+        UserError: Not a matrix, K not a multiple of the block, a NaN or Inf in the weight, a missing amax.
+    """
+    tensor, block = weight.tensor.detach(), BLOCK[quantize.format]
+    if tensor.dim() != 2 or tensor.shape[1] % block:
+        raise UserError(
+            f"{weight.name}: shape {list(tensor.shape)} cannot be packed as {quantize.format.value}, whose block is "
+            f"{block} input channels; add {module_name(weight.name)} to quantize.exclude"
+        )
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{weight.name}: the weight holds NaN or Inf; export an earlier checkpoint")
+    if quantize.format is Format.mxfp4:
+        codes, scale = numerics.mxfp4_encode(tensor)
+        return {"weight_packed": codes.cpu(), "weight_scale": scale.cpu()}
+    scale_2 = weight_scale_2(weight, quantize)
+    codes, scale = numerics.nvfp4_encode(tensor, scale_2)
+    packed = {"weight": codes.cpu(), "weight_scale": scale.cpu(), "weight_scale_2": scale_2.cpu()}
+    if quantize.format is Format.nvfp4:
+        packed["input_scale"] = input_scale(weight, quantize).cpu()
+    return packed
+
+
+def _amax(weight: HFWeight, which: str) -> Tensor:
+    """The calibrated amax as FP32 []; `which` is weight_amax or input_amax."""
+    amax = {"weight_amax": weight.weight_amax, "input_amax": weight.input_amax}[which]
+    if amax is None:
+        raise UserError(f"{weight.name}: {which} is missing; calibrate again (halfbyte run on a new run.dir)")
+    if amax.numel() != 1 or not torch.isfinite(amax).all():
+        raise UserError(f"{weight.name}: {which} is {amax.tolist()}, not one finite number; calibrate again")
+    return amax.detach().float().reshape(())
