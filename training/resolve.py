@@ -1,0 +1,130 @@
+"""A recipe file and key=value overrides become one checked `Recipe`; every problem is reported at once.
+
+Order of precedence: the dataclass defaults < the YAML file < key=value. merge.py builds the recipe and checks types,
+rules.py and model_rules.py check that the values make sense together. Nothing here imports torch.
+"""
+
+import importlib.resources
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from halfbyte.training.config import Recipe
+from halfbyte.training.errors import RecipeError, UserError
+from halfbyte.training.merge import merge
+from halfbyte.training.rules import leaves, problems
+
+MAY_CHANGE = (
+    "description",
+    "run.dir",
+    "run.name",
+    "run.project",
+    "run.wandb",
+    "model.fetch",
+    "model.config",
+    "parallel.*",
+    "train.steps",
+    "train.micro_batch",
+    "train.recompute",
+    "train.distributed_optimizer",
+    "checkpoint.*",
+    "evaluate.tokens_per_batch",
+    "gate.*",
+    "export.*",
+    "verify.*",
+    "launch.*",
+)
+"""Keys that an existing run may change: they do not touch what was calibrated, trained or scored so far."""
+
+
+def resolve(recipe: str, overrides: list[str], *, need_weights: bool = False) -> Recipe:
+    """Merge, type-check and reason about a recipe.
+
+    Args:
+        recipe: Path of a YAML file, or the name of a shipped recipe (see `shipped`).
+        overrides: `key=value` strings with dotted keys; a task is addressed by number or name
+            (evaluate.tasks.lambada.limit=100).
+        need_weights: Whether the weights and tokenizer must already be at model.path.
+
+    Returns:
+        The complete recipe: interpolations resolved, model and data paths absolute.
+
+    Raises:
+        RecipeError: one line per problem, `field = value: what is wrong; remedy`.
+    """
+    built, merged = merge(find_recipe(recipe), overrides)
+    # A rule that names a broken key would reason about a default that nobody asked for.
+    rules = problems(built, need_weights=need_weights)
+    merged.problems += [line for line in rules if not any(key in line for key in merged.broken)]
+    if merged.problems:
+        raise RecipeError(merged.problems)
+    return built
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe without reasoning about it, e.g. the resolved.yaml of a run folder.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` strings.
+
+    Raises:
+        RecipeError: the file is missing or not a recipe, one line per problem.
+    """
+    built, merged = merge(Path(path), overrides or [])
+    if merged.problems:
+        raise RecipeError(merged.problems)
+    return built
+
+
+def save(recipe: Recipe, path: str | Path) -> None:
+    """Write a resolved recipe as plain YAML, complete or not at all.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another run.dir") from error
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> path of every recipe that comes with halfbyte, sorted by name."""
+    folder = Path(str(importlib.resources.files("halfbyte.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file that a path or a shipped name stands for.
+
+    Raises:
+        RecipeError: neither a file nor a shipped name; the line lists the names.
+    """
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    names = shipped()
+    if recipe in names:
+        return names[recipe]
+    raise RecipeError([f"{recipe}: no such recipe; give a YAML file or one of {', '.join(names)}"])
+
+
+def resume_problems(old: Recipe, new: Recipe) -> list[str]:
+    """What keeps an existing run from continuing under a changed recipe, one line per key.
+
+    Args:
+        old: The recipe in the run folder.
+        new: The recipe asked for now.
+    """
+    before = dict(leaves(old))
+    return [
+        f"{key} = {value}: the run at {old.run.dir} has {before[key]}; keep that value or choose a new run.dir"
+        for key, value in leaves(new)
+        if value != before[key] and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+    ]

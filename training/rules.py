@@ -1,0 +1,192 @@
+"""Whether a recipe's values make sense together, before any process starts. Pure and torch-free; a line per problem."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.training.config import GateRule, Method, Recipe
+from halfbyte.training.errors import RecipeError
+from halfbyte.training.model_rules import model_problems
+from halfbyte.training.shape import ModelShape, read_shape
+
+FETCHABLE = ("smollm2", "tiny")
+
+POSITIVE = (
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.data",
+    "train.global_batch",
+    "train.micro_batch",
+    "train.sequence_length",
+    "train.learning_rate",
+    "train.eps",
+    "quantize.calibration_length",
+    "distill.temperature",
+    "checkpoint.keep",
+    "evaluate.tokens_per_batch",
+    "gate.perplexity_ratio",
+    "export.shard_gb",
+    "launch.gpus_per_node",
+)
+NOT_NEGATIVE = (
+    "train.seed",
+    "train.warmup_steps",
+    "train.min_learning_rate",
+    "train.weight_decay",
+    "train.clip_grad",
+    "checkpoint.every_steps",
+    "evaluate.kl_positions",
+    "gate.threshold_pp",
+    "verify.items",
+    "launch.port",
+)
+FRACTIONS = ("train.beta1", "train.beta2", "gate.confidence")
+
+
+def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
+    """Everything that would stop the run later, as `field = value: what is wrong; remedy`.
+
+    Args:
+        recipe: A type-correct recipe.
+        need_weights: Whether the weights and tokenizer must already be at model.path.
+
+    Returns:
+        One line per problem; empty for a recipe that can run.
+    """
+    shape, found = find_shape(recipe)
+    found += [*_numbers(recipe), *_steps(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
+    if shape is not None:
+        found += model_problems(recipe, shape)
+    if need_weights:
+        found += _weights(recipe)
+    return found
+
+
+def find_shape(recipe: Recipe) -> tuple[ModelShape | None, list[str]]:
+    """The model's sizes from model.path, else from model.config; (None, reasons) if neither can be read."""
+    if not recipe.model.path:
+        return None, []  # reported as missing
+    config = Path(recipe.model.path) / "config.json"
+    if not config.is_file():
+        if recipe.model.config is None:
+            remedy = "give a Hugging Face directory, or a config.json to plan with as model.config"
+            return None, [f"model.path = {recipe.model.path}: holds no config.json; {remedy}"]
+        config = Path(recipe.model.config)
+    try:
+        return read_shape(config), []
+    except RecipeError as error:
+        return None, list(error.problems)
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every field of nested dataclasses; the list of tasks is one leaf."""
+    for item in fields(node):
+        value = getattr(node, item.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def _numbers(recipe: Recipe) -> Iterator[str]:
+    values = dict(leaves(recipe))
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} = {value}: not finite; give a number"
+        elif value is not None and key in POSITIVE and value <= 0:
+            yield f"{key} = {value}: must be positive; give {'at least 1' if isinstance(value, int) else 'a number above 0'}"
+        elif value is not None and key in NOT_NEGATIVE and value < 0:
+            yield f"{key} = {value}: must not be negative; give 0 or more"
+        elif key in FRACTIONS and not 0 < value < 1:
+            yield f"{key} = {value}: must lie between 0 and 1; the default is {dict(leaves(Recipe()))[key]}"
+    if recipe.launch.port > 65535:
+        yield f"launch.port = {recipe.launch.port}: ports end at 65535; 0 picks a free one"
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", recipe.launch.time):
+        yield f"launch.time = {recipe.launch.time}: not a Slurm time limit; write hours:minutes:seconds"
+
+
+def _steps(recipe: Recipe) -> Iterator[str]:
+    train, quantize = recipe.train, recipe.quantize
+    if recipe.method != Method.ptq:
+        if train.steps < 1:
+            yield f"train.steps = {train.steps}: method {recipe.method} trains; give at least 1, or method=ptq"
+        if train.warmup_steps > train.steps > 0:
+            yield (
+                f"train.warmup_steps = {train.warmup_steps}: longer than train.steps = {train.steps}; "
+                f"give at most {train.steps}"
+            )
+        if train.min_learning_rate > train.learning_rate > 0:
+            yield (
+                f"train.min_learning_rate = {train.min_learning_rate}: above train.learning_rate = "
+                f"{train.learning_rate}; lower it"
+            )
+    if recipe.method != Method.bf16 and quantize.calibration_samples < 1:
+        yield (
+            f"quantize.calibration_samples = {quantize.calibration_samples}: nothing to calibrate with; "
+            "give at least 1 (512 is the default)"
+        )
+    per_pass = train.micro_batch * recipe.parallel.data
+    if per_pass > 0 and train.global_batch % per_pass:
+        yield (
+            f"train.global_batch = {train.global_batch}: not a multiple of train.micro_batch x parallel.data = "
+            f"{per_pass}; give a multiple of {per_pass}"
+        )
+
+
+def _files(recipe: Recipe) -> Iterator[str]:
+    if recipe.model.fetch not in (None, *FETCHABLE):
+        yield f"model.fetch = {recipe.model.fetch}: unknown; use one of {', '.join(FETCHABLE)}"
+    train, calibration = recipe.data.train, recipe.quantize.calibration_data
+    if recipe.method != Method.ptq and not train:
+        yield f"data.train = null: method {recipe.method} trains; give a JSONL file"
+    elif recipe.method == Method.ptq and not train and not calibration:
+        yield "quantize.calibration_data = null: calibration needs text; give a JSONL file here or as data.train"
+    files = {"data.train": train, "quantize.calibration_data": calibration}
+    files |= {f"evaluate.tasks.{i}.data": task.data for i, task in enumerate(recipe.evaluate.tasks)}
+    for key, path in files.items():
+        if path and not Path(path).is_file():
+            yield f"{key} = {path}: no such file; give a JSONL or JSONL.gz file"
+
+
+def _tasks(recipe: Recipe) -> Iterator[str]:
+    tasks = recipe.evaluate.tasks
+    if not tasks and recipe.method != Method.bf16:
+        yield "evaluate.tasks = []: the gate would have nothing to judge; give at least one task"
+    names = [task.name for task in tasks]
+    for i, task in enumerate(tasks):
+        key = f"evaluate.tasks.{i}"
+        if names.index(task.name) < i:
+            yield f"{key}.name = {task.name}: used twice; give every task its own name"
+        elif not re.fullmatch(r"[\w-]+", task.name) and task.name:
+            yield f"{key}.name = {task.name}: becomes a file name; use letters, digits, _ and -"
+        if task.first < 0:
+            yield f"{key}.first = {task.first}: must not be negative; 0 starts at the first item"
+        for field, value, least in (("limit", task.limit, 1), ("max_tokens", task.max_tokens, 2)):
+            if value is not None and value < least:
+                yield f"{key}.{field} = {value}: scores nothing; give at least {least}, or null for all"
+
+
+def _gate(recipe: Recipe) -> Iterator[str]:
+    if recipe.gate.rule == GateRule.better_than_ptq and recipe.method == Method.ptq:
+        yield "gate.rule = better_than_ptq: method ptq is compared with itself; set gate.rule=bf16"
+
+
+def can_skip_fetch(recipe: Recipe) -> bool:
+    """Whether something is at model.path already; `model.fetch` never writes over it."""
+    folder = Path(recipe.model.path)
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _weights(recipe: Recipe) -> Iterator[str]:
+    model, folder = recipe.model, Path(recipe.model.path)
+    if not model.path or (model.fetch and not can_skip_fetch(recipe)):
+        return  # reported as missing, or about to be fetched
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        remedy = f"run `halfbyte fetch {model.fetch} {folder}`" if model.fetch else "put the Hugging Face files there"
+        yield f"model.path = {folder}: {', '.join(missing)} missing; {remedy}"
