@@ -46,7 +46,8 @@ def input_scale(weight: HFWeight, quantize: Quantize) -> Tensor:
     amax = _amax(weight, "input_amax")
     if amax == 0:
         raise UserError(
-            f"{weight.name}: its input was zero on all calibration data; add {module_name(weight.name)} to quantize.exclude"
+            f"{weight.name}: its input was zero on all calibration data; "
+            f"add {module_name(weight.name)} to quantize.exclude"
         )
     return numerics.second_scale(amax, quantize.scale_2)
 

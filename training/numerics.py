@@ -112,7 +112,8 @@ def mxfp4_fake(x: Tensor) -> Tensor:
     """Round to MXFP4 and back.
 
     The exponent is the smallest k with amax <= 6 * 2^k (RCEIL), so nothing in range saturates; k is clamped to
-    [-127, 125], so that finite input stays finite.
+    [-127, 125], so that finite input stays finite. Idempotent; but a block whose maximum was rounded down to 3 * 2^k may
+    be encoded with the exponent below the second time (same values, other bytes).
 
     Args:
         x: [..., K] float32, bfloat16, float16 or float64; K a multiple of 32.
