@@ -1,0 +1,230 @@
+"""Start the processes of one run on this machine, pass signals on to them, and turn their end into one exit code.
+
+torchrun's agent (torch.distributed.launcher) starts and watches the workers. What it does on Ctrl-C is replaced: it
+would stop them before they have saved. Inside torchrun or srun this process already is a worker: nothing is started.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from halfbyte.training.config import Recipe
+from halfbyte.training.errors import FAILED, OK, UserError
+
+RESOLVED = "resolved.yaml"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TOGETHER_S = 2
+"""Workers that end within this many seconds of the first one ended of the same cause."""
+
+
+def inside_launcher() -> bool:
+    """Whether torchrun or a multi-task srun started this process."""
+    return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1)
+
+
+def is_first() -> bool:
+    """Whether this is the process that prepares the run folder: rank 0, or the only one so far."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if inside_launcher() else "0") == "0"
+
+
+def launch(
+    recipe: Recipe, stages: Sequence[str], *, allow_failed_gate: bool = False, entry: Sequence[str] | None = None
+) -> int:
+    """Run stages in all processes of the layout.
+
+    Args:
+        recipe: Resolved recipe; <run.dir>/resolved.yaml holds it.
+        stages: Stage names of pipeline.STAGES.
+        allow_failed_gate: Export even if the gate fails.
+        entry: Command of one worker, for tests; none means launch/pipeline.py.
+
+    Returns:
+        0, or the exit code of a worker that had nothing to say (3: gate failed, 4: inconclusive).
+
+    Raises:
+        UserError: the earliest message that a worker left in <run.dir>/errors, or how it was killed, with its code; a
+            taken launch.port.
+    """
+    folder = Path(recipe.run.dir)
+    arguments = [str(folder / RESOLVED), *stages, *(["--allow-failed-gate"] if allow_failed_gate else [])]
+    if inside_launcher():
+        return _in_process(folder, arguments)
+    clear_errors(folder)
+    _check_port(recipe.launch.port)
+    command = [*(entry or [sys.executable, "-m", "halfbyte.launch.pipeline"]), *arguments]
+    return _supervise(recipe.world_size, recipe.launch.port, command, folder)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this worker when its launcher dies, so that kill -9 on `halfbyte run` leaves nothing behind.
+
+    A worker in a session of its own would otherwise train on, into the folder of the run that resumes it.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def clear_errors(folder: Path) -> None:
+    """Remove what workers of an earlier start reported."""
+    for path in (folder / "errors").glob("rank*"):
+        path.unlink()
+
+
+def reported(folder: Path) -> dict[int, dict[str, Any]]:
+    """Rank -> {"time", "message", "code"} of every worker that reported its end."""
+    reports = {}
+    for path in (folder / "errors").glob("rank*.json"):
+        reports[int(path.stem.removeprefix("rank"))] = json.loads(path.read_text())
+    return reports
+
+
+def _in_process(folder: Path, arguments: list[str]) -> int:
+    from halfbyte.launch.pipeline import worker
+
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    own = folder / "errors" / f"rank{rank}.json"
+    own.unlink(missing_ok=True)
+    code = worker(arguments)
+    reports = reported(folder) if own.exists() else {}
+    # Every rank reads the same files and only the first to fail speaks, so that the job's log shows one line.
+    if reports and min(reports, key=lambda r: reports[r]["time"]) == rank and reports[rank]["message"]:
+        raise UserError(reports[rank]["message"], reports[rank]["code"])
+    return code
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            reason = f"cannot be used on this machine ({error.strerror})"
+            raise UserError(f"launch.port = {port}: {reason}; choose another, or 0 for a free one") from error
+
+
+def _supervise(world: int, port: int, command: list[str], folder: Path) -> int:
+    # A C++ warning about each address that localhost does not resolve to; errors still show.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world)))
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world,
+        run_id=f"halfbyte-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"localhost:{port}",
+        local_addr="localhost",
+        max_restarts=0,
+        signals_to_handle="SIGQUIT",  # ours are the others
+    )
+    with _forwarded_signals() as received, _quiet():
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+            return OK
+        except ChildFailedError as error:
+            failures = {rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
+        except SignalException as error:
+            raise UserError(f"stopped by {error.sigval.name}: the workers were stopped without saving") from None
+        except RendezvousError as error:
+            reason = f"{error}".splitlines()[0]
+            raise UserError(f"launch.port = {port}: rendezvous failed ({reason}); choose another port") from None
+    return _explain(failures, reported(folder), received)
+
+
+def _explain(
+    failures: Mapping[int, tuple[int, float]], reports: Mapping[int, dict[str, Any]], received: list[str]
+) -> int:
+    """One cause out of many dead workers.
+
+    Args:
+        failures: Rank -> (exit code, negative for a signal; time of death, whole seconds since 1970).
+        reports: What workers left in the errors folder.
+        received: Names of the signals that were passed on.
+
+    Returns:
+        The first dead worker's exit code, if it had nothing to say.
+
+    Raises:
+        UserError: the cause, with its exit code.
+    """
+    first_time = min(at for _, at in failures.values())
+    first = [rank for rank, (_, at) in failures.items() if at <= first_time + TOGETHER_S]
+    # A worker killed from outside leaves no report, but its peers soon report a lost connection: blame the victim.
+    asked = {-signal.SIGTERM, -signal.SIGINT}
+    killed = [r for r in first if failures[r][0] < 0 and failures[r][0] not in asked and r not in reports]
+    if killed and not received:
+        name = signal.Signals(-failures[killed[0]][0]).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        raise UserError(f"rank {killed[0]} was killed by {name}{hint}: resume with the same command")
+    if reports:
+        report = min(reports.values(), key=lambda item: item["time"])
+        if report["message"]:
+            raise UserError(report["message"], report["code"])
+        return report["code"]
+    if len(received) > 1:
+        raise UserError(f"killed by a second {received[1]}: the newest complete checkpoint stands")
+    if received:
+        raise UserError(f"stopped by {received[0]}: finished stages are kept, the running one is not saved")
+    code = failures[first[0]][0]
+    if code == FAILED or code < 0:
+        raise UserError(f"rank {first[0]} ended with code {code} and left no message: its output is above")
+    return code
+
+
+@contextmanager
+def _forwarded_signals() -> Iterator[list[str]]:
+    """Pass the first SIGINT, SIGTERM or SIGHUP on to the workers, which save and end by themselves; the next kills them.
+
+    Workers live in sessions of their own, so a Ctrl-C on the terminal reaches them only through here.
+    """
+    import psutil
+
+    received: list[str] = []
+    this = psutil.Process()
+
+    def handle(number: int, _frame: object) -> None:
+        name = signal.Signals(number).name
+        workers = this.children()
+        if not workers:
+            raise UserError(f"stopped by {name} before the workers started")
+        received.append(name)
+        # A closed terminal asks for the same as SIGTERM does, and workers need not know a third signal.
+        passed = signal.SIGTERM if number == signal.SIGHUP else number
+        for process in workers:
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it may just have ended
+                if len(received) == 1:
+                    process.send_signal(passed)
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)  # the group, so that its checkpoint writers end too
+        if len(received) == 1:
+            print(f"{name}: waiting for the workers to save; once more kills them", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the agent's own logging off the screen: each worker already says what went wrong, in one line."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
