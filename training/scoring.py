@@ -1,0 +1,216 @@
+"""Scores: what a model made of each evaluation item, one line per item, kept for the gate.
+
+Shapes: B = rows of a batch, S = padded length in tokens, V = vocabulary, T = scored tokens and P = KL positions of an
+item.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.training.config import Task, TaskKind
+from halfbyte.training.errors import UserError
+from halfbyte.training.jsonl import read_jsonl
+
+
+@dataclass(frozen=True)
+class Item:
+    """One evaluation item.
+
+    Attributes:
+        index: 0-based place of its record in the file.
+        tokens: Everything the model reads, the scored tokens last.
+        first_target: Index into `tokens` of the first scored token; at least 1.
+        bytes: UTF-8 bytes of the scored text.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    first_target: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model made of one item.
+
+    Attributes:
+        item: Item.index.
+        loglikelihood: Sum over the scored tokens, nats.
+        tokens: Scored tokens.
+        bytes: Scored bytes.
+        correct: Whether every scored token is the model's first choice.
+        kl: Mean over the KL positions of KL(reference || this), nats; None without a reference.
+        agreement: Share of the KL positions where both models have the same first choice; None without a reference.
+    """
+
+    item: int
+    loglikelihood: float
+    tokens: int
+    bytes: int
+    correct: bool
+    kl: float | None = None
+    agreement: float | None = None
+
+
+def kl_rows(item: Item, kl_positions: int) -> list[int]:
+    """Which of an item's scored tokens (counted from 0) are compared with the reference model.
+
+    Args:
+        item: The item, with T scored tokens.
+        kl_positions: At most this many.
+
+    Returns:
+        min(T, kl_positions) increasing positions, each in the middle of an equal share of the T tokens.
+    """
+    scored = len(item.tokens) - item.first_target
+    count = min(scored, kl_positions)
+    return [(2 * i + 1) * scored // (2 * count) for i in range(count)]
+
+
+def _scored_logits(logits_BSV: torch.Tensor, row: int, item: Item) -> torch.Tensor:
+    """FP32 [T, V]: the logits that predict the scored tokens stand one position before them."""
+    return logits_BSV[row, item.first_target - 1 : len(item.tokens) - 1].float()
+
+
+def reference_rows(logits_BSV: torch.Tensor, batch: Sequence[Item], kl_positions: int) -> dict[int, torch.Tensor]:
+    """The reference model's distributions at the KL positions, as small as they can be kept.
+
+    Args:
+        logits_BSV: Float [B, S, V] of `pad(batch, ...)`.
+        batch: The items.
+        kl_positions: As in `kl_rows`.
+
+    Returns:
+        {Item.index: FP16 [P, V] on the CPU}, each row shifted to maximum 0: FP16 is finest near 0, so the likely tokens
+        keep the most digits and the first choice stays the first choice. `score_batch` normalises.
+    """
+    rows = {}
+    for row, item in enumerate(batch):
+        logits = _scored_logits(logits_BSV, row, item)[kl_rows(item, kl_positions)]
+        rows[item.index] = (logits - logits.amax(dim=-1, keepdim=True)).half().cpu()
+    return rows
+
+
+def score_batch(
+    logits_BSV: torch.Tensor,
+    batch: Sequence[Item],
+    *,
+    reference: dict[int, torch.Tensor] | None,
+    kl_positions: int,
+) -> list[Score]:
+    """Score items from logits; softmax in FP32, on one item's scored rows at a time.
+
+    Args:
+        logits_BSV: Float [B, S, V] of `pad(batch, ...)`.
+        batch: The items.
+        reference: {Item.index: FP16 [P, V]} from `reference_rows` with the same kl_positions, or None.
+        kl_positions: As in `kl_rows`; 0 means no KL.
+
+    Returns:
+        One Score per item, in the batch's order.
+
+    Raises:
+        UserError: the reference lacks an item or was made with other kl_positions or another vocabulary.
+    """
+    scores = []
+    for row, item in enumerate(batch):
+        logprobs_TV = _scored_logits(logits_BSV, row, item).log_softmax(dim=-1)
+        targets = torch.tensor(item.tokens[item.first_target :], device=logits_BSV.device)
+        picked = logprobs_TV.gather(-1, targets[:, None])
+        correct = bool((logprobs_TV.argmax(dim=-1) == targets).all())
+        kl = agreement = None
+        if reference is not None and kl_positions:
+            kl, agreement = _compare(logprobs_TV[kl_rows(item, kl_positions)], reference, item)
+        total = float(picked.double().sum())
+        scores.append(Score(item.index, total, len(targets), item.bytes, correct, kl, agreement))
+    return scores
+
+
+def _compare(logprobs_PV: torch.Tensor, reference: dict[int, torch.Tensor], item: Item) -> tuple[float, float]:
+    rows = reference.get(item.index)
+    if rows is None or rows.shape != logprobs_PV.shape:
+        kept = "missing" if rows is None else f"of shape {tuple(rows.shape)}, not {tuple(logprobs_PV.shape)}"
+        raise UserError(f"item {item.index}: its BF16 reference is {kept}; evaluate stage bf16 again")
+    expected = rows.to(logprobs_PV.device).float().log_softmax(dim=-1)
+    kl = (expected.exp() * (expected - logprobs_PV)).double().sum(dim=-1).mean()
+    agreement = (expected.argmax(dim=-1) == logprobs_PV.argmax(dim=-1)).double().mean()
+    return float(kl), float(agreement)
+
+
+def summarize(task: Task, scores: Sequence[Score]) -> dict[str, float]:
+    """A task's metrics from its items.
+
+    Args:
+        task: Decides the metrics.
+        scores: One per item.
+
+    Returns:
+        n (items), perplexity, bits_per_byte; continuation tasks: accuracy in 0..1. perplexity is exp of the mean
+        negative log-likelihood per item for continuation tasks (as LAMBADA reports it) and per token for texts.
+        With a reference: kl (nats) and agreement (0..1), means over items.
+
+    Raises:
+        UserError: no items, or a score that is not finite.
+    """
+    if not scores:
+        raise UserError(f"task {task.name}: no scores; a task without items cannot be judged")
+    for score in scores:
+        values = [score.loglikelihood, score.kl or 0.0, score.agreement or 0.0]
+        if not all(math.isfinite(value) for value in values):
+            raise UserError(
+                f"task {task.name}: item {score.item} has loglikelihood {score.loglikelihood} and kl {score.kl}: the "
+                "model gives non-finite logits; lower train.learning_rate or check the weights"
+            )
+    total = math.fsum(score.loglikelihood for score in scores)
+    metrics: dict[str, float] = {"n": len(scores)}
+    if task.kind == TaskKind.continuation:
+        metrics["accuracy"] = sum(score.correct for score in scores) / len(scores)
+        metrics["perplexity"] = _exp(-total / len(scores))
+    else:
+        metrics["perplexity"] = _exp(-total / sum(score.tokens for score in scores))
+    metrics["bits_per_byte"] = -total / math.log(2) / sum(score.bytes for score in scores)
+    compared = [score for score in scores if score.kl is not None]
+    if compared:
+        if len(compared) < len(scores):
+            raise UserError(f"task {task.name}: only {len(compared)} of {len(scores)} items were compared with BF16")
+        metrics["kl"] = math.fsum(score.kl or 0.0 for score in compared) / len(compared)
+        metrics["agreement"] = math.fsum(score.agreement or 0.0 for score in compared) / len(compared)
+    return metrics
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # beyond FP64, which JSON could not hold; e^700 says the same
+
+
+def write_scores(path: Path, scores: Sequence[Score]) -> None:
+    """One JSON object per line and item, floats with all their digits.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(json.dumps(asdict(score), allow_nan=False) + "\n" for score in scores))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another run.dir"
+        ) from error
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """The lines of `write_scores`, as dicts with the fields of Score.
+
+    Raises:
+        UserError: the file is missing, damaged or empty.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: not there; run the evaluation first (halfbyte evaluate RUN_DIR)")
+    return [record for _, record in read_jsonl(path)]
