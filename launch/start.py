@@ -54,13 +54,46 @@ def launch(
             taken launch.port.
     """
     folder = Path(recipe.run.dir)
-    arguments = [str(folder / RESOLVED), *stages, *(["--allow-failed-gate"] if allow_failed_gate else [])]
     if inside_launcher():
-        return _in_process(folder, arguments)
+        return run_here(recipe, stages, allow_failed_gate=allow_failed_gate)
     clear_errors(folder)
     _check_port(recipe.launch.port)
-    command = [*(entry or [sys.executable, "-m", "halfbyte.launch.pipeline"]), *arguments]
+    command = [*(entry or [sys.executable, "-m", "halfbyte.launch.pipeline"])]
+    command += _arguments(recipe, stages, allow_failed_gate)
     return _supervise(recipe.world_size, recipe.launch.port, command, folder)
+
+
+def run_here(recipe: Recipe, stages: Sequence[str], *, allow_failed_gate: bool = False) -> int:
+    """Run stages in this process: as one worker of torchrun or srun, or alone for stages that only read files.
+
+    Args:
+        recipe: Resolved recipe; <run.dir>/resolved.yaml holds it.
+        stages: Stage names of pipeline.STAGES.
+        allow_failed_gate: Export even if the gate fails.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: why this process failed, unless another of the run failed earlier and speaks for all.
+    """
+    from halfbyte.launch.pipeline import worker
+
+    folder = Path(recipe.run.dir)
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    own = folder / "errors" / f"rank{rank}.json"
+    own.unlink(missing_ok=True)
+    code = worker(_arguments(recipe, stages, allow_failed_gate))
+    reports = reported(folder) if own.exists() else {}
+    if reports and min(reports, key=lambda r: reports[r]["time"]) == rank and reports[rank]["message"]:
+        raise UserError(reports[rank]["message"], reports[rank]["code"])
+    return code
+
+
+def _arguments(recipe: Recipe, stages: Sequence[str], allow_failed_gate: bool) -> list[str]:
+    """A worker's command line after the module's name."""
+    resolved = str(Path(recipe.run.dir) / RESOLVED)
+    return [resolved, *stages, *(["--allow-failed-gate"] if allow_failed_gate else [])]
 
 
 def die_with_parent() -> None:
@@ -83,20 +116,6 @@ def reported(folder: Path) -> dict[int, dict[str, Any]]:
     for path in (folder / "errors").glob("rank*.json"):
         reports[int(path.stem.removeprefix("rank"))] = json.loads(path.read_text())
     return reports
-
-
-def _in_process(folder: Path, arguments: list[str]) -> int:
-    from halfbyte.launch.pipeline import worker
-
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    own = folder / "errors" / f"rank{rank}.json"
-    own.unlink(missing_ok=True)
-    code = worker(arguments)
-    reports = reported(folder) if own.exists() else {}
-    # Every rank reads the same files and only the first to fail speaks, so that the job's log shows one line.
-    if reports and min(reports, key=lambda r: reports[r]["time"]) == rank and reports[rank]["message"]:
-        raise UserError(reports[rank]["message"], reports[rank]["code"])
-    return code
 
 
 def _check_port(port: int) -> None:
@@ -186,7 +205,7 @@ def _explain(
 
 @contextmanager
 def _forwarded_signals() -> Iterator[list[str]]:
-    """Pass the first SIGINT, SIGTERM or SIGHUP on to the workers, which save and end by themselves; the next kills them.
+    """Pass the first SIGINT, SIGTERM or SIGHUP on to the workers, which save and end by themselves; a second one kills.
 
     Workers live in sessions of their own, so a Ctrl-C on the terminal reaches them only through here.
     """

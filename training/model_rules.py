@@ -71,7 +71,8 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
                 "exclude the layer with quantize.exclude or choose another format or layout"
             )
     if recipe.method != Method.bf16 and not planned:
-        yield f"quantize.exclude = [{', '.join(quantize.exclude)}]: leaves no layer to quantize; use method=bf16 for a control run"
+        patterns = ", ".join(quantize.exclude)
+        yield f"quantize.exclude = [{patterns}]: leaves nothing to quantize; method=bf16 is the control"
 
 
 def _patterns(recipe: Recipe, shape: ModelShape) -> Iterator[str]:

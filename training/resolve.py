@@ -5,6 +5,7 @@ rules.py and model_rules.py check that the values make sense together. Nothing h
 """
 
 import importlib.resources
+import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -84,12 +85,14 @@ def save(recipe: Recipe, path: str | Path) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    path, text = Path(path), OmegaConf.to_yaml(OmegaConf.structured(recipe))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
-        temporary.replace(path)
+        # A name of its own: under srun every process writes this file.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            file.write(text)
+        Path(file.name).chmod(0o644)
+        Path(file.name).replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another run.dir") from error
 

@@ -97,7 +97,8 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key} = {value}: not finite; give a number"
         elif value is not None and key in POSITIVE and value <= 0:
-            yield f"{key} = {value}: must be positive; give {'at least 1' if isinstance(value, int) else 'a number above 0'}"
+            least = "at least 1" if isinstance(value, int) else "a number above 0"
+            yield f"{key} = {value}: must be positive; give {least}"
         elif value is not None and key in NOT_NEGATIVE and value < 0:
             yield f"{key} = {value}: must not be negative; give 0 or more"
         elif key in FRACTIONS and not 0 < value < 1:
@@ -174,19 +175,25 @@ def _gate(recipe: Recipe) -> Iterator[str]:
         yield "gate.rule = better_than_ptq: method ptq is compared with itself; set gate.rule=bf16"
 
 
-def can_skip_fetch(recipe: Recipe) -> bool:
-    """Whether something is at model.path already; `model.fetch` never writes over it."""
+def must_fetch(recipe: Recipe) -> bool:
+    """Whether model.fetch has to make the model first: it is set, and nothing is at model.path."""
     folder = Path(recipe.model.path)
-    return folder.is_dir() and any(folder.iterdir())
+    return recipe.model.fetch is not None and not (folder.is_dir() and any(folder.iterdir()))
+
+
+def missing_weights(recipe: Recipe) -> list[str]:
+    """What of a Hugging Face model is not at model.path: config.json, tokenizer.json, *.safetensors."""
+    folder = Path(recipe.model.path)
+    return [name for name in ("config.json", "tokenizer.json", "*.safetensors") if not any(folder.glob(name))]
 
 
 def _weights(recipe: Recipe) -> Iterator[str]:
-    model, folder = recipe.model, Path(recipe.model.path)
-    if not model.path or (model.fetch and not can_skip_fetch(recipe)):
+    model = recipe.model
+    if not model.path or must_fetch(recipe):
         return  # reported as missing, or about to be fetched
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if not any(folder.glob("*.safetensors")):
-        missing.append("*.safetensors")
+    missing = missing_weights(recipe)
     if missing:
-        remedy = f"run `halfbyte fetch {model.fetch} {folder}`" if model.fetch else "put the Hugging Face files there"
-        yield f"model.path = {folder}: {', '.join(missing)} missing; {remedy}"
+        here = (
+            f"`halfbyte fetch {model.fetch} DIR` makes a new one" if model.fetch else "put the Hugging Face files there"
+        )
+        yield f"model.path = {model.path}: lacks {', '.join(missing)}; {here}"

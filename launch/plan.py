@@ -1,0 +1,224 @@
+"""What a recipe would do, on paper: layout, tokens, layers, sizes, memory. Torch-free."""
+
+from collections import Counter
+from pathlib import Path
+
+from halfbyte.training.config import BLOCK, Format, GateRule, Method, Recipe, Task
+from halfbyte.training.rules import missing_weights, must_fetch
+from halfbyte.training.shape import ROW_PARALLEL, ModelShape, linear_sizes, planned_linears
+
+FORMAT_WORDS = {
+    Format.nvfp4: "weights and activations",
+    Format.w4a16_nvfp4: "weights only",
+    Format.mxfp4: "weights and activations",
+}
+SCALARS = {Format.nvfp4: 2, Format.w4a16_nvfp4: 1, Format.mxfp4: 0}
+"""FP32 scalars per exported linear: weight_scale_2 and, for quantized activations, input_scale."""
+
+
+def plan_text(recipe: Recipe, shape: ModelShape) -> str:
+    """The plan that `halfbyte check` prints.
+
+    Args:
+        recipe: Resolved recipe.
+        shape: The model's sizes.
+
+    Returns:
+        At most 50 lines of `heading  text`.
+    """
+    sections = [
+        ("recipe", [recipe.run.name, *([recipe.description] if recipe.description else [])]),
+        ("model", _model(recipe, shape)),
+        ("layout", _layout(recipe)),
+        ("training", _training(recipe)),
+        ("quantize", _quantize(recipe, shape)),
+        ("size", _size(recipe, shape)),
+        ("memory", _memory(recipe, shape)),
+        ("evaluate", [_task(task, recipe) for task in recipe.evaluate.tasks] or ["nothing"]),
+        ("gate", [_gate(recipe)]),
+        ("results", [_results(recipe)]),
+    ]
+    return "\n".join(
+        f"{heading if i == 0 else '':<10}{line}" for heading, lines in sections for i, line in enumerate(lines)
+    )
+
+
+def export_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of the exported tensors, exactly: headers and the JSON files beside them are not counted.
+
+    A linear [N, K] in FP4 takes N*K/2 bytes of codes, N*K/block bytes of block scales and its FP32 scalars (the layout
+    of a ModelOpt checkpoint); every other parameter takes two bytes.
+    """
+    planned, sizes = planned_linears(shape, recipe), linear_sizes(shape)
+    total = 2 * shape.parameters
+    for name, fp4 in planned.items():
+        n, k = sizes[name]
+        total += n * k // 2 + n * k // BLOCK[fp4] + 4 * SCALARS[fp4] - 2 * n * k
+    return total
+
+
+def memory_per_rank(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
+    """Rough peak bytes of the fullest process while training on GPUs in BF16; in FP32 on a CPU, about twice as much.
+
+    With P parameters on one rank (the layers of its stage, the embedding on the first, lm_head on the last one):
+    weights 2 P; gradients 4 P, accumulated in FP32; optimizer 12 P (FP32 master, two Adam moments), divided by the
+    data-parallel ranks under the distributed optimizer. Activations per layer and micro-batch are 34 s b h bytes
+    without the attention scores (arXiv 2205.05198, section 4), of which tensor parallelism divides 24 and sequence
+    parallelism all; stage i of p holds p - i micro-batches. Recomputation keeps 2 s b h per layer and one whole layer.
+    The last stage holds logits and their gradient in FP32, 8 s b v. QAD adds the teacher's weights and logits. Fake
+    quantization holds one layer's rounded weights.
+
+    Returns:
+        Part -> bytes, of the stage with the largest sum.
+    """
+    pipeline = recipe.parallel.pipeline
+    stages = [_stage_memory(recipe, shape, stage) for stage in {0, pipeline - 1}]
+    return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def _stage_memory(recipe: Recipe, shape: ModelShape, stage: int) -> dict[str, float]:
+    layout, train = recipe.parallel, recipe.train
+    last = stage == layout.pipeline - 1
+    layers = shape.layers / layout.pipeline
+    per_layer = sum(n * k for n, k in linear_sizes(shape).values()) / shape.layers
+    tables = 2 if stage == 0 and last and not shape.tied else int(stage == 0 or last)
+    held = (layers * per_layer + tables * shape.vocab * shape.hidden) / layout.tensor
+    tokens = train.sequence_length * train.micro_batch
+    split = layout.tensor if layout.sequence else 1
+    layer = tokens * shape.hidden * (10 / split + 24 / layout.tensor)
+    in_flight = min(layout.pipeline - stage, train.global_batch // (train.micro_batch * layout.data))
+    kept = 2 * tokens * shape.hidden / split if train.recompute else layer
+    logits = 8 * tokens * shape.vocab / layout.tensor if last else 0.0
+    parts = {
+        "weights": 2 * held,
+        "gradients": 4 * held,
+        "optimizer": 12 * held / (layout.data if train.distributed_optimizer else 1),
+        "activations": in_flight * layers * kept + (layer if train.recompute else 0.0),
+        "logits": logits,
+    }
+    if recipe.method == Method.qad:
+        parts["teacher"] = 2 * held + logits / 2
+    if recipe.method != Method.bf16:
+        parts["rounded weights"] = 2 * per_layer / layout.tensor
+    return parts
+
+
+def _model(recipe: Recipe, shape: ModelShape) -> list[str]:
+    lines = [_path(recipe.model.path)]
+    missing = missing_weights(recipe)
+    if "config.json" in missing:
+        lines[0] += f" (sizes from {_path(recipe.model.config or '')})"
+    if missing:
+        remedy = f"fetches {recipe.model.fetch} there" if must_fetch(recipe) else "will need them"
+        lines.append(f"note: {', '.join(missing)} not there yet; `halfbyte run` {remedy}")
+    rope = f", Llama-3 RoPE x{shape.rope_scaling_factor:g}" if shape.rope_scaling_factor else ""
+    lines.append(
+        f"{shape.parameters:,} parameters: {shape.layers} layers, hidden {shape.hidden}, ffn {shape.ffn}, "
+        f"{shape.heads} heads, {shape.kv_heads} key/value heads"
+    )
+    lines.append(f"vocabulary {shape.vocab}{', tied' if shape.tied else ''}, {shape.max_positions} positions{rope}")
+    return lines
+
+
+def _layout(recipe: Recipe) -> list[str]:
+    layout, per_node = recipe.parallel, recipe.launch.gpus_per_node
+    nodes = -(-recipe.world_size // per_node)
+    sequence = ", sequence parallel" if layout.sequence else ""
+    return [
+        f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {recipe.world_size} "
+        f"{_plural(recipe.world_size, 'process')} on {nodes} {_plural(nodes, 'node')} (launch.gpus_per_node {per_node}){sequence}"
+    ]
+
+
+def _training(recipe: Recipe) -> list[str]:
+    train = recipe.train
+    if recipe.method == Method.ptq:
+        return ["none: ptq only calibrates"]
+    per_step = train.global_batch * train.sequence_length
+    micro = train.global_batch // (train.micro_batch * recipe.parallel.data)
+    return [
+        f"{recipe.method}: {train.steps} steps of {train.global_batch} x {train.sequence_length} = {per_step:,} tokens; "
+        f"{train.steps * per_step:,} in all",
+        f"per rank and step: {micro} micro-{_plural(micro, 'batch')} of {train.micro_batch}",
+        f"learning rate {train.learning_rate:g} to {train.min_learning_rate:g}, {train.warmup_steps} steps of warmup, "
+        f"clip {train.clip_grad:g}, dtype {train.dtype}, seed {train.seed}",
+        f"text {_path(recipe.data.train or '')}",
+    ]
+
+
+def _quantize(recipe: Recipe, shape: ModelShape) -> list[str]:
+    quantize = recipe.quantize
+    if recipe.method == Method.bf16:
+        return ["nothing: the BF16 control"]
+    planned, sizes = planned_linears(shape, recipe), linear_sizes(shape)
+    kinds = Counter(name.split(".", 3)[3] for name in sizes)
+    chosen = Counter(name.split(".", 3)[3] for name in planned)
+    k_of = {name.split(".", 3)[3]: size for name, size in sizes.items()}
+    block = BLOCK[quantize.format]
+    second = "" if quantize.format == Format.mxfp4 else f", second-level scale {quantize.scale_2}"
+    length = quantize.calibration_length or recipe.train.sequence_length
+    left = len(sizes) - len(planned)
+    return [
+        f"{quantize.format}, {FORMAT_WORDS[quantize.format]}, block {block}{second}",
+        f"calibrated on {quantize.calibration_samples} windows of {length} tokens",
+        f"{'linear':<18}{'layers':>8}{'N':>8}{'K':>8}{'K per rank':>12}",
+        *(
+            f"{kind:<18}{f'{chosen[kind]}/{kinds[kind]}':>8}{k_of[kind][0]:>8}{k_of[kind][1]:>8}"
+            f"{_k_per_rank(kind, k_of[kind][1], recipe):>12}"
+            for kind in kinds
+        ),
+        f"{len(planned)} of {len(sizes)} linears; not quantized: {', '.join(quantize.exclude) or 'none'}"
+        + (f" ({left} linears)" if left else ""),
+    ]
+
+
+def _k_per_rank(kind: str, k: int, recipe: Recipe) -> int:
+    return k // recipe.parallel.tensor if kind in ROW_PARALLEL else k
+
+
+def _size(recipe: Recipe, shape: ModelShape) -> list[str]:
+    before, after = 2 * shape.parameters, export_bytes(recipe, shape)
+    return [f"{before:,} bytes in BF16, {after:,} bytes exported ({before / after:.2f} x smaller), without headers"]
+
+
+def _memory(recipe: Recipe, shape: ModelShape) -> list[str]:
+    parts = memory_per_rank(recipe, shape)
+    shown = ", ".join(f"{name} {_size_word(size)}" for name, size in parts.items() if size)
+    return [f"about {_size_word(sum(parts.values()))} per GPU in BF16: {shown}"]
+
+
+def _task(task: Task, recipe: Recipe) -> str:
+    items = "all items" if task.limit is None else f"{task.limit} items"
+    first = f" from item {task.first}" if task.first else ""
+    tokens = f", {task.max_tokens or recipe.train.sequence_length} tokens each" if task.kind == "text" else ""
+    return f"{task.name}: {task.kind}, {items}{first}{tokens}"
+
+
+def _gate(recipe: Recipe) -> str:
+    gate = recipe.gate
+    if recipe.method == Method.bf16:
+        return "none: the control ships nothing"
+    limits = (
+        f"within {gate.threshold_pp:g} pp of BF16 and perplexity x{gate.perplexity_ratio:g}, "
+        f"{gate.confidence:.0%} confidence"
+    )
+    return limits if gate.rule == GateRule.bf16 else f"better than PTQ on every task (shown beside it: {limits})"
+
+
+def _results(recipe: Recipe) -> str:
+    there = (Path(recipe.run.dir) / "resolved.yaml").exists()
+    return recipe.run.dir + (" (there already: `halfbyte run` resumes it)" if there else "")
+
+
+def _path(path: str) -> str:
+    """A path below the working directory without its prefix."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else word + ("es" if word.endswith(("s", "ch")) else "s")
+
+
+def _size_word(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
