@@ -126,7 +126,8 @@ def _layout(recipe: Recipe) -> list[str]:
     sequence = ", sequence parallel" if layout.sequence else ""
     return [
         f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {recipe.world_size} "
-        f"{_plural(recipe.world_size, 'process')} on {nodes} {_plural(nodes, 'node')} (launch.gpus_per_node {per_node}){sequence}"
+        f"{_plural(recipe.world_size, 'process')} on {nodes} {_plural(nodes, 'node')} (launch.gpus_per_node {per_node})"
+        f"{sequence}"
     ]
 
 
@@ -137,8 +138,8 @@ def _training(recipe: Recipe) -> list[str]:
     per_step = train.global_batch * train.sequence_length
     micro = train.global_batch // (train.micro_batch * recipe.parallel.data)
     return [
-        f"{recipe.method}: {train.steps} steps of {train.global_batch} x {train.sequence_length} = {per_step:,} tokens; "
-        f"{train.steps * per_step:,} in all",
+        f"{recipe.method}: {train.steps} steps of {train.global_batch} x {train.sequence_length} = {per_step:,} "
+        f"tokens each, {train.steps * per_step:,} in all",
         f"per rank and step: {micro} micro-{_plural(micro, 'batch')} of {train.micro_batch}",
         f"learning rate {train.learning_rate:g} to {train.min_learning_rate:g}, {train.warmup_steps} steps of warmup, "
         f"clip {train.clip_grad:g}, dtype {train.dtype}, seed {train.seed}",

@@ -32,7 +32,7 @@ def _hints(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     hints = get_type_hints(schema)
     for item in fields(schema):
         hint = hints[item.name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from _hints(hint, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", hint
@@ -257,7 +257,7 @@ def _expected(hint: Any) -> str:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     words |= {list[str]: "a list of texts, [a,b]", list[Task]: "a list of tasks"}
     if isinstance(inner[0], type) and issubclass(inner[0], Enum):
-        word = f"one of {', '.join(inner[0])}"
+        word = f"one of {', '.join(str(member) for member in inner[0])}"
     else:
         word = words[inner[0]]
     return word if inner[0] is hint else f"{word} or null"

@@ -101,7 +101,7 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
             yield f"{key} = {value}: must be positive; give {least}"
         elif value is not None and key in NOT_NEGATIVE and value < 0:
             yield f"{key} = {value}: must not be negative; give 0 or more"
-        elif key in FRACTIONS and not 0 < value < 1:
+        elif value is not None and key in FRACTIONS and not 0 < value < 1:
             yield f"{key} = {value}: must lie between 0 and 1; the default is {dict(leaves(Recipe()))[key]}"
     if recipe.launch.port > 65535:
         yield f"launch.port = {recipe.launch.port}: ports end at 65535; 0 picks a free one"
