@@ -17,7 +17,7 @@ the layouts that TensorRT-LLM, vLLM and SGLang load.
 import torch
 from torch import Tensor
 
-from halfbyte.training import numerics
+from halfbyte.training import codec, numerics
 from halfbyte.training.config import BLOCK, Format, Quantize
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight
@@ -81,10 +81,10 @@ def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
     if not torch.isfinite(tensor).all():
         raise UserError(f"{weight.name}: the weight holds NaN or Inf; export an earlier checkpoint")
     if quantize.format is Format.mxfp4:
-        codes, scale = numerics.mxfp4_encode(tensor)
+        codes, scale = codec.mxfp4_encode(tensor)
         return {"weight_packed": codes.cpu(), "weight_scale": scale.cpu()}
     scale_2 = weight_scale_2(weight, quantize)
-    codes, scale = numerics.nvfp4_encode(tensor, scale_2)
+    codes, scale = codec.nvfp4_encode(tensor, scale_2)
     packed = {"weight": codes.cpu(), "weight_scale": scale.cpu(), "weight_scale_2": scale_2.cpu()}
     if quantize.format is Format.nvfp4:
         packed["input_scale"] = input_scale(weight, quantize).cpu()

@@ -17,7 +17,7 @@ from halfbyte.export.hf import RECORD, file_hash
 from halfbyte.export.pack import fake, module_name, pack
 from halfbyte.export.reader import Checkpoint, open_checkpoint
 from halfbyte.export.rules import broken_rules
-from halfbyte.training import numerics
+from halfbyte.training import codec, numerics
 from halfbyte.training.config import Format, Method, Quantize, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight
@@ -132,7 +132,7 @@ def _repack(checkpoint: Checkpoint, module: str, decoded: np.ndarray, quantize: 
         wrong = int((numerics.mxfp4_fake(values) != values).sum())
         return [f"{module}: {wrong} values change when packed again"] if wrong else []
     scale_2 = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale_2")))
-    codes, scale = (_bits(tensor) for tensor in numerics.nvfp4_encode(values, scale_2))
+    codes, scale = (_bits(tensor) for tensor in codec.nvfp4_encode(values, scale_2))
     stored_codes, stored_scale = checkpoint.raw(f"{module}.weight"), checkpoint.raw(f"{module}.weight_scale")
     blocks = (*stored_scale.shape, numerics.NVFP4_BLOCK // 2)
     same = (scale == stored_scale) & (codes == stored_codes).reshape(blocks).all(-1)

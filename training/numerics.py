@@ -12,14 +12,13 @@ The rules, with the reasons in docs/decisions.md:
 * Elements round to nearest, ties to even; everything above 5 becomes 6, Inf included. Divisions are correctly rounded.
 * The NVFP4 block scale is clamped to [2^-9, 448] before the E4M3 cast: E4M3's smallest subnormal and its largest value.
 * A NaN makes its whole block NaN, never a finite number. Finite input never becomes Inf.
-* Zeros come out as +0, whatever their sign was: code 8 (-0) is never written.
-* A block whose codes are all zero carries the NVFP4 scale 1.0 in a file, as ModelOpt's packer writes it.
+* Zeros come out as +0, whatever their sign was.
 * A power-of-two s2 makes q * (sb * s2) exact in BF16 and the block scales the same in every serving runtime.
 
-`fake(x)` and `decode(encode(x))` are equal bit for bit, because both end in the same two products. Everything is
-computed in FP32, whatever the input's dtype, block by block: a shard of a tensor quantizes to the shard of the whole.
+Everything is computed in FP32, whatever the input's dtype, block by block: a shard of a tensor quantizes to the shard
+of the whole. The bytes of these values are training/codec.py's.
 
-Shapes: N output channels, K input channels, G = K/block; C blocks of one chunk.
+Shapes: N output channels, K input channels; C blocks of one chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -101,8 +100,8 @@ def nvfp4_fake(x: Tensor, scale_2: Tensor) -> Tensor:
     scale_2 = scale_2.to(device=x.device, dtype=torch.float32)
 
     def quantize(chunk: Tensor, out: Tensor) -> None:
-        scale = _nvfp4_block_scale(chunk, scale_2).float().mul_(scale_2)
-        _round_e2m1(chunk / scale, out=out).mul_(scale)
+        scale = nvfp4_block_scale(chunk, scale_2).float().mul_(scale_2)
+        round_e2m1(chunk / scale, out=out).mul_(scale)
 
     return _map_blocks(x, NVFP4_BLOCK, quantize)
 
@@ -112,8 +111,8 @@ def mxfp4_fake(x: Tensor) -> Tensor:
     """Round to MXFP4 and back.
 
     The exponent is the smallest k with amax <= 6 * 2^k (RCEIL), so nothing in range saturates; k is clamped to
-    [-127, 125], so that finite input stays finite. Idempotent; but a block whose maximum was rounded down to 3 * 2^k may
-    be encoded with the exponent below the second time (same values, other bytes).
+    [-127, 125], so that finite input stays finite. Idempotent; but a block whose maximum was rounded down to 3 * 2^k
+    may be encoded with the exponent below the second time (same values, other bytes).
 
     Args:
         x: [..., K] float32, bfloat16, float16 or float64; K a multiple of 32.
@@ -126,92 +125,10 @@ def mxfp4_fake(x: Tensor) -> Tensor:
     """
 
     def quantize(chunk: Tensor, out: Tensor) -> None:
-        scale, inverse = _mxfp4_scales(_mxfp4_exponent_code(chunk))
-        _round_e2m1(chunk * inverse, out=out).mul_(scale)
+        scale, inverse = mxfp4_scales(mxfp4_exponent_code(chunk))
+        round_e2m1(chunk * inverse, out=out).mul_(scale)
 
     return _map_blocks(x, MXFP4_BLOCK, quantize)
-
-
-@torch.no_grad()
-def nvfp4_encode(w: Tensor, scale_2: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack a weight as NVFP4; decode(encode(w)) equals nvfp4_fake(w) bit for bit.
-
-    Args:
-        w: [N, K] (or [..., K]) float; K a multiple of 16.
-        scale_2: FP32 [].
-
-    Returns:
-        packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
-        scale: float8_e4m3fn [N, K/16], linear row-major, in [2^-9, 448]; NaN where the block holds a NaN.
-
-    Raises:
-        ValueError: The last dimension is not a multiple of 16.
-    """
-    scale_2 = scale_2.to(device=w.device, dtype=torch.float32)
-    packed, scale = _empty_encoding(w, NVFP4_BLOCK, torch.float8_e4m3fn)
-    packed_rows, scale_rows = packed.view(-1, NVFP4_BLOCK // 2), scale.view(-1, 1)
-    for rows, chunk in _chunks(w, NVFP4_BLOCK):
-        block_scale = _nvfp4_block_scale(chunk, scale_2)
-        q = _round_e2m1(chunk / block_scale.float().mul_(scale_2))
-        # One canonical encoding of zeros. NaN counts as nonzero here and keeps its NaN scale.
-        empty = ~q.ne(0).any(-1, keepdim=True)
-        scale_rows[rows] = torch.where(empty, 1.0, block_scale.float()).to(torch.float8_e4m3fn)
-        packed_rows[rows] = _pack(q)
-    return packed, scale
-
-
-@torch.no_grad()
-def nvfp4_decode(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
-    """Values of an NVFP4 tensor: q * (scale * scale_2), two FP32 products.
-
-    Args:
-        packed: uint8 [N, K/2].
-        scale: float8_e4m3fn [N, K/16].
-        scale_2: FP32 [].
-
-    Returns:
-        FP32 [N, K].
-    """
-    block_scale = scale.float() * scale_2.to(device=scale.device, dtype=torch.float32)
-    return (_unpack(packed).unflatten(-1, (-1, NVFP4_BLOCK)) * block_scale.unsqueeze(-1)).flatten(-2) + 0.0
-
-
-@torch.no_grad()
-def mxfp4_encode(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack a weight as MXFP4; decode(encode(w)) equals mxfp4_fake(w) bit for bit.
-
-    Args:
-        w: [N, K] (or [..., K]) float; K a multiple of 32.
-
-    Returns:
-        packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
-        scale: uint8 [N, K/32], E8M0: exponent + 127; 255 (NaN) where the block holds a NaN.
-
-    Raises:
-        ValueError: The last dimension is not a multiple of 32.
-    """
-    packed, scale = _empty_encoding(w, MXFP4_BLOCK, torch.uint8)
-    packed_rows, scale_rows = packed.view(-1, MXFP4_BLOCK // 2), scale.view(-1, 1)
-    for rows, chunk in _chunks(w, MXFP4_BLOCK):
-        code = _mxfp4_exponent_code(chunk)
-        scale_rows[rows] = code.to(torch.uint8)
-        packed_rows[rows] = _pack(_round_e2m1(chunk * _mxfp4_scales(code)[1]))
-    return packed, scale
-
-
-@torch.no_grad()
-def mxfp4_decode(packed: Tensor, scale: Tensor) -> Tensor:
-    """Values of an MXFP4 tensor: q * 2^(scale - 127).
-
-    Args:
-        packed: uint8 [N, K/2].
-        scale: uint8 [N, K/32].
-
-    Returns:
-        FP32 [N, K]; NaN where the scale is 255.
-    """
-    block_scale, _ = _mxfp4_scales(scale.int())
-    return (_unpack(packed).unflatten(-1, (-1, MXFP4_BLOCK)) * block_scale.unsqueeze(-1)).flatten(-2) + 0.0
 
 
 class StraightThrough(torch.autograd.Function):
@@ -251,9 +168,10 @@ def fake_quantize(x: Tensor, number_format: Format, scale_2: Tensor | None = Non
 
 def _map_blocks(x: Tensor, block: int, quantize: Callable[[Tensor, Tensor], None]) -> Tensor:
     """Run quantize(FP32 chunk [C, block], FP32 out [C, block]) over x; the result has x's shape and dtype."""
+    check_blocks(x, block)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_rows = out.view(-1, block) if x.numel() else out
-    for rows, chunk in _chunks(x, block):
+    out_rows = out.view(-1, block)
+    for rows, chunk in chunks(x, block):
         if x.dtype == torch.float32:
             quantize(chunk, out_rows[rows])
         else:
@@ -263,10 +181,14 @@ def _map_blocks(x: Tensor, block: int, quantize: Callable[[Tensor, Tensor], None
     return out
 
 
-def _chunks(x: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
-    """Consecutive blocks of x as FP32 [C, block], with their row numbers; not to be written to."""
+def check_blocks(x: Tensor, block: int) -> None:
+    """Raise ValueError unless x's last dimension is a multiple of the block."""
     if x.dim() == 0 or x.shape[-1] % block:
         raise ValueError(f"last dimension of {tuple(x.shape)} is not a multiple of the FP4 block of {block}")
+
+
+def chunks(x: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive blocks of x as FP32 [C, block], with their row numbers; not to be written to."""
     if not x.numel():
         return
     rows_NB = x.detach().reshape(-1, block)
@@ -276,7 +198,7 @@ def _chunks(x: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
         yield rows, rows_NB[rows].float()
 
 
-def _round_e2m1(y: Tensor, out: Tensor | None = None) -> Tensor:
+def round_e2m1(y: Tensor, out: Tensor | None = None) -> Tensor:
     """Nearest signed E2M1 value, ties to even, saturating at 6; FP32, no branches, y is overwritten.
 
     Adding 1.5 * 2^(e+22) to a number of exponent e pushes everything below its first mantissa bit out of FP32, with
@@ -289,13 +211,13 @@ def _round_e2m1(y: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.sub(y, magic, out=y if out is None else out)
 
 
-def _nvfp4_block_scale(chunk: Tensor, scale_2: Tensor) -> Tensor:
+def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor) -> Tensor:
     """E4M3 block scale: float8_e4m3fn [C, 1] of FP32 [C, 16]."""
     amax = chunk.abs().amax(-1, keepdim=True)
     return (amax / (E2M1_MAX * scale_2)).clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def _mxfp4_exponent_code(chunk: Tensor) -> Tensor:
+def mxfp4_exponent_code(chunk: Tensor) -> Tensor:
     """E8M0 code of ceil(log2(amax/6)): int32 [C, 1] of FP32 [C, 32].
 
     From the bits: amax = 1.f * 2^e and 6 = 1.5 * 2^2, so the exponent is e - 2, plus 1 if 1.f > 1.5. Adding 0x3FFFFF
@@ -308,7 +230,7 @@ def _mxfp4_exponent_code(chunk: Tensor) -> Tensor:
     return code.masked_fill_(nan, E8M0_NAN)
 
 
-def _mxfp4_scales(code: Tensor) -> tuple[Tensor, Tensor]:
+def mxfp4_scales(code: Tensor) -> tuple[Tensor, Tensor]:
     """2^(code-127) and, for code <= 252, its reciprocal, both FP32 and exact; NaN for code 255."""
     nan = code == E8M0_NAN
     # 2^-127 is subnormal: mantissa 0x400000 under an exponent field of 0.
@@ -321,28 +243,3 @@ def _mxfp4_scales(code: Tensor) -> tuple[Tensor, Tensor]:
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent for int32 exponents in [-126, 127], exactly (a library pow may be off by an ulp)."""
     return ((exponent + 127) << 23).int().view(torch.float32)
-
-
-def _empty_encoding(w: Tensor, block: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Uninitialised packed codes [..., K/2] and block scales [..., K/block]."""
-    lead, k = w.shape[:-1], w.shape[-1]
-    packed = torch.empty(*lead, k // 2, dtype=torch.uint8, device=w.device)
-    return packed, torch.empty(*lead, k // block, dtype=scale_dtype, device=w.device)
-
-
-def _pack(q: Tensor) -> Tensor:
-    """Signed E2M1 values, FP32 [C, block] -> uint8 [C, block/2]; NaN becomes code 0 (its scale is NaN)."""
-    # 2q is one of 0, 1, 2, 3, 4, 6, 8, 12: small enough to look its code up.
-    code_of_twice = torch.zeros(25, dtype=torch.uint8, device=q.device)
-    for index, magnitude in enumerate(E2M1):
-        code_of_twice[12 - int(2 * magnitude)] = index | 8
-        code_of_twice[12 + int(2 * magnitude)] = index
-    code = code_of_twice[(2 * q.nan_to_num(0.0)).int() + 12]
-    return code[:, 0::2] | (code[:, 1::2] << 4)
-
-
-def _unpack(packed: Tensor) -> Tensor:
-    """uint8 [..., K/2] -> signed E2M1 values, FP32 [..., K]."""
-    value_of_code = torch.tensor([*E2M1, *(-v for v in E2M1)], device=packed.device)
-    pair_of_byte = torch.stack([value_of_code.repeat(16), value_of_code.repeat_interleave(16)], -1)
-    return pair_of_byte[packed.int()].flatten(-2)

@@ -1,0 +1,121 @@
+"""The bytes of FP4 tensors: values to packed codes and block scales, and back.
+
+The rounding is that of training/numerics.py, so that decode(encode(w)) equals fake(w) bit for bit. Two E2M1 codes share
+a byte, the even column in the low half; code = sign << 3 | index of the magnitude. Zeros are always written as code 0,
+and a block whose codes are all zero carries the NVFP4 scale 1.0, as ModelOpt's packer writes it: every weight has one
+encoding, and packing the decoded values gives the same bytes.
+"""
+
+import torch
+from torch import Tensor
+
+from halfbyte.training import numerics
+from halfbyte.training.numerics import E2M1, MXFP4_BLOCK, NVFP4_BLOCK
+
+
+@torch.no_grad()
+def nvfp4_encode(w: Tensor, scale_2: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a weight as NVFP4; decode(encode(w)) equals nvfp4_fake(w) bit for bit.
+
+    Args:
+        w: [N, K] (or [..., K]) float; K a multiple of 16.
+        scale_2: FP32 [].
+
+    Returns:
+        packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
+        scale: float8_e4m3fn [N, K/16], linear row-major, in [2^-9, 448]; NaN where the block holds a NaN.
+
+    Raises:
+        ValueError: The last dimension is not a multiple of 16.
+    """
+    scale_2 = scale_2.to(device=w.device, dtype=torch.float32)
+    packed, scale = _empty_encoding(w, NVFP4_BLOCK, torch.float8_e4m3fn)
+    packed_rows, scale_rows = packed.view(-1, NVFP4_BLOCK // 2), scale.view(-1, 1)
+    for rows, chunk in numerics.chunks(w, NVFP4_BLOCK):
+        block_scale = numerics.nvfp4_block_scale(chunk, scale_2)
+        q = numerics.round_e2m1(chunk / block_scale.float().mul_(scale_2))
+        # One canonical encoding of zeros. NaN counts as nonzero here and keeps its NaN scale.
+        empty = ~q.ne(0).any(-1, keepdim=True)
+        scale_rows[rows] = torch.where(empty, 1.0, block_scale.float()).to(torch.float8_e4m3fn)
+        packed_rows[rows] = _pack(q)
+    return packed, scale
+
+
+@torch.no_grad()
+def nvfp4_decode(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+    """Values of an NVFP4 tensor: q * (scale * scale_2), two FP32 products.
+
+    Args:
+        packed: uint8 [N, K/2].
+        scale: float8_e4m3fn [N, K/16].
+        scale_2: FP32 [].
+
+    Returns:
+        FP32 [N, K].
+    """
+    block_scale = scale.float() * scale_2.to(device=scale.device, dtype=torch.float32)
+    return (_unpack(packed).unflatten(-1, (-1, NVFP4_BLOCK)) * block_scale.unsqueeze(-1)).flatten(-2) + 0.0
+
+
+@torch.no_grad()
+def mxfp4_encode(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a weight as MXFP4; decode(encode(w)) equals mxfp4_fake(w) bit for bit.
+
+    Args:
+        w: [N, K] (or [..., K]) float; K a multiple of 32.
+
+    Returns:
+        packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
+        scale: uint8 [N, K/32], E8M0: exponent + 127; 255 (NaN) where the block holds a NaN.
+
+    Raises:
+        ValueError: The last dimension is not a multiple of 32.
+    """
+    packed, scale = _empty_encoding(w, MXFP4_BLOCK, torch.uint8)
+    packed_rows, scale_rows = packed.view(-1, MXFP4_BLOCK // 2), scale.view(-1, 1)
+    for rows, chunk in numerics.chunks(w, MXFP4_BLOCK):
+        code = numerics.mxfp4_exponent_code(chunk)
+        scale_rows[rows] = code.to(torch.uint8)
+        packed_rows[rows] = _pack(numerics.round_e2m1(chunk * numerics.mxfp4_scales(code)[1]))
+    return packed, scale
+
+
+@torch.no_grad()
+def mxfp4_decode(packed: Tensor, scale: Tensor) -> Tensor:
+    """Values of an MXFP4 tensor: q * 2^(scale - 127).
+
+    Args:
+        packed: uint8 [N, K/2].
+        scale: uint8 [N, K/32].
+
+    Returns:
+        FP32 [N, K]; NaN where the scale is 255.
+    """
+    block_scale, _ = numerics.mxfp4_scales(scale.int())
+    return (_unpack(packed).unflatten(-1, (-1, MXFP4_BLOCK)) * block_scale.unsqueeze(-1)).flatten(-2) + 0.0
+
+
+def _empty_encoding(w: Tensor, block: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Uninitialised packed codes [..., K/2] and block scales [..., K/block]; ValueError if K does not fit."""
+    numerics.check_blocks(w, block)
+    lead, k = w.shape[:-1], w.shape[-1]
+    packed = torch.empty(*lead, k // 2, dtype=torch.uint8, device=w.device)
+    return packed, torch.empty(*lead, k // block, dtype=scale_dtype, device=w.device)
+
+
+def _pack(q: Tensor) -> Tensor:
+    """Signed E2M1 values, FP32 [C, block] -> uint8 [C, block/2]; NaN becomes code 0 (its scale is NaN)."""
+    # 2q is one of 0, 1, 2, 3, 4, 6, 8, 12: small enough to look its code up.
+    code_of_twice = torch.zeros(25, dtype=torch.uint8, device=q.device)
+    for index, magnitude in enumerate(E2M1):
+        code_of_twice[12 - int(2 * magnitude)] = index | 8
+        code_of_twice[12 + int(2 * magnitude)] = index
+    code = code_of_twice[(2 * q.nan_to_num(0.0)).int() + 12]
+    return code[:, 0::2] | (code[:, 1::2] << 4)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """uint8 [..., K/2] -> signed E2M1 values, FP32 [..., K]."""
+    value_of_code = torch.tensor([*E2M1, *(-v for v in E2M1)], device=packed.device)
+    pair_of_byte = torch.stack([value_of_code.repeat(16), value_of_code.repeat_interleave(16)], -1)
+    return pair_of_byte[packed.int()].flatten(-2)
