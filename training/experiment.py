@@ -19,7 +19,7 @@ from halfbyte.training import checkpoint
 from halfbyte.training.config import Recipe, Wandb
 from halfbyte.training.module import Training
 from halfbyte.training.runtime import Interrupted, Runtime, Stop, agree
-from halfbyte.training.strategy import MegatronStrategy, Processes
+from halfbyte.training.strategy import MegatronStrategy
 
 
 def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) -> pl.Trainer:
@@ -33,7 +33,6 @@ def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) ->
     warnings.filterwarnings("ignore")
     trainer = pl.Trainer(
         strategy=MegatronStrategy(runtime),
-        plugins=[Processes(runtime)],
         accelerator="gpu" if runtime.device.type == "cuda" else "cpu",
         devices=runtime.local_world,
         num_nodes=runtime.world // runtime.local_world,
@@ -62,6 +61,7 @@ def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) ->
                 "project": recipe.run.project,
                 "save_dir": str(folder),
                 "offline": recipe.run.wandb == Wandb.offline,
+                "settings": {"silent": True, "console": "off"},
             },
             "checkpoint_callback_params": {"dirpath": str(folder / "checkpoints")},
             "resume_if_exists": True,
@@ -167,4 +167,4 @@ def finish_logging(trainer: pl.Trainer) -> None:
     import wandb
 
     if trainer.loggers and wandb.run is not None:
-        wandb.finish(quiet=True)
+        wandb.finish()

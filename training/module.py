@@ -1,7 +1,7 @@
 """The LightningModule: one training_step is one global batch through Megatron's schedule and one optimizer step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from halfbyte.training import losses
 from halfbyte.training.config import Method, Recipe, Train
@@ -116,6 +116,16 @@ class MegatronOptimizer:
         """Nothing to do: checkpoint.py loads the sharded state."""
 
 
+class _Unsized(IterableDataset):
+    """A stream whose length Lightning does not see: it would take what is left after a resume for a whole epoch."""
+
+    def __init__(self, stream: StepStream):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return iter(self.stream)
+
+
 @dataclass
 class Progress:
     """What happened so far, saved with every checkpoint."""
@@ -175,7 +185,7 @@ class Training(pl.LightningModule):
             data_size=parallel_state.get_data_parallel_world_size(),
             seed=train.seed,
         )
-        return DataLoader(stream, batch_size=None)
+        return DataLoader(_Unsized(stream), batch_size=None)
 
     def transfer_batch_to_device(self, batch: list[MicroBatch], device: torch.device, dataloader_idx: int) -> Any:
         """Move every tensor of the micro-batches."""

@@ -6,9 +6,9 @@ stays frozen, the block scales follow the tensor at every step. q/k/v and gate/u
 one second-level scale from the start and nothing has to be re-quantized at export.
 """
 
+import contextlib
 import fnmatch
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,21 @@ class Planned:
     module: str
     key: str
     hf: tuple[str, ...]
+
+
+@dataclass
+class Arithmetic:
+    """What our backend needs at a quantizer; kept in the slot that ModelOpt reserves for backends and never saves.
+
+    Attributes:
+        format: The FP4 format.
+        scale_2: FP32 [] second-level scale; None for MXFP4.
+        kept: None, or, inside `weights_once`, the fake-quantized weight after its first use.
+    """
+
+    format: Format
+    scale_2: torch.Tensor | None
+    kept: list[torch.Tensor] | None = None
 
 
 def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
@@ -126,7 +141,8 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
 def _insert(model: torch.nn.Module, planned: list[Planned], quantize: Quantize, calibrate: Callable) -> None:
     if not tensor_quantizer.is_registered_quant_backend("halfbyte"):
         tensor_quantizer.register_quant_backend("halfbyte", _fake_quantize)
-    mtq.quantize(model, modelopt_config(planned, quantize), calibrate)
+    with contextlib.redirect_stdout(None):  # ModelOpt prints a count; ours is the stage's line
+        mtq.quantize(model, modelopt_config(planned, quantize), calibrate)
     sides = 1 if quantize.format == Format.w4a16_nvfp4 else 2
     converted = sorted(name for name, _ in enabled_quantizers(model))
     expected = sorted(f"{layer.module}.{side}_quantizer" for layer in planned for side in ("weight", "input")[:sides])
@@ -151,15 +167,15 @@ def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
         UserError: a maximum is missing or not finite.
     """
     for name, quantizer in enabled_quantizers(model):
-        quantizer.halfbyte_format = quantize.format
-        quantizer.halfbyte_scale_2 = None
         if quantize.format == Format.mxfp4:
+            quantizer._quantizer_cache = Arithmetic(quantize.format, None)
             continue
         amax = quantizer.amax
         if amax is None or not torch.isfinite(amax).all():
             found = "nothing" if amax is None else amax.item()
             raise UserError(f"quantize: {name} was calibrated to {found}; check the weights and the calibration data")
-        quantizer.halfbyte_scale_2 = numerics.second_scale(amax.float(), quantize.scale_2)
+        scale_2 = numerics.second_scale(amax.float(), quantize.scale_2)
+        quantizer._quantizer_cache = Arithmetic(quantize.format, scale_2)
 
 
 class _Instead(torch.autograd.Function):
@@ -176,16 +192,16 @@ class _Instead(torch.autograd.Function):
 
 def _fake_quantize(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     """ModelOpt's backend entry: x -> x on the FP4 grid, gradient passed straight through."""
-    cache = quantizer.__dict__.get("halfbyte_cache")
-    if cache is None:
-        return numerics.fake_quantize(x, quantizer.halfbyte_format, quantizer.halfbyte_scale_2)
-    if not cache:
+    rule: Arithmetic = quantizer._quantizer_cache
+    if rule.kept is None:
+        return numerics.fake_quantize(x, rule.format, rule.scale_2)
+    if not rule.kept:
         with torch.no_grad():
-            cache.append(numerics.fake_quantize(x, quantizer.halfbyte_format, quantizer.halfbyte_scale_2))
-    return _Instead.apply(x, cache[0])
+            rule.kept.append(numerics.fake_quantize(x, rule.format, rule.scale_2))
+    return _Instead.apply(x, rule.kept[0])
 
 
-@contextmanager
+@contextlib.contextmanager
 def weights_once(model: torch.nn.Module):
     """Quantize each weight once, at its first use, for all passes inside this context.
 
@@ -194,12 +210,12 @@ def weights_once(model: torch.nn.Module):
     """
     quantizers = [module for name, module in enabled_quantizers(model) if name.endswith("weight_quantizer")]
     for quantizer in quantizers:
-        quantizer.halfbyte_cache = []
+        quantizer._quantizer_cache.kept = []
     try:
         yield
     finally:
         for quantizer in quantizers:
-            quantizer.halfbyte_cache = None
+            quantizer._quantizer_cache.kept = None
 
 
 def _describe(model: torch.nn.Module, layer: Planned, quantize: Quantize) -> dict[str, Any]:
@@ -221,9 +237,9 @@ def _describe(model: torch.nn.Module, layer: Planned, quantize: Quantize) -> dic
     }
     for side in ("weight", "input"):
         quantizer = linear.get_submodule(f"{side}_quantizer")
-        if quantizer.is_enabled and quantizer.halfbyte_scale_2 is not None:
+        if quantizer.is_enabled and quantizer._quantizer_cache.scale_2 is not None:
             entry["amax"][side] = float(quantizer.amax)
-            entry["scale_2"][side] = float(quantizer.halfbyte_scale_2)
+            entry["scale_2"][side] = float(quantizer._quantizer_cache.scale_2)
     return entry
 
 
