@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 EXACT_T_UP_TO = 300
-"""Degrees of freedom beyond which the expansion of the t quantile is better than 1e-9 and the closed form not needed."""
+"""Degrees of freedom beyond which the expansion of the t quantile is better than 1e-9 (the closed form costs more)."""
 MOST_ITEMS = 10**9
 """The two `..._to_decide` functions look no further."""
 
