@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.launch.pipeline import trained_name
-from halfbyte.training import gate, tasks
+from halfbyte.training import gate, scoring, tasks
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
@@ -30,7 +30,7 @@ def judge(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """
     summaries = read_json(folder / "evaluate.json")
     scores = {
-        stage: {task: tasks.read_scores(folder / "evaluate" / f"{stage}.{task}.jsonl") for task in by_task}
+        stage: {task: scoring.read_scores(folder / "evaluate" / f"{stage}.{task}.jsonl") for task in by_task}
         for stage, by_task in summaries.items()
     }
     verdict = gate.judge(recipe.gate, method=recipe.method.value, stages=scores, summaries=summaries)
@@ -130,12 +130,12 @@ def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for task in recipe.evaluate.tasks:
         items = tasks.load_items(task, tokenizer, item_limit(task, recipe, limit))[: recipe.verify.items]
-        before = {row["item"]: row for row in tasks.read_scores(folder / "evaluate" / f"{stage}.{task.name}.jsonl")}
+        before = {row["item"]: row for row in scoring.read_scores(folder / "evaluate" / f"{stage}.{task.name}.jsonl")}
         scores = []
         for item in items:
             with torch.no_grad():
                 logits = model(tasks.pad([item], tokenizer.eos_token_id, 1)).logits
-            scores += tasks.score_batch(logits, [item], reference=None, kl_positions=0)
+            scores += scoring.score_batch(logits, [item], reference=None, kl_positions=0)
         tokens = sum(score.tokens for score in scores)
         drift = (sum(s.loglikelihood for s in scores) - sum(before[s.item]["loglikelihood"] for s in scores)) / tokens
         report[task.name] = {

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from halfbyte.launch.console import Console
-from halfbyte.training import checkpoint, data, evaluate, model, quantize
+from halfbyte.training import checkpoint, corpus, data, evaluate, model, quantize
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.fetch import load_tokenizer
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.runtime import Runtime, Stop, on_first_rank
-from halfbyte.training.schedule import collect, token_batch
+from halfbyte.training.schedule import collect
 from halfbyte.training.shape import ModelShape, read_shape
 
 
@@ -86,8 +86,10 @@ class Work:
         name = f"evaluate.{stage}"
         if not wanted or not self.recipe.evaluate.tasks or (self.resume and self._marks().get(name) == steps):
             return
-        if steps and not self.current:
-            self._load_trained()
+        if steps:
+            if not self.current:
+                self._load_trained()
+            quantize.round_unquantized(self.gpt)  # score what ships; the checkpoint keeps what was trained
         with self.console.stage(f"evaluate {stage}") as notes, quantize.weights_once(self.gpt):
             for task, scores in evaluate.evaluate(self.exam, self.gpt, stage).items():
                 shown = "accuracy" if "accuracy" in scores else "bits_per_byte"
@@ -118,22 +120,22 @@ class Work:
         source = Path(recipe.quantize.calibration_data or recipe.data.train or "")
         packed = self._packed(source, length)
         windows = data.calibration_windows(packed, recipe.quantize.calibration_samples, recipe.train.seed)
-        most = max(1, recipe.evaluate.tokens_per_batch // length)
-        rows = next(n for n in range(most, 0, -1) if len(windows) % n == 0)  # equal batches: one schedule, one shape
-        batches = [token_batch(part.to(self.runtime.device)) for part in windows.split(rows)]
+        rows = max(1, recipe.evaluate.tokens_per_batch // length)
+        batches = data.plain_batches(windows, rows, self.runtime.device)
         # All data-parallel ranks see all windows: the maxima, and so every scale, are the same under any layout.
         group = evaluate.GROUP
         with torch.no_grad():
             for start in range(0, len(batches), group):
                 collect(stage, batches[start : start + group], None)
 
-    def _packed(self, source: Path, length: int) -> data.PackedDataset:
-        def prepare() -> data.PackedDataset:
-            cache = self.folder / "cache"
-            return data.prepare(source, self.tokenizer, self.recipe.data, length, cache, vocab_size=self.shape.vocab)
+    def _packed(self, source: Path, length: int) -> corpus.PackedDataset:
+        def prepare() -> corpus.PackedDataset:
+            return corpus.prepare(source, self.tokenizer, self.recipe.data, length, self.folder / "cache")
 
         on_first_rank(self.runtime, lambda: len(prepare()))  # one rank tokenizes, all map the same file
-        return prepare()
+        packed = prepare()
+        packed.check_vocabulary(self.shape.vocab)
+        return packed
 
     def keep_weights(self) -> None:
         """PTQ trains nothing: its weights are kept as step 0, for export and verify."""

@@ -200,7 +200,7 @@ def read_weights(path: Path, shape: ModelShape, quantized: Collection[str]) -> I
             yield HFWeight(f"{hf}{target}.weight", reader.tensor(f"{prefix}{name}.weight"))
         for name in FUSED:
             amax = {side: reader.maximum(f"{prefix}{name}.{side}_quantizer._amax") for side in ("weight", "input")}
-            fused = reader.tensor(f"{prefix}{name}.weight")
+            fused = reader.linear(f"{prefix}{name}.weight")
             for part, tensor in split_fused(name, fused, shape).items():
                 yield HFWeight(f"{hf}{part}.weight", tensor, f"{hf}{part}" in quantized, amax["weight"], amax["input"])
     yield HFWeight("model.norm.weight", reader.tensor("decoder.final_layernorm.weight"))
@@ -230,6 +230,12 @@ class _Reader:
         state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
         dcp.load(state, storage_reader=self.reader, no_dist=True)
         return state[key]
+
+    def linear(self, key: str) -> torch.Tensor:
+        """A linear's weight; Megatron stores the halves of a gated one, gate and up, under two keys of their own."""
+        if f"{key}_w" in self.sizes:
+            return torch.cat([self.tensor(f"{key}_w"), self.tensor(f"{key}_v")])
+        return self.tensor(key)
 
     def maximum(self, key: str) -> torch.Tensor | None:
         return self.tensor(key).float().amax() if key in self.sizes else None

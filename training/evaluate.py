@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from halfbyte.training import tasks
+from halfbyte.training import scoring, tasks
 from halfbyte.training.config import Recipe, Task
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.errors import UserError
@@ -42,7 +42,7 @@ class Examination:
     recipe: Recipe
     runtime: Runtime
     folder: Path
-    items: dict[str, list[tasks.Item]]
+    items: dict[str, list[scoring.Item]]
     pad_id: int
     references: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
 
@@ -108,11 +108,11 @@ def evaluate(exam: Examination, model: torch.nn.Module, stage: str) -> dict[str,
     return summary[0]
 
 
-def _write(exam: Examination, stage: str, scores: dict[str, list[tasks.Score]]) -> Any:
+def _write(exam: Examination, stage: str, scores: dict[str, list[scoring.Score]]) -> Any:
     try:
-        summary = {task.name: tasks.summarize(task, scores[task.name]) for task in _tasks(exam.recipe)}
+        summary = {task.name: scoring.summarize(task, scores[task.name]) for task in _tasks(exam.recipe)}
         for name, rows in scores.items():
-            tasks.write_scores(exam.folder / "evaluate" / f"{stage}.{name}.jsonl", rows)
+            scoring.write_scores(exam.folder / "evaluate" / f"{stage}.{name}.jsonl", rows)
         path = exam.folder / "evaluate.json"
         write_json(path, (read_json(path) if path.exists() else {}) | {stage: summary})
     except UserError as error:  # every rank must hear of it, or the others wait for ever
@@ -120,14 +120,14 @@ def _write(exam: Examination, stage: str, scores: dict[str, list[tasks.Score]]) 
     return summary
 
 
-def _score_task(exam: Examination, model: torch.nn.Module, task: Task, stage: str) -> list[tasks.Score]:
+def _score_task(exam: Examination, model: torch.nn.Module, task: Task, stage: str) -> list[scoring.Score]:
     """Scores of all items on rank 0 (an empty list elsewhere), in item order."""
     positions = exam.recipe.evaluate.kl_positions
     batches = tasks.bucketed(exam.items[task.name], exam.recipe.evaluate.tokens_per_batch)
     mine = batches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
     reference = None if stage == "bf16" or not positions else _reference(exam, task)
     kept: dict[int, torch.Tensor] = {}
-    scores: list[tasks.Score] = []
+    scores: list[scoring.Score] = []
     for start in range(0, len(mine), GROUP):
         group = mine[start : start + GROUP]
 
@@ -135,9 +135,9 @@ def _score_task(exam: Examination, model: torch.nn.Module, task: Task, stage: st
             whole = gather_from_tensor_model_parallel_region(logits)
             if exam.scores_here:
                 rows = whole[: len(group[index])]
-                scores.extend(tasks.score_batch(rows, group[index], reference=reference, kl_positions=positions))
+                scores.extend(scoring.score_batch(rows, group[index], reference=reference, kl_positions=positions))
                 if stage == "bf16" and positions:
-                    kept.update(tasks.reference_rows(rows, group[index], positions))
+                    kept.update(scoring.reference_rows(rows, group[index], positions))
 
         collect(model, _pad(exam, group), take)
     if kept:
@@ -148,7 +148,7 @@ def _score_task(exam: Examination, model: torch.nn.Module, task: Task, stage: st
     return sorted((score for part in parts for score in part), key=lambda score: score.item)
 
 
-def _pad(exam: Examination, group: Sequence[list[tasks.Item]]) -> list[MicroBatch]:
+def _pad(exam: Examination, group: Sequence[list[scoring.Item]]) -> list[MicroBatch]:
     """Equal [B, S] for all batches of a group: pipeline stages exchange tensors of one size per schedule."""
     rows = max(len(batch) for batch in group)
     multiple = exam.recipe.parallel.tensor if exam.recipe.parallel.sequence else 1

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from halfbyte.training import losses
 from halfbyte.training.config import Method, Recipe, Train
-from halfbyte.training.data import MicroBatch, PackedDataset, StepStream
+from halfbyte.training.corpus import PackedDataset
+from halfbyte.training.data import MicroBatch, StepStream
 from halfbyte.training.errors import UserError
 from halfbyte.training.quantize import weights_once
 from halfbyte.training.runtime import Runtime

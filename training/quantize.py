@@ -218,6 +218,18 @@ def weights_once(model: torch.nn.Module):
             quantizer._quantizer_cache.kept = None
 
 
+def round_unquantized(model: torch.nn.Module) -> None:
+    """Round every parameter that is not fake-quantized to BF16 and back, in place: the values that an export writes.
+
+    For evaluation after training in FP32 or FP64, so that the scored model is the shipped one; a no-op in BF16.
+    """
+    quantized = {name.removesuffix("_quantizer") for name, _ in enabled_quantizers(model)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in quantized:
+                parameter.copy_(parameter.to(torch.bfloat16))
+
+
 def _describe(model: torch.nn.Module, layer: Planned, quantize: Quantize) -> dict[str, Any]:
     linear = model.get_submodule(layer.module)
     with torch.no_grad():

@@ -69,6 +69,7 @@ def set_process_environment() -> None:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron orders its overlaps by it
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("WANDB_SILENT", "true")
 
 
 def open_runtime(recipe: Recipe) -> Runtime:
