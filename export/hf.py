@@ -198,11 +198,19 @@ def quantization_configs(
 def _compressed_tensors_config(dense_modules: list[str]) -> dict[str, Any]:
     """compressed-tensors' scheme for MXFP4 weights and dynamically scaled MXFP4 activations."""
     container = "mxfp4-pack-quantized"
-    elements = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    elements = {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "group",
+        "group_size": BLOCK[Format.mxfp4],
+        "symmetric": True,
+        "scale_dtype": "torch.uint8",
+        "zp_dtype": "torch.uint8",
+    }
     group = {
         "targets": ["Linear"],
-        "weights": {**elements, "dynamic": False, "scale_dtype": "torch.uint8"},
-        "input_activations": {**elements, "dynamic": True, "scale_dtype": "torch.uint8"},
+        "weights": {**elements, "dynamic": False},
+        "input_activations": {**elements, "dynamic": True},
         "output_activations": None,
         "format": container,
     }

@@ -26,6 +26,7 @@ E2M1 = np.array(
     [s * (m / 2 if e == 0 else (1 + m / 2) * 2 ** (e - 1)) for s in (1, -1) for e in range(4) for m in range(2)],
     np.float32,
 )
+_PAIRS = np.array([[E2M1[byte & 15], E2M1[byte >> 4]] for byte in range(256)], np.float32)  # low half first
 # E4M3 (the "fn" variant): bit 7 sign, bits 6-3 exponent (bias 7), bits 2-0 mantissa; no infinity, S.1111.111 is NaN.
 E4M3 = np.array(
     [
@@ -146,8 +147,8 @@ class Checkpoint:
 
 def _blocks(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """E2M1 codes [N, K/2] times block scales [N, G] -> float32 [N, K]."""
-    low_high = np.stack([codes & 15, codes >> 4], axis=-1)
-    values = E2M1[low_high].reshape(*scale.shape, -1) * scale[..., None]
+    values = _PAIRS[codes].reshape(*scale.shape, -1)
+    values *= scale[..., None]
     return values.reshape(len(codes), -1)
 
 
@@ -202,6 +203,10 @@ def _read_header(file: Path) -> dict[str, Entry]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             fields = [(n, t["dtype"], tuple(t["shape"]), *t["data_offsets"]) for n, t in header.items()]
+            if not all(
+                isinstance(number, int) and number >= 0 for field in fields for number in (*field[2], *field[3:])
+            ):
+                raise ValueError("sizes and offsets must be whole numbers")
             fields.sort(key=lambda field: field[3:])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{file}: damaged safetensors header ({error!r}); export again") from error

@@ -194,4 +194,4 @@ def _same(what: str, value: Any, expected: Any) -> Iterator[str]:
 
 
 def _first(mask: np.ndarray) -> list[int]:
-    return [int(axis[0]) for axis in np.nonzero(mask)]
+    return [int(i) for i in np.unravel_index(int(mask.argmax()), mask.shape)]

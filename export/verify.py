@@ -143,9 +143,11 @@ def _repack(checkpoint: Checkpoint, module: str, decoded: np.ndarray, quantize: 
 
 def _compare_dense(checkpoint: Checkpoint, weight: HFWeight) -> list[str]:
     """An unquantized tensor is the training-time value rounded to BF16."""
-    expected = weight.tensor.detach().to("cpu", torch.bfloat16).float().numpy()
+    expected = weight.tensor.detach().to("cpu", torch.bfloat16)
     try:
-        return _difference(weight.name, checkpoint.decode_dense(weight.name), expected)
+        found = _difference(weight.name, checkpoint.decode_dense(weight.name), expected.float().numpy())
+        bits = expected.view(torch.uint16).numpy()  # tells -0 from +0
+        return found or _difference(f"{weight.name} (stored)", checkpoint.raw(weight.name), bits)
     except UserError as error:
         return [str(error)]
 
@@ -154,11 +156,11 @@ def _difference(name: str, found: np.ndarray, expected: np.ndarray) -> list[str]
     """One line if two arrays are not equal value by value (a NaN equals nothing)."""
     if found.shape != expected.shape:
         return [f"{name}: shape {list(found.shape)} in the files, {list(expected.shape)} in the trained model"]
-    wrong = found != expected
+    wrong = np.asarray(found != expected)
     count = int(np.count_nonzero(wrong))
     if not count:
         return []
-    where = tuple(int(axis[0]) for axis in np.nonzero(wrong))
+    where = tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
     return [
         f"{name}: {count} of {wrong.size} values differ from the trained model, first at {list(where)}: "
         f"{found[where].item()!r} in the files, {expected[where].item()!r} trained"
