@@ -160,10 +160,10 @@ def _supervise(world: int, port: int, command: list[str], folder: Path) -> int:
         except RendezvousError as error:
             reason = f"{error}".splitlines()[0]
             raise UserError(f"launch.port = {port}: rendezvous failed ({reason}); choose another port") from None
-    return _explain(failures, reported(folder), received)
+    return explain(failures, reported(folder), received)
 
 
-def _explain(
+def explain(
     failures: Mapping[int, tuple[int, float]], reports: Mapping[int, dict[str, Any]], received: list[str]
 ) -> int:
     """One cause out of many dead workers.

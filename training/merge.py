@@ -223,19 +223,24 @@ def _settle(merged: Merged) -> None:
         try:
             OmegaConf.select(merged.config, key)
         except (OmegaConfBaseException, RecursionError):
-            raw = OmegaConf.to_container(OmegaConf.select(merged.config, key.rpartition(".")[0]))
-            value = raw[key.rpartition(".")[2]]  # type: ignore[index,call-overload]
-            default = "" if TASK_KEY.fullmatch(key) else OmegaConf.to_container(OmegaConf.structured(Recipe))
-            merged.report(key, value, "", "points to no readable key; use ${group.key} of this recipe")
-            for part in key.split(".") if isinstance(default, dict) else []:
-                default = default[part]  # type: ignore[index,call-overload]
-            OmegaConf.update(merged.config, key, default)
+            group, _, name = key.rpartition(".")
+            raw: Any = OmegaConf.to_container(OmegaConf.select(merged.config, group))
+            merged.report(key, raw[name], "", "points to no readable key; use ${group.key} of this recipe")
+            OmegaConf.update(merged.config, key, _default(key))
     for missing in sorted(OmegaConf.missing_keys(merged.config)):
         key = re.sub(r"\[(\d+)\]", r".\1", missing)
         if key not in merged.broken:
             merged.problems.append(f"{key}: missing; set it in the recipe or on the command line")
         merged.broken.add(key)
         OmegaConf.update(merged.config, key, "")
+
+
+def _default(key: str) -> Any:
+    task = TASK_KEY.fullmatch(key)
+    value: Any = Task() if task else Recipe()
+    for name in [task[2]] if task else key.split("."):
+        value = getattr(value, name)
+    return "" if value == "???" else value
 
 
 def _unknown(key: str) -> str:

@@ -1,0 +1,247 @@
+"""Starting workers: exit codes, messages, signals, ports. The workers are small scripts that play their parts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from halfbyte.launch import pipeline
+from halfbyte.launch.start import explain, inside_launcher, launch
+from halfbyte.training.config import Recipe
+from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, USAGE, UserError
+
+WORKER = """\
+import json, os, pathlib, signal, sys, time
+
+rank, part, folder = int(os.environ["RANK"]), sys.argv[1], pathlib.Path(sys.argv[2]).parent
+
+
+def report(message, code):
+    (folder / "errors").mkdir(exist_ok=True)
+    content = json.dumps({"time": time.time(), "message": message, "code": code})
+    (folder / "errors" / f"rank{rank}.json").write_text(content)
+
+
+def save(number, frame):
+    time.sleep(0.5)
+    (folder / f"saved{rank}").write_text(signal.Signals(number).name)
+    report(f"saved on {signal.Signals(number).name}", 1)
+    sys.exit(1)
+
+
+def obey(handler):
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    (folder / f"ready{rank}").touch()
+    time.sleep(60)
+
+
+if part == "facts":
+    facts = {"argv": sys.argv[2:], "world": os.environ["WORLD_SIZE"], "threads": os.environ["OMP_NUM_THREADS"]}
+    (folder / f"facts{rank}.json").write_text(json.dumps(facts))
+elif part == "exits" and rank == 0:
+    sys.exit(int(sys.argv[3]))
+elif part == "reports":
+    if rank == 0:  # loses its peer, and says so later
+        time.sleep(0.3)
+        report("connection closed by peer", 1)
+    else:
+        report("data.jsonl line 3: not JSON", 2)
+    sys.exit(2 if rank else 1)
+elif part == "killed":
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
+    report("connection closed by peer", 1)
+    sys.exit(1)
+elif part == "saves":
+    obey(save)
+elif part == "stubborn":
+    obey(lambda number, frame: (folder / f"ready{rank}").touch())
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    for name in ("RANK", "SLURM_PROCID", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that what launch() sets is undone after the test
+        monkeypatch.delenv(name)
+    (tmp_path / "worker.py").write_text(WORKER)
+    made = Recipe()
+    made.run.dir = str(tmp_path)
+    made.parallel.pipeline = 2
+    return made
+
+
+def entry(recipe, part):
+    return [sys.executable, f"{recipe.run.dir}/worker.py", part]
+
+
+@pytest.mark.slow
+def test_every_worker_gets_its_place_and_its_share_of_the_cores(recipe, tmp_path):
+    (tmp_path / "errors").mkdir()
+    (tmp_path / "errors/rank7.json").write_text('{"time": 0, "message": "of an earlier start", "code": 1}')
+    stages = ["train", "gate"]
+    assert launch(recipe, stages, allow_failed_gate=True, entry=entry(recipe, "facts")) == OK
+    for rank in range(2):
+        facts = json.loads((tmp_path / f"facts{rank}.json").read_text())
+        assert facts["argv"] == [str(tmp_path / "resolved.yaml"), *stages, "--allow-failed-gate"]
+        assert facts["world"] == "2"
+        assert int(facts["threads"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert not list((tmp_path / "errors").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [GATE_FAILED, GATE_INCONCLUSIVE])
+def test_verdicts_come_back_as_exit_codes(recipe, code, capfd):
+    assert launch(recipe, [str(code)], entry=entry(recipe, "exits")) == code
+    assert capfd.readouterr().err == ""  # no traceback, no agent's log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "code", "says"),
+    [
+        ("reports", USAGE, "data.jsonl line 3: not JSON"),  # the earliest, not the lowest rank
+        ("killed", FAILED, r"rank 1 was killed by SIGKILL \(out of memory\?\)"),  # not what its peer noticed
+        ("exits", FAILED, "rank 0 ended with code 1 and left no message"),
+    ],
+)
+def test_one_cause_comes_back(recipe, part, code, says, capfd):
+    with pytest.raises(UserError, match=f"^{says}") as caught:
+        launch(recipe, ["1"], entry=entry(recipe, part))
+    assert caught.value.code == code
+    assert capfd.readouterr().err == ""
+
+
+def start_driver(recipe, part):
+    """`launch` in a process of its own, once its workers are ready for signals."""
+    code = f"""
+        from halfbyte.launch.start import launch
+        from halfbyte.training.config import Recipe
+        from halfbyte.training.errors import UserError
+        recipe = Recipe()
+        recipe.run.dir, recipe.parallel.pipeline = {recipe.run.dir!r}, 2
+        try:
+            launch(recipe, [], entry={entry(recipe, part)!r})
+        except UserError as error:
+            print(error)
+    """
+    driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    wait_for(recipe, "ready")
+    return driver
+
+
+def wait_for(recipe, name):
+    deadline = time.monotonic() + 60
+    files = [os.path.join(recipe.run.dir, f"{name}{rank}") for rank in range(2)]
+    while not all(map(os.path.exists, files)):
+        assert time.monotonic() < deadline, f"no {name}"
+        time.sleep(0.05)
+    return files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "arrives"),
+    [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGTERM")],
+)
+def test_a_signal_lets_all_workers_save(recipe, tmp_path, sent, arrives):
+    driver = start_driver(recipe, "saves")
+    driver.send_signal(sent)
+    out, _ = driver.communicate(timeout=30)
+    assert out == f"saved on {arrives}\n"
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == [arrives] * 2
+
+
+@pytest.mark.slow
+def test_a_second_signal_kills(recipe):
+    driver = start_driver(recipe, "stubborn")
+    for file in wait_for(recipe, "ready"):
+        os.unlink(file)
+    driver.send_signal(signal.SIGINT)
+    wait_for(recipe, "ready")  # both have caught the first one and go on
+    driver.send_signal(signal.SIGINT)
+    out, _ = driver.communicate(timeout=10)
+    assert out.startswith("killed by a second SIGINT")
+
+
+@pytest.mark.slow
+def test_killing_the_launcher_kills_a_worker_that_asked_for_it():
+    child = (
+        "import time; from halfbyte.launch.start import die_with_parent as d; d(); print(flush=True); time.sleep(60)"
+    )
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    parent.stdout.readline()  # the child is ready
+    parent.kill()
+    started = time.monotonic()
+    assert parent.stdout.read() == b""  # ends when the child, which holds the pipe, is gone
+    assert time.monotonic() - started < 10
+
+
+def test_a_taken_port_is_one_line(recipe):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        recipe.launch.port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"launch.port = {recipe.launch.port}: .*0 for a free one") as caught:
+            launch(recipe, [], entry=["false"])
+    assert caught.value.code == FAILED
+
+
+def test_stopped_before_anyone_reported():
+    failures = {0: (-signal.SIGTERM, 10.0), 1: (-signal.SIGKILL, 40.0)}
+    with pytest.raises(UserError, match="stopped by SIGTERM"):
+        explain(failures, {}, ["SIGTERM"])
+    # Killed half a minute later is the agent's doing, not the cause.
+    with pytest.raises(UserError, match="rank 0 ended with code -15"):
+        explain(failures, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("variables", "inside"),
+    [
+        ({}, False),
+        ({"RANK": "0"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),  # a plain salloc shell
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
+    ],
+)
+def test_inside_torchrun_or_srun(monkeypatch, variables, inside):
+    for name in ("RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert inside_launcher() is inside
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [(0, False), (1, True)])
+def test_under_srun_only_the_first_to_fail_speaks(recipe, tmp_path, monkeypatch, rank, speaks):
+    monkeypatch.setenv("SLURM_PROCID", str(rank))
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    called = []
+
+    def worker(argv):
+        called.extend(argv)
+        (tmp_path / "errors").mkdir()
+        for who, when in ((0, 2.0), (1, 1.0)):
+            report = {"time": when, "message": f"of {who}", "code": USAGE}
+            (tmp_path / f"errors/rank{who}.json").write_text(json.dumps(report))
+        return USAGE
+
+    monkeypatch.setattr(pipeline, "worker", worker)
+    if speaks:
+        with pytest.raises(UserError, match="of 1"):
+            launch(recipe, ["train"])
+    else:
+        assert launch(recipe, ["train"]) == USAGE
+    assert called == [str(tmp_path / "resolved.yaml"), "train"]
