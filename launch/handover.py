@@ -111,9 +111,10 @@ def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return report
 
 
-TOLERANCE = 0.02
-"""Nats per token by which the decoded model may differ from the training-time model on the re-scored items: the export
-rounds embeddings and norms to BF16, and FP4 activations flip codes on differences in the last place."""
+TOLERANCE = {"float32": 0.02, "bfloat16": 0.1}
+"""Nats per token by which the decoded model may differ from the training-time model, by compute type. The weights are the
+same; FP4 activations flip codes where another summation order moves a value across a rounding border. Measured on the
+tiny random model, the worst case: 0 in FP32 on the CPU, 0.03 between BF16 on a GPU and FP32."""
 
 
 def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
@@ -124,7 +125,10 @@ def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
     from halfbyte.training.evaluate import item_limit
     from halfbyte.training.fetch import load_tokenizer
 
-    model, tokenizer = decoded_model(out), load_tokenizer(out)
+    cuda = torch.cuda.is_available()
+    name = "bfloat16" if cuda else "float32"
+    model = decoded_model(out, dtype=getattr(torch, name)).to("cuda" if cuda else "cpu")
+    tokenizer = load_tokenizer(out)
     limit = read_shape(out / "config.json").max_positions
     stage = "ptq" if recipe.method == Method.ptq else trained_name(recipe)
     report: dict[str, Any] = {}
@@ -134,7 +138,7 @@ def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
         scores = []
         for item in items:
             with torch.no_grad():
-                logits = model(tasks.pad([item], tokenizer.eos_token_id, 1)).logits
+                logits = model(tasks.pad([item], tokenizer.eos_token_id, 1).to(model.device)).logits
             scores += scoring.score_batch(logits, [item], reference=None, kl_positions=0)
         tokens = sum(score.tokens for score in scores)
         drift = (sum(s.loglikelihood for s in scores) - sum(before[s.item]["loglikelihood"] for s in scores)) / tokens
@@ -142,7 +146,8 @@ def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
             "n": len(scores),
             "nats_per_token_difference": drift,
             "greedy_matches_equal": sum(s.correct == before[s.item]["correct"] for s in scores),
-            "tolerance": TOLERANCE,
-            "ok": bool(scores) and abs(drift) <= TOLERANCE,
+            "compute": name,
+            "tolerance": TOLERANCE[name],
+            "ok": bool(scores) and abs(drift) <= TOLERANCE[name],
         }
     return report

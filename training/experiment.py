@@ -7,7 +7,7 @@ trainer at the checkpoint that the link <run.dir>/checkpoints/last names.
 import logging
 import sys
 import time
-import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,7 @@ def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) ->
     from nemo.utils import logging as nemo_logging
     from nemo.utils.exp_manager import exp_manager
 
-    nemo_logging.setLevel(logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    nemo_logging.setLevel(logging.CRITICAL)  # it calls every strategy but DDP untested, at level ERROR
     trainer = pl.Trainer(
         strategy=MegatronStrategy(runtime),
         accelerator="gpu" if runtime.device.type == "cuda" else "cpu",
@@ -115,6 +112,7 @@ class Bar(Callback):
                 total=self.recipe.train.steps,
                 initial=done,
                 desc=f"  {self.recipe.method.value}",
+                disable=False,
                 unit="step",
                 file=sys.stdout,
                 dynamic_ncols=True,
@@ -155,11 +153,22 @@ def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop) -> list[
     """
     checkpoint.tolerate_plain_adam()
     bar = Bar(recipe, runtime)
-    trainer = make_trainer(recipe, runtime, [bar, Checkpoints(recipe, runtime, stop)])
-    with stop.graceful():
+    with quiet():
+        trainer = make_trainer(recipe, runtime, [bar, Checkpoints(recipe, runtime, stop)])
+    with stop.graceful(), quiet():
         trainer.fit(module, ckpt_path=trainer.ckpt_path)
     finish_logging(trainer)
     return bar.seconds
+
+
+@contextmanager
+def quiet():
+    """Log records up to ERROR are dropped: NeMo's telemetry and Lightning comment on every start; failures raise."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def finish_logging(trainer: pl.Trainer) -> None:

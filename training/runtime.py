@@ -70,6 +70,7 @@ def set_process_environment() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron orders its overlaps by it
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours asks for itself
 
 
 def open_runtime(recipe: Recipe) -> Runtime:
