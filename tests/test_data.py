@@ -227,6 +227,14 @@ def test_conversations_are_packed_whole_and_once(tmp_path_factory, sizes):
     assert len(packed) > 32 or len(filled) < 2 or filled[0] + filled[1] > 100
 
 
+def test_the_fullest_window_with_room_is_taken(tmp_path):
+    frame = len(ids("<b>user\nu<e>\n<b>assistant\n<e>\n"))
+    # Of 99: the first two open a window each; the third has room in both and belongs with the first.
+    path = write(tmp_path / "c.jsonl", [turns("u", "x" * (size - frame)) for size in (60, 50, 38)])
+    packed = data.tokenize_corpus(path, TOKENIZER, chat_data(), 98)
+    assert sorted(int((row != PAD).sum()) for row in packed.tokens) == [50, 98]
+
+
 def test_a_long_conversation_stops_is_cut_or_is_left_out(tmp_path):
     path = write(tmp_path / "c.jsonl", [turns("hi", "yo"), turns("hi", "y" * 100)])
     size = len(ids("<b>user\nhi<e>\n<b>assistant\n" + "y" * 100 + "<e>\n"))

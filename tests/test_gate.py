@@ -203,6 +203,26 @@ def test_rule_bf16_passes_fails_or_says_how_many_items_it_needs():
     assert judge(worse, method="ptq", threshold_pp=100, perplexity_ratio=1000)["verdict"] == "pass"
 
 
+def test_a_loss_that_may_be_tolerable_is_inconclusive():
+    rows = make(random.Random(1), 3000)
+    changed = [dict(row) for row in rows]
+    for row in [row for row in changed if row["correct"]][:4]:
+        row["correct"] = False
+    result = judge({"bf16": {"t": rows}, "ptq": {"t": changed}}, method="ptq")["tasks"]["t"]
+    low, high = result["interval_pp"]
+    assert low < -0.2 < high < 0.2
+    assert result["measures"]["accuracy"] == "inconclusive"
+
+
+def test_a_failure_outweighs_what_is_undecided():
+    rng = random.Random(2)
+    few, many = make(rng, 100), make(rng, 1500)
+    stages = {"bf16": {"a": few, "b": many}, "ptq": {"a": few, "b": make(rng, 1500, shift=-1.0)}}
+    result = judge(stages, method="ptq")
+    assert [result["tasks"][task]["verdict"] for task in "ab"] == ["inconclusive", "fail"]
+    assert result["verdict"] == "fail"
+
+
 def test_one_bad_task_fails_the_whole():
     rng = random.Random(2)
     same = make(rng, 1500)
