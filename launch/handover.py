@@ -13,6 +13,7 @@ from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.hf_map import HFWeight
 from halfbyte.training.shape import planned_linears, read_shape
+from halfbyte.training.statistics import paired_ratio
 
 PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "nemo-toolkit", "lightning", "transformers", "halfbyte")
 
@@ -111,10 +112,12 @@ def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return report
 
 
-TOLERANCE = {"float32": 0.02, "bfloat16": 0.1}
-"""Nats per token by which the decoded model may differ from the training-time model, by compute type. The weights are the
-same; FP4 activations flip codes where another summation order moves a value across a rounding border. Measured on the
-tiny random model, the worst case: 0 in FP32 on the CPU, 0.03 between BF16 on a GPU and FP32."""
+TOLERANCE = 0.05
+"""Nats per token by which the decoded model may differ on average from the training-time model. The weights are equal
+bit for bit; FP4 activations flip codes where another order of summation moves a value across a rounding border. In FP32 on
+the CPU the two agree to the last digit; in BF16 single tokens differ by tenths of a nat, so the mean is judged by its
+99 % interval: the check fails when the whole interval lies outside the tolerance."""
+CONFIDENCE = 0.99
 
 
 def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
@@ -140,14 +143,20 @@ def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
             with torch.no_grad():
                 logits = model(tasks.pad([item], tokenizer.eos_token_id, 1).to(model.device)).logits
             scores += scoring.score_batch(logits, [item], reference=None, kl_positions=0)
-        tokens = sum(score.tokens for score in scores)
-        drift = (sum(s.loglikelihood for s in scores) - sum(before[s.item]["loglikelihood"] for s in scores)) / tokens
-        report[task.name] = {
-            "n": len(scores),
-            "nats_per_token_difference": drift,
-            "greedy_matches_equal": sum(s.correct == before[s.item]["correct"] for s in scores),
-            "compute": name,
-            "tolerance": TOLERANCE[name],
-            "ok": bool(scores) and abs(drift) <= TOLERANCE[name],
-        }
+        report[task.name] = _drift(scores, before) | {"compute": name}
     return report
+
+
+def _drift(scores: list[scoring.Score], before: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Mean difference of the log-likelihood per token between two scorings of the same items, with its interval."""
+    differences = [score.loglikelihood - before[score.item]["loglikelihood"] for score in scores]
+    interval = paired_ratio(differences, [score.tokens for score in scores], CONFIDENCE)
+    low, high = (interval.low, interval.high) if len(scores) > 1 else (interval.estimate, interval.estimate)
+    return {
+        "n": len(scores),
+        "nats_per_token_difference": interval.estimate,
+        "interval": [low, high],
+        "greedy_matches_equal": sum(score.correct == before[score.item]["correct"] for score in scores),
+        "tolerance": TOLERANCE,
+        "ok": low <= TOLERANCE and high >= -TOLERANCE,
+    }

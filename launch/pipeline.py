@@ -1,8 +1,9 @@
 """The stages of a run, in order. Start reading here.
 
-    import -> calibrate (PTQ) -> evaluate BF16 and PTQ -> train (QAT / QAD) -> evaluate -> gate -> export -> verify
+    import -> evaluate BF16 -> calibrate -> evaluate PTQ -> train (QAT, QAD) -> evaluate
+           -> gate -> export -> verify
 
-The first half needs all processes of the layout and happens in `together`; the second half works on files and happens in
+The first line needs all processes of the layout and happens in `together`; the second works on files and happens in
 `alone`, on rank 0. Each stage writes one JSON into the run folder, so a stopped run goes on where it was and any stage
 can be run again by itself.
 """
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.launch.console import Console
+from halfbyte.training import environment
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, UserError
 from halfbyte.training.files import read_json, write_json
+from halfbyte.training.interrupt import Stop
 
 STAGES = ("calibrate", "evaluate", "train", "gate", "export", "verify")
 TOGETHER = ("calibrate", "evaluate", "train")
@@ -25,12 +28,13 @@ TOGETHER = ("calibrate", "evaluate", "train")
 VERDICT_CODE = {"pass": OK, "not_applicable": OK, "fail": GATE_FAILED, "inconclusive": GATE_INCONCLUSIVE}
 
 
-def run_stages(recipe: Recipe, stages: Sequence[str], *, allow_failed_gate: bool = False) -> int:
+def run_stages(recipe: Recipe, stages: Sequence[str], stop: Stop, *, allow_failed_gate: bool = False) -> int:
     """Run `stages` in this process, one of the layout's.
 
     Args:
         recipe: Resolved recipe; run.dir exists and holds resolved.yaml.
         stages: Some of STAGES. All of them: what a run folder already holds is not done again. Fewer: these are.
+        stop: Installed signal handling.
         allow_failed_gate: Export even if the gate does not pass, with the verdict in the files.
 
     Returns:
@@ -42,38 +46,34 @@ def run_stages(recipe: Recipe, stages: Sequence[str], *, allow_failed_gate: bool
     resume = set(stages) == set(STAGES)
     first = True
     if any(stage in TOGETHER for stage in stages):
-        first = together(recipe, [stage for stage in stages if stage in TOGETHER], resume=resume)
+        first = together(recipe, [stage for stage in stages if stage in TOGETHER], stop, resume=resume)
     rest = [stage for stage in stages if stage not in TOGETHER]
     return alone(recipe, rest, resume=resume, allow_failed_gate=allow_failed_gate) if first and rest else OK
 
 
-def together(recipe: Recipe, stages: Sequence[str], *, resume: bool) -> bool:
+def together(recipe: Recipe, stages: Sequence[str], stop: Stop, *, resume: bool) -> bool:
     """Everything that needs the model in memory under the layout; collective.
 
     Returns:
         Whether this process is rank 0, which goes on alone.
     """
-    from halfbyte.training.runtime import Stop, close_runtime, open_runtime
+    from halfbyte.training.runtime import close_runtime, open_runtime
 
-    stop = Stop()
-    stop.install()
     started = time.perf_counter()
     runtime = open_runtime(recipe)
-    try:
-        from halfbyte.launch.stages import Work
+    from halfbyte.launch.stages import Work
 
-        work = Work.open(recipe, runtime, stop, Console(runtime.first), resume=resume, started=started)
-        work.evaluate("bf16", wanted="evaluate" in stages)
-        if recipe.method != Method.bf16:
-            work.calibrate()
-            work.evaluate("ptq", wanted="evaluate" in stages)
-        if recipe.method == Method.ptq:
-            work.keep_weights()
-        else:
-            work.train(wanted="train" in stages)
-            work.evaluate(trained_name(recipe), wanted="evaluate" in stages)
-    finally:
-        close_runtime()
+    work = Work.open(recipe, runtime, stop, Console(runtime.first), resume=resume, started=started)
+    work.evaluate("bf16", wanted="evaluate" in stages)
+    if recipe.method != Method.bf16:
+        work.calibrate()
+        work.evaluate("ptq", wanted="evaluate" in stages)
+    if recipe.method == Method.ptq:
+        work.keep_weights()
+    else:
+        work.train(wanted="train" in stages)
+        work.evaluate(trained_name(recipe), wanted="evaluate" in stages)
+    close_runtime()  # a failure skips this: the process ends, and the others may be inside a collective
     return runtime.first
 
 
@@ -125,22 +125,27 @@ def worker(argv: Sequence[str]) -> int:
     A failure leaves its one line in <run.dir>/errors/rank<N>.json for the parent, and a traceback beside it when it was
     not a UserError.
     """
-    from halfbyte.training.runtime import coordinates, set_process_environment
-
-    set_process_environment()
+    stop = Stop()
+    stop.install()
+    environment.set_process_environment()
     from halfbyte.training.resolve import load
 
     flags, words = [w for w in argv if w.startswith("--")], [w for w in argv if not w.startswith("--")]
     recipe = load(Path(words[0]), [])
     try:
-        return run_stages(recipe, words[1:], allow_failed_gate="--allow-failed-gate" in flags)
+        return run_stages(recipe, words[1:], stop, allow_failed_gate="--allow-failed-gate" in flags)
     except UserError as error:
-        _report(recipe, coordinates()[0], str(error), error.code)
+        _report(recipe, environment.coordinates()[0], str(error), error.code)
         return error.code
-    except BaseException as error:  # the process ends here: say why in one line, keep the traceback in a file
-        details = _report(recipe, coordinates()[0], "", FAILED).with_suffix(".txt")
+    except BaseException as error:  # noqa: BLE001 - the process ends here: one line says why, a file has the traceback
+        details = _report(recipe, environment.coordinates()[0], "", FAILED).with_suffix(".txt")
         details.write_text(traceback.format_exc())
-        _report(recipe, coordinates()[0], f"{type(error).__name__}: {_line(error)} (traceback: {details})", FAILED)
+        _report(
+            recipe,
+            environment.coordinates()[0],
+            f"{type(error).__name__}: {_line(error)} (traceback: {details})",
+            FAILED,
+        )
         return FAILED
 
 
@@ -157,4 +162,7 @@ def _report(recipe: Recipe, rank: int, message: str, code: int) -> Path:
 
 
 if __name__ == "__main__":  # megatron-core's checkpoint writer spawns: the module must be import-safe
+    from halfbyte.launch.start import die_with_parent
+
+    die_with_parent()
     sys.exit(worker(sys.argv[1:]))

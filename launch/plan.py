@@ -76,10 +76,18 @@ def memory_per_rank(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     return max(stages, key=lambda parts: sum(parts.values()))
 
 
+def _stage_layers(recipe: Recipe, shape: ModelShape, *, last: bool) -> float:
+    """Layers of the last pipeline stage or of each other one."""
+    pipeline, fixed = recipe.parallel.pipeline, recipe.parallel.last_stage_layers
+    if fixed is None or pipeline == 1:
+        return shape.layers / pipeline
+    return fixed if last else (shape.layers - fixed) / (pipeline - 1)
+
+
 def _stage_memory(recipe: Recipe, shape: ModelShape, stage: int) -> dict[str, float]:
     layout, train = recipe.parallel, recipe.train
     last = stage == layout.pipeline - 1
-    layers = shape.layers / layout.pipeline
+    layers = _stage_layers(recipe, shape, last=last)
     per_layer = sum(n * k for n, k in linear_sizes(shape).values()) / shape.layers
     tables = 2 if stage == 0 and last and not shape.tied else int(stage == 0 or last)
     held = (layers * per_layer + tables * shape.vocab * shape.hidden) / layout.tensor
@@ -99,7 +107,7 @@ def _stage_memory(recipe: Recipe, shape: ModelShape, stage: int) -> dict[str, fl
     if recipe.method == Method.qad:
         parts["teacher"] = 2 * held + logits / 2
     if recipe.method != Method.bf16:
-        parts["rounded weights"] = 2 * per_layer / layout.tensor
+        parts["rounded weights"] = 2 * layers * per_layer / layout.tensor
     return parts
 
 

@@ -13,7 +13,8 @@ from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.fetch import load_tokenizer
 from halfbyte.training.files import read_json, write_json
-from halfbyte.training.runtime import Runtime, Stop, on_first_rank
+from halfbyte.training.interrupt import Stop
+from halfbyte.training.runtime import Runtime, on_first_rank
 from halfbyte.training.schedule import collect
 from halfbyte.training.shape import ModelShape, read_shape
 
@@ -56,8 +57,7 @@ class Work:
             layout = recipe.parallel
             notes.append(
                 f"{shape.parameters / 1e6:.1f} M parameters, TP{layout.tensor} PP{layout.pipeline} DP{layout.data}"
-                f"{' SP' if layout.sequence else ''}, {str(runtime.dtype).removeprefix('torch.')} on {runtime.device.type}"
-                f", process start {time.perf_counter() - started:.0f} s"
+                f"{' SP' if layout.sequence else ''}, {str(runtime.dtype)[6:]} on {runtime.device.type}, process start {time.perf_counter() - started:.0f} s"
             )
         return cls(recipe, runtime, stop, console, resume, shape, tokenizer, gpt, exam, teacher)
 
@@ -165,7 +165,7 @@ class Work:
                 tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length
                 self._write_training(progress, seconds, tokens)
                 notes.append(
-                    f"{steps} steps ({'from ' + str(done) if done else 'from the start'}), loss {progress.losses[0]:.4f} -> "
+                    f"{steps} steps ({f'from {done}' if done else 'from the start'}), loss {progress.losses[0]:.4f} -> "
                     f"{progress.losses[-1]:.4f}, {tokens * len(seconds) / sum(seconds):,.0f} tokens/s"
                 )
         self.current = bool(seconds)

@@ -17,7 +17,7 @@ DOORWAYS = {
     "wandb": {"training/experiment.py"},
     "modelopt": {"training/quantize.py", "training/checkpoint.py", "training/model.py", "export/hf.py"},
 }
-ENVIRONMENT = {"training/runtime.py", "launch/start.py"}
+ENVIRONMENT = {"training/environment.py", "launch/start.py"}
 
 
 def name(path: Path) -> str:

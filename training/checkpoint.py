@@ -1,8 +1,8 @@
 """Training checkpoints: sharded, reshardable, atomic; and a reader that takes single tensors out of one.
 
 A checkpoint folder holds Megatron's dist_checkpointing files (weights with quantizer maxima, optimizer state) and what
-Lightning and halfbyte need to go on: step, losses so far (the data position is the step: order is a function of seed and
-step), RNG state, recipe. It is written under a temporary name and renamed when complete; the link `last` moves after
+Lightning and halfbyte need to go on: step, losses so far (the data position is the step: order is a function of seed
+and step), RNG state, recipe. It is written under a temporary name and renamed when complete; the link `last` moves after
 that, so a killed save never shadows the last good one. Layouts may change between save and load.
 """
 
@@ -146,7 +146,7 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def _give_state(optimizer: Any) -> None:
-    """torch's Adam has no state before its first step: make the slots that a load fills."""
+    """Torch's Adam has no state before its first step: make the slots that a load fills."""
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
         for slot in part.optimizer.state.values():

@@ -53,7 +53,7 @@ class DataFormat(StrEnum):
 
 
 class TooLong(StrEnum):
-    """What to do with a conversation longer than train.sequence_length. (Plain text simply spans windows.)"""
+    """What to do with a conversation longer than train.sequence_length; plain text spans windows."""
 
     error = "error"
     truncate = "truncate"
@@ -131,6 +131,8 @@ class Parallel:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    last_stage_layers: int | None = None
+    """Layers of the last pipeline stage, which also computes the logits; none splits evenly."""
     sequence: bool = False
     """Sequence parallelism: activations between blocks are split over the tensor-parallel ranks."""
 

@@ -1,8 +1,8 @@
 """Scores per item of any stage's model, in place, under any layout; the same items for every stage.
 
 Every pipeline stage walks the same padded batches; on the last stage the vocabulary shards are gathered and the first
-tensor-parallel rank scores. The BF16 model's log-probabilities at the KL positions are kept on disk, so that later stages
-(and later starts of the run) compare with the very same reference.
+tensor-parallel rank scores. The BF16 model's log-probabilities at the KL positions are kept on disk, so that later
+stages (and later starts of the run) compare with the very same reference.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from halfbyte.training.files import read_json, write_json
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import collect, token_batch
 
-GROUP = 8
+GROUP = 16
 """Batches of equal padded size that go through the pipeline in one schedule, to fill it."""
 
 
@@ -73,7 +73,8 @@ def _tasks(recipe: Recipe) -> list[Task]:
 def item_limit(task: Task, recipe: Recipe, max_length: int) -> int:
     """Text items are cut to max_tokens (default: the training length); others may use the model's whole context."""
     if task.kind == "text":
-        return min(task.max_tokens or recipe.train.sequence_length, max_length)
+        scored = task.max_tokens or recipe.train.sequence_length
+        return min(scored + 1, max_length)  # the prefix token that starts a text is not scored
     return max_length
 
 

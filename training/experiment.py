@@ -1,7 +1,7 @@
 """The only file that knows NeMo and W&B: experiment folder, loggers, resume, and the trainer around them.
 
-NeMo's exp_manager keeps <run.dir>/experiment (its logs, the command, the commit), creates the W&B logger, and points the
-trainer at the checkpoint that the link <run.dir>/checkpoints/last names.
+NeMo's exp_manager keeps <run.dir>/experiment (its logs, the command, the commit), creates the W&B logger, and points
+the trainer at the checkpoint that the link <run.dir>/checkpoints/last names.
 """
 
 import logging
@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from halfbyte.training import checkpoint
 from halfbyte.training.config import Recipe, Wandb
+from halfbyte.training.interrupt import Interrupted, Stop
 from halfbyte.training.module import Training
-from halfbyte.training.runtime import Interrupted, Runtime, Stop, agree
+from halfbyte.training.runtime import Runtime, agree
 from halfbyte.training.strategy import MegatronStrategy
 
 

@@ -17,7 +17,7 @@ def cross_entropy(loss: torch.Tensor, batch: MicroBatch, index: int) -> torch.Te
 
 
 class _VocabParallelKL(torch.autograd.Function):
-    """KL per token over vocabulary shards; the gradient has the closed form (softmax(student) - softmax(teacher)) / T."""
+    """KL per token over vocabulary shards; its gradient is (softmax(student) - softmax(teacher)) / T."""
 
     @staticmethod
     def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, group, temperature: float) -> torch.Tensor:

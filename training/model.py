@@ -1,7 +1,7 @@
 """The Megatron-Core GPT model of a Llama-family checkpoint, with our own layer spec, and its import from Hugging Face.
 
-Megatron-Core's local spec refuses sequence parallelism and materialises the [S, S] attention scores; ours is made of the
-same parallel linears, an RMSNorm that marks its weight sequence-parallel, and torch's scaled_dot_product_attention.
+Megatron-Core's local spec refuses sequence parallelism and materialises the [S, S] attention scores; ours is made of
+the same parallel linears, an RMSNorm that marks its weight sequence-parallel, and torch's scaled_dot_product_attention.
 Neither TransformerEngine nor Apex is needed. Shapes: S sequence, B batch, N heads, G key/value heads, D head dimension.
 """
 
@@ -125,6 +125,7 @@ def transformer_config(shape: ModelShape, recipe: Recipe, dtype: torch.dtype) ->
     Losses are summed over tokens and divided once by the global token count (`calculate_per_token_loss`), so that the
     gradient does not depend on how tokens fall into micro-batches and data-parallel ranks.
     """
+    uneven = recipe.parallel.last_stage_layers if recipe.parallel.pipeline > 1 else None
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=shape.layers,
@@ -142,6 +143,7 @@ def transformer_config(shape: ModelShape, recipe: Recipe, dtype: torch.dtype) ->
         attention_dropout=0.0,
         tensor_model_parallel_size=recipe.parallel.tensor,
         pipeline_model_parallel_size=recipe.parallel.pipeline,
+        num_layers_in_last_pipeline_stage=uneven,
         sequence_parallel=recipe.parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,

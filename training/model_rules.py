@@ -27,10 +27,20 @@ def _layout(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         if odd:
             fitting = _divisors(math.gcd(*sizes.values()))
             yield f"parallel.tensor = {tensor}: does not divide the model's {', '.join(odd)}; use {fitting}"
-    if pipeline > 0 and shape.layers % pipeline:
+    last = layout.last_stage_layers
+    if last is None and pipeline > 0 and shape.layers % pipeline:
         yield (
             f"parallel.pipeline = {pipeline}: does not divide the model's {shape.layers} layers; "
             f"use {_divisors(shape.layers)}"
+        )
+    if (
+        last is not None
+        and pipeline > 1
+        and not (0 < last < shape.layers and (shape.layers - last) % (pipeline - 1) == 0)
+    ):
+        yield (
+            f"parallel.last_stage_layers = {last}: the other {pipeline - 1} pipeline stages must share the rest of "
+            f"{shape.layers} layers evenly, at least one each; choose another number or none"
         )
     if layout.sequence and tensor == 1:
         yield "parallel.sequence = true: splits over tensor-parallel ranks, and parallel.tensor = 1; set it false"

@@ -1,28 +1,24 @@
-"""Processes, devices, seeds, signals: the only module that reads the environment.
+"""Processes, devices, seeds.
 
 A `Runtime` is opened once per process and passed along. On a machine without GPUs Megatron-Core runs on gloo: it names
 CUDA in a few places, and `_use_host` answers those calls with their CPU counterparts. Nothing is patched where CUDA is.
 """
 
 import logging
-import os
-import signal
-import socket
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from halfbyte.training import environment
 from halfbyte.training.config import Dtype, Recipe
 from halfbyte.training.errors import USAGE, UserError
 
-T = TypeVar("T")
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float64: torch.float64}
 TIMEOUT = timedelta(minutes=60)
 """Longest wait of one collective: rank 0 tokenizes a corpus or writes an export while the others wait."""
@@ -51,28 +47,6 @@ class Runtime:
         return self.rank == 0
 
 
-def coordinates() -> tuple[int, int, int, int]:
-    """(rank, world, local rank, local world) from torchrun's or Slurm's variables; (0, 1, 0, 1) without either."""
-    env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        local_world = int(env.get("SLURM_NTASKS_PER_NODE", "1"))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), local_world
-    return 0, 1, 0, 1
-
-
-def set_process_environment() -> None:
-    """Settings that libraries read at import: no model hub, no CPU instructions that some machines only advertise."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron orders its overlaps by it
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours asks for itself
-
-
 def open_runtime(recipe: Recipe) -> Runtime:
     """Join the process group, build Megatron's parallel groups, seed every generator.
 
@@ -86,7 +60,7 @@ def open_runtime(recipe: Recipe) -> Runtime:
         UserError: the number of processes or GPUs does not fit the layout, float64 on a GPU, bfloat16 on a CPU, or the
             rendezvous port is taken.
     """
-    rank, world, local_rank, local_world = coordinates()
+    rank, world, local_rank, local_world = environment.coordinates()
     cuda = torch.cuda.is_available()
     _quiet_libraries()
     problem = _layout_problem(recipe, world, local_world, torch.cuda.device_count() if cuda else None)
@@ -128,16 +102,10 @@ def _layout_problem(recipe: Recipe, world: int, local_world: int, gpus: int | No
 
 
 def _join(rank: int, world: int, backend: str, port: int) -> None:
-    env = os.environ
-    env.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in env:  # a single process, started without torchrun
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            env["MASTER_PORT"] = str(probe.getsockname()[1])
+    where = environment.rendezvous(port)
     try:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
         raise UserError(f"rendezvous at {where} failed ({reason}): choose a free port with launch.port") from error
 
@@ -163,7 +131,7 @@ def close_runtime() -> None:
         dist.destroy_process_group()
 
 
-def on_first_rank(runtime: Runtime, work: Callable[[], T]) -> T:
+def on_first_rank[T](runtime: Runtime, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and hand its (picklable) result to every rank.
 
     Raises:
@@ -187,41 +155,6 @@ def agree(flag: bool) -> bool:
     votes = torch.tensor([int(flag)], device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
-
-
-class Interrupted(UserError):
-    """SIGINT or SIGTERM ended the run; the message says what was saved."""
-
-
-class Stop:
-    """What SIGINT (Ctrl-C) and SIGTERM (preemption) do: raise at once, or, inside `graceful()`, only leave a note.
-
-    Training runs inside `graceful()`: it finishes the step, saves a checkpoint and stops. Any other stage has nothing
-    to save, so it stops where it is.
-    """
-
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        self._graceful = False
-
-    def install(self) -> None:
-        """Take over both signals; call once, from the main thread."""
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
-
-    @contextmanager
-    def graceful(self):
-        """Within this context a signal is only noted in `requested`."""
-        self._graceful = True
-        try:
-            yield self
-        finally:
-            self._graceful = False
-
-    def _handle(self, number: int, _frame: object) -> None:
-        self.requested = signal.Signals(number).name
-        if not self._graceful:
-            raise Interrupted(f"stopped by {self.requested}: finished stages are kept, the running one is not saved")
 
 
 class _HostDevice(TorchFunctionMode):

@@ -1,7 +1,7 @@
 """Lightning on Megatron-Core: the trainer's loop, callbacks and signals over Megatron's groups and checkpoints.
 
-Process groups exist before the trainer does (runtime.py), DDP and optimizer are Megatron's (module.py); what is left for
-the strategy is to answer Lightning's questions about ranks, and to send checkpoints through checkpoint.py.
+Process groups exist before the trainer does (runtime.py), DDP and optimizer are Megatron's (module.py); what is left
+for the strategy is to answer Lightning's questions about ranks, and to send checkpoints through checkpoint.py.
 """
 
 from pathlib import Path

@@ -1,0 +1,49 @@
+"""What several test files share: the command line in a subprocess, and a tiny model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+THREADS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+
+
+@pytest.fixture(scope="session")
+def command() -> list[str]:
+    """Start of a `halfbyte` command line: the console script of this environment."""
+    return [str(Path(sys.executable).with_name("halfbyte"))]
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Environment of a started command: one thread per process, no launcher's variables."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))} | THREADS
+
+
+@pytest.fixture
+def halfbyte(command, environment, tmp_path):
+    """Run the command line to its end: halfbyte("run", "tiny", ...) -> CompletedProcess with text output."""
+
+    def run(*args: str, cwd: Path = tmp_path, timeout: float = 240, env: dict | None = None, preexec_fn=None):
+        return subprocess.run(
+            [*command, *map(str, args)],
+            cwd=cwd,
+            env=environment | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            preexec_fn=preexec_fn,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A fetched tiny Llama; copy it before changing it."""
+    from halfbyte.training.fetch import fetch
+
+    return fetch("tiny", tmp_path_factory.mktemp("models") / "tiny-llama")

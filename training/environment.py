@@ -1,0 +1,41 @@
+"""The process environment: with launch/start.py the only reader of os.environ. Torch-free."""
+
+import os
+import socket
+
+
+def coordinates() -> tuple[int, int, int, int]:
+    """(rank, world, local rank, local world) from torchrun's or Slurm's variables; (0, 1, 0, 1) without either."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        local_world = int(env.get("SLURM_NTASKS_PER_NODE", "1"))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), local_world
+    return 0, 1, 0, 1
+
+
+def set_process_environment() -> None:
+    """Settings that libraries read at import: no model hub, no CPU instructions that some machines only advertise."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron orders its overlaps by it
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours asks for itself
+
+
+def rendezvous(port: int) -> str:
+    """Where the processes meet: MASTER_ADDR:MASTER_PORT of torchrun or Slurm, or a port here for a single process.
+
+    Args:
+        port: launch.port; 0 takes a free one.
+    """
+    env = os.environ
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:  # a single process, started without torchrun
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            env["MASTER_PORT"] = str(probe.getsockname()[1])
+    return f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"

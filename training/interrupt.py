@@ -1,0 +1,41 @@
+"""SIGINT (Ctrl-C) and SIGTERM (preemption): save first where there is something to save. Torch-free."""
+
+import signal
+from contextlib import contextmanager
+
+from halfbyte.training.errors import UserError
+
+
+class Interrupted(UserError):
+    """SIGINT or SIGTERM ended the run; the message says what was saved."""
+
+
+class Stop:
+    """What SIGINT (Ctrl-C) and SIGTERM (preemption) do: raise at once, or, inside `graceful()`, only leave a note.
+
+    Training runs inside `graceful()`: it finishes the step, saves a checkpoint and stops. Any other stage has nothing
+    to save, so it stops where it is.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._graceful = False
+
+    def install(self) -> None:
+        """Take over both signals; call once, from the main thread."""
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    @contextmanager
+    def graceful(self):
+        """Within this context a signal is only noted in `requested`."""
+        self._graceful = True
+        try:
+            yield self
+        finally:
+            self._graceful = False
+
+    def _handle(self, number: int, _frame: object) -> None:
+        self.requested = signal.Signals(number).name
+        if not self._graceful:
+            raise Interrupted(f"stopped by {self.requested}: finished stages are kept, the running one is not saved")
