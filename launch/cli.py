@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from halfbyte.training.environment import set_process_environment
 from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 
 MODEL_FOLDERS = {"smollm2": "models/smollm2-135m-instruct", "tiny": "models/tiny-llama"}
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    set_process_environment()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):

@@ -114,9 +114,9 @@ def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 TOLERANCE = 0.05
 """Nats per token by which the decoded model may differ on average from the training-time model. The weights are equal
-bit for bit; FP4 activations flip codes where another order of summation moves a value across a rounding border. In FP32 on
-the CPU the two agree to the last digit; in BF16 single tokens differ by tenths of a nat, so the mean is judged by its
-99 % interval: the check fails when the whole interval lies outside the tolerance."""
+bit for bit; FP4 activations flip codes where another order of summation moves a value across a rounding border. In
+FP32 on the CPU the two agree to the last digit; in BF16 single tokens differ by tenths of a nat, so the mean is
+judged by its 99 % interval: the check fails when the whole interval lies outside the tolerance."""
 CONFIDENCE = 0.99
 
 

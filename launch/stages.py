@@ -55,10 +55,12 @@ class Work:
                 teacher.requires_grad_(False)
             exam = evaluate.Examination.load(recipe, runtime, Path(recipe.run.dir), tokenizer, shape.max_positions)
             layout = recipe.parallel
-            notes.append(
-                f"{shape.parameters / 1e6:.1f} M parameters, TP{layout.tensor} PP{layout.pipeline} DP{layout.data}"
-                f"{' SP' if layout.sequence else ''}, {str(runtime.dtype)[6:]} on {runtime.device.type}, process start {time.perf_counter() - started:.0f} s"
-            )
+            notes += [
+                f"{shape.parameters / 1e6:.1f} M parameters",
+                f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}{' SP' if layout.sequence else ''}",
+                f"{str(runtime.dtype).removeprefix('torch.')} on {runtime.device.type}",
+                f"process start {time.perf_counter() - started:.0f} s",
+            ]
         return cls(recipe, runtime, stop, console, resume, shape, tokenizer, gpt, exam, teacher)
 
     @property

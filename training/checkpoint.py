@@ -1,9 +1,9 @@
 """Training checkpoints: sharded, reshardable, atomic; and a reader that takes single tensors out of one.
 
-A checkpoint folder holds Megatron's dist_checkpointing files (weights with quantizer maxima, optimizer state) and what
-Lightning and halfbyte need to go on: step, losses so far (the data position is the step: order is a function of seed
-and step), RNG state, recipe. It is written under a temporary name and renamed when complete; the link `last` moves after
-that, so a killed save never shadows the last good one. Layouts may change between save and load.
+A checkpoint folder holds Megatron's dist_checkpointing files (weights with quantizer maxima, optimizer state) and
+what Lightning and halfbyte need to go on: step, losses so far (the data position is the step: order is a function of
+seed and step), RNG state, recipe. It is written under a temporary name and renamed when complete; the link `last`
+moves after that, so a killed save never shadows the last good one. Layouts may change between save and load.
 """
 
 import os

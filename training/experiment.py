@@ -68,6 +68,8 @@ def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) ->
             "seconds_to_sleep": 0,
         },
     )
+    for logger in trainer.loggers:
+        logger._wandb_init.pop("anonymous", None)  # Lightning 2.4 passes it, W&B 0.31 warns about it
     return trainer
 
 

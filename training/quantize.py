@@ -1,9 +1,9 @@
 """THE quantization hook: plan layers, let ModelOpt insert quantizers, calibrate, report; planned != converted stops.
 
 ModelOpt decides where a quantizer sits and collects the absolute maxima; the arithmetic is ours (numerics.py), given
-to ModelOpt as the backend "halfbyte". Two-level NVFP4 scaling: the second-level scale comes from the calibrated maximum and
-stays frozen, the block scales follow the tensor at every step. q/k/v and gate/up are one fused linear here, so they
-share one second-level scale from the start and nothing has to be re-quantized at export.
+to ModelOpt as the backend "halfbyte". Two-level NVFP4 scaling: the second-level scale comes from the calibrated
+maximum and stays frozen, the block scales follow the tensor at every step. q/k/v and gate/up are one fused linear
+here, so they share one second-level scale from the start and nothing has to be re-quantized at export.
 """
 
 import contextlib

@@ -1,0 +1,126 @@
+"""Whole runs of the tiny recipe through the command line: files, gate, export, verify, formats, methods."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+SHORT = ("train.steps=3", "evaluate.tasks.lambada.limit=4", "evaluate.tasks.english.limit=4", "verify.items=2")
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every weight and quantization file of an export."""
+    names = ("model.safetensors", "hf_quant_config.json", "config.json")
+    return {name: hashlib.sha256((folder / "export" / "hf" / name).read_bytes()).hexdigest() for name in names}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
+    done = halfbyte("run", "tiny", *SHORT, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = place / "runs" / "a"
+    train = read(run / "train.json")
+    assert train["steps"] == 3
+    assert len(train["losses"]) == 3
+    assert all(isinstance(loss, float) for loss in train["losses"])
+    scores = read(run / "evaluate.json")
+    assert list(scores) == ["bf16", "ptq", "qat"]
+    for stage, tasks in scores.items():
+        assert tasks["lambada"]["n"] == 4
+        rows = [json.loads(line) for line in (run / "evaluate" / f"{stage}.lambada.jsonl").read_text().splitlines()]
+        assert [row["item"] for row in rows] == [0, 1, 2, 3]
+    layers = read(run / "quantize.json")["layers"]
+    assert sum(len(layer["hf"]) for layer in layers.values()) == 28
+    assert {layer["format"] for layer in layers.values()} == {"nvfp4"}
+    assert read(run / "gate.json")["verdict"] == "pass"
+    verified = read(run / "verify.json")
+    assert verified["ok"] is True
+    assert verified["mismatches"] == 0
+    assert verified["tensors"] == 39
+    assert all(task["nats_per_token_difference"] == pytest.approx(0, abs=1e-3) for task in verified["rescored"].values())
+    assert (run / "export" / "hf" / "tokenizer.json").exists()
+    assert (run / "export" / "hf" / "generation_config.json").exists()
+    assert str((run / "export" / "hf").resolve()) in (run / "export" / "HANDOFF.md").read_text()
+    assert "trtllm-serve" in done.stdout
+    assert list((run / "wandb").glob("offline-run-*"))
+    for noise in ("Traceback", "Warning", "WARNING", "NeMo"):
+        assert noise not in done.stdout + done.stderr
+
+
+def test_a_finished_run_is_not_done_again(halfbyte, place):
+    before = digest(place / "runs" / "a")
+    again = halfbyte("run", "tiny", *SHORT, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
+    assert again.returncode == 0
+    assert "train " not in again.stdout
+    assert "evaluate qat" not in again.stdout
+    assert digest(place / "runs" / "a") == before
+
+
+def test_a_flipped_byte_fails_verify(halfbyte, place):
+    weights = place / "runs" / "a" / "export" / "hf" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    done = halfbyte("verify", "runs/a", cwd=place)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: verify failed: ")
+    assert read(place / "runs" / "a" / "verify.json")["ok"] is False
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert halfbyte("verify", "runs/a", cwd=place).returncode == 0
+
+
+def test_a_failed_gate_leaves_nothing_to_ship_unless_it_is_asked_to(halfbyte, place):
+    run = place / "runs" / "a"
+    strict = ("gate.perplexity_ratio=1e-6",)
+    assert halfbyte("gate", "runs/a", *strict, cwd=place).returncode == 3
+    done = halfbyte("export", "runs/a", *strict, cwd=place)
+    assert done.returncode == 3
+    assert not (run / "export" / "hf").exists()
+    assert not (run / "export" / "HANDOFF.md").exists()
+    allowed = halfbyte("export", "runs/a", *strict, "--allow-failed-gate", cwd=place)
+    assert allowed.returncode == 3
+    assert read(run / "export" / "hf" / "halfbyte.json")["gate"]["verdict"] == "fail"
+    assert "fail" in (run / "export" / "HANDOFF.md").read_text()
+
+
+@pytest.mark.parametrize("number_format", ["nvfp4", "w4a16_nvfp4", "mxfp4"])
+def test_ptq_exports_the_same_bytes_from_one_process_and_from_tensor_parallel(halfbyte, place, number_format):
+    options = (*SHORT, "method=ptq", f"quantize.format={number_format}", "run.wandb=disabled")
+    folders = []
+    layouts = {"one": (), "tp2": ("parallel.tensor=2", "parallel.sequence=true")}
+    for name, layout in layouts.items():
+        folders.append(place / "runs" / f"{number_format}_{name}")
+        done = halfbyte("run", "tiny", *options, *layout, f"run.dir={folders[-1]}", cwd=place)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert read(folders[-1] / "verify.json")["ok"] is True
+    if number_format == "mxfp4":
+        config = read(folders[0] / "export" / "hf" / "config.json")["quantization_config"]
+        assert config["format"] == "mxfp4-pack-quantized"
+        same = [(folder / "export" / "hf" / "model.safetensors").read_bytes() for folder in folders]
+        assert same[0] == same[1]
+    else:
+        assert digest(folders[0]) == digest(folders[1])
+
+
+def test_distillation_and_the_control_run_through(halfbyte, place):
+    done = halfbyte("run", "tiny", *SHORT, "method=qad", "run.dir=runs/qad", "run.wandb=disabled", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = read(place / "runs" / "qad" / "train.json")["losses"]
+    assert 0 < losses[0] < 1  # KL to the unquantized model, not a cross-entropy of 6.7
+    done = halfbyte("run", "tiny", *SHORT, "method=bf16", "run.dir=runs/bf16", "run.wandb=disabled", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = place / "runs" / "bf16"
+    assert read(run / "gate.json")["verdict"] == "not_applicable"
+    assert not (run / "export" / "hf" / "hf_quant_config.json").exists()
+    assert read(run / "verify.json")["ok"] is True
