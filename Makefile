@@ -15,7 +15,7 @@ demo: setup
 	.venv/bin/halfbyte run $(RECIPE)
 
 test: setup lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	.venv/bin/ruff check .

@@ -44,8 +44,8 @@ def run_stages(recipe: Recipe, stages: Sequence[str], stop: Stop, *, allow_faile
         UserError: a stage stopped; its message is one line.
     """
     resume = set(stages) == set(STAGES)
-    first = True
-    if any(stage in TOGETHER for stage in stages):
+    first = environment.coordinates()[0] == 0
+    if any(stage in TOGETHER for stage in stages) and not (resume and _trained_and_scored(recipe)):
         first = together(recipe, [stage for stage in stages if stage in TOGETHER], stop, resume=resume)
     rest = [stage for stage in stages if stage not in TOGETHER]
     return alone(recipe, rest, resume=resume, allow_failed_gate=allow_failed_gate) if first and rest else OK
@@ -75,6 +75,21 @@ def together(recipe: Recipe, stages: Sequence[str], stop: Stop, *, resume: bool)
         work.evaluate(trained_name(recipe), wanted="evaluate" in stages)
     close_runtime()  # a failure skips this: the process ends, and the others may be inside a collective
     return runtime.first
+
+
+def _trained_and_scored(recipe: Recipe) -> bool:
+    """Whether the run folder holds all that `together` makes: then no process needs the model."""
+    path = Path(recipe.run.dir) / "state.json"
+    marks = read_json(path) if path.exists() else {}
+    wanted: dict[str, int] = {"evaluate.bf16": 0} if recipe.evaluate.tasks else {}
+    if recipe.method != Method.bf16 and recipe.evaluate.tasks:
+        wanted |= {"evaluate.ptq": 0}
+    if recipe.method == Method.ptq:
+        wanted |= {"keep_weights": 0}
+    else:
+        steps = recipe.train.steps
+        wanted |= {"train": steps} | ({f"evaluate.{trained_name(recipe)}": steps} if recipe.evaluate.tasks else {})
+    return all(marks.get(name) == value for name, value in wanted.items())
 
 
 def trained_name(recipe: Recipe) -> str:
@@ -128,6 +143,7 @@ def worker(argv: Sequence[str]) -> int:
     stop = Stop()
     stop.install()
     environment.set_process_environment()
+    environment.quiet_libraries()
     from halfbyte.training.resolve import load
 
     flags, words = [w for w in argv if w.startswith("--")], [w for w in argv if not w.startswith("--")]

@@ -144,6 +144,7 @@ class Work:
         path = self.checkpoints / checkpoint.folder_name(0)
         if not on_first_rank(self.runtime, path.exists):
             checkpoint.save(checkpoint.Trainable(self.gpt), {}, path)
+        self._mark("keep_weights", 0)
 
     def train(self, *, wanted: bool) -> None:
         """Train to train.steps, from the newest checkpoint on."""

@@ -53,7 +53,7 @@ def test_every_layout_gives_the_same_losses_and_scales(halfbyte, place, referenc
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == pytest.approx(losses(reference), abs=1e-6)
     mine, one = (json.loads((folder / "quantize.json").read_text())["layers"] for folder in (run, reference))
-    assert {key: layer["scale_2"] for key, layer in mine.items()} == {key: layer["scale_2"] for key, layer in one.items()}
+    assert {key: layer["scale_2"] for key, layer in mine.items()} == {key: one[key]["scale_2"] for key in one}
 
 
 def start(command, environment, place: Path, *args: str) -> subprocess.Popen:

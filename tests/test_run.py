@@ -47,7 +47,7 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     assert verified["ok"] is True
     assert verified["mismatches"] == 0
     assert verified["tensors"] == 39
-    assert all(task["nats_per_token_difference"] == pytest.approx(0, abs=1e-3) for task in verified["rescored"].values())
+    assert all(abs(task["nats_per_token_difference"]) < 1e-3 for task in verified["rescored"].values())
     assert (run / "export" / "hf" / "tokenizer.json").exists()
     assert (run / "export" / "hf" / "generation_config.json").exists()
     assert str((run / "export" / "hf").resolve()) in (run / "export" / "HANDOFF.md").read_text()
@@ -61,8 +61,7 @@ def test_a_finished_run_is_not_done_again(halfbyte, place):
     before = digest(place / "runs" / "a")
     again = halfbyte("run", "tiny", *SHORT, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
     assert again.returncode == 0
-    assert "train " not in again.stdout
-    assert "evaluate qat" not in again.stdout
+    assert not any(line.startswith(("import", "evaluate", "train")) for line in again.stdout.splitlines())
     assert digest(place / "runs" / "a") == before
 
 

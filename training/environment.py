@@ -1,7 +1,9 @@
 """The process environment: with launch/start.py the only reader of os.environ. Torch-free."""
 
+import logging
 import os
 import socket
+import warnings
 
 
 def coordinates() -> tuple[int, int, int, int]:
@@ -24,6 +26,13 @@ def set_process_environment() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours asks for itself
+
+
+def quiet_libraries() -> None:
+    """A run prints one line per stage: libraries may speak up from ERROR on."""
+    for name in ("megatron", "modelopt", "torch", "torch.utils.cpp_extension", "transformers", "lightning", "nemo"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
 
 
 def rendezvous(port: int) -> str:

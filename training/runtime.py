@@ -4,8 +4,6 @@ A `Runtime` is opened once per process and passed along. On a machine without GP
 CUDA in a few places, and `_use_host` answers those calls with their CPU counterparts. Nothing is patched where CUDA is.
 """
 
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,7 +60,6 @@ def open_runtime(recipe: Recipe) -> Runtime:
     """
     rank, world, local_rank, local_world = environment.coordinates()
     cuda = torch.cuda.is_available()
-    _quiet_libraries()
     problem = _layout_problem(recipe, world, local_world, torch.cuda.device_count() if cuda else None)
     if problem:
         raise UserError(problem, USAGE)
@@ -75,13 +72,6 @@ def open_runtime(recipe: Recipe) -> Runtime:
         _use_host()
     _seed(recipe)
     return Runtime(rank, world, local_rank, local_world, device, dtype)
-
-
-def _quiet_libraries() -> None:
-    """A run prints one line per stage: libraries may speak up from ERROR on."""
-    for name in ("megatron", "modelopt", "torch", "transformers", "lightning", "nemo", "DotProductAttention"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
 
 
 def _layout_problem(recipe: Recipe, world: int, local_world: int, gpus: int | None) -> str | None:
