@@ -11,8 +11,10 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test setup lint clean
+# The demo trains for minutes only, so its gate may say fail (3) or inconclusive (4): it exports all the same, with the
+# verdict in the files, and counts as done.
 demo: setup
-	.venv/bin/halfbyte run $(RECIPE)
+	.venv/bin/halfbyte run $(RECIPE) --allow-failed-gate || [ $$? -eq 3 ] || [ $$? -eq 4 ]
 
 test: setup lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile
