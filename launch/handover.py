@@ -10,7 +10,7 @@ from halfbyte.launch.pipeline import trained_name
 from halfbyte.training import gate, scoring, tasks
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.files import read_json, write_json
+from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.hf_map import HFWeight
 from halfbyte.training.shape import planned_linears, read_shape
 from halfbyte.training.statistics import paired_ratio
@@ -27,16 +27,48 @@ def judge(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Compare per-item scores and write gate.json.
 
     Raises:
-        UserError: a stage was not evaluated, or stages were scored on different items.
+        UserError: a stage was not evaluated, stages were scored on different items, or the newest checkpoint was not
+            the one scored.
     """
-    summaries = read_json(folder / "evaluate.json")
-    scores = {
-        stage: {task: scoring.read_scores(folder / "evaluate" / f"{stage}.{task}.jsonl") for task in by_task}
-        for stage, by_task in summaries.items()
-    }
-    verdict = gate.judge(recipe.gate, method=recipe.method.value, stages=scores, summaries=summaries)
+    judged = _scored_checkpoint(recipe, folder)
+    summaries = read_json(folder / "evaluate.json") if recipe.evaluate.tasks else {}
+    with damage(folder / "evaluate.json"):
+        files = {stage: {task: f"{stage}.{task}.jsonl" for task in dict(tasks)} for stage, tasks in summaries.items()}
+        scores = {
+            stage: {task: scoring.read_scores(folder / "evaluate" / name) for task, name in by_task.items()}
+            for stage, by_task in files.items()
+        }
+        verdict = gate.judge(recipe.gate, method=recipe.method.value, stages=scores, summaries=summaries)
+    verdict["checkpoint"] = judged
     write_json(folder / "gate.json", verdict)
     return verdict
+
+
+def _scored_checkpoint(recipe: Recipe, folder: Path) -> str:
+    """Name of the newest checkpoint, if it is the one that evaluate.json scores."""
+    newest = newest_checkpoint(folder).name
+    if not recipe.evaluate.tasks:  # only a BF16 control may have none
+        return newest
+    marks = read_json(folder / "state.json")
+    scored = marks.get("keep_weights" if recipe.method == Method.ptq else f"evaluate.{trained_name(recipe)}")
+    if scored is None or newest != f"step_{scored:08d}":
+        state = "no trained model" if scored is None else f"the model after step {scored}"
+        raise UserError(f"{folder}: evaluate.json scores {state}, the newest checkpoint is {newest}; evaluate it first")
+    return newest
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    from halfbyte.training import checkpoint
+
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is None:
+        raise UserError(f"{folder / 'checkpoints'}: no checkpoint; train first (halfbyte train {folder})")
+    return last
 
 
 def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
@@ -47,9 +79,7 @@ def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
     """
     from halfbyte.training import checkpoint
 
-    last = checkpoint.latest(folder / "checkpoints")
-    if last is None:
-        raise UserError(f"{folder / 'checkpoints'}: no checkpoint; train first (halfbyte train {folder})")
+    last = newest_checkpoint(folder)
     shape = read_shape(Path(recipe.model.path) / "config.json")
     planned = {} if recipe.method == Method.bf16 else planned_linears(shape, recipe)
     return checkpoint.read_weights(last, shape, planned)
@@ -65,13 +95,20 @@ def export(recipe: Recipe, folder: Path, verdict: dict[str, Any], *, resume: boo
 
     Returns:
         Sizes: bytes_before (BF16), bytes_after, files, tensors, quantized.
+
+    Raises:
+        UserError: the verdict is about another checkpoint.
     """
     from halfbyte.export import handoff, hf
-    from halfbyte.training import checkpoint
 
+    newest = newest_checkpoint(folder).name
+    if verdict["checkpoint"] != newest:
+        raise UserError(
+            f"{folder}: gate.json judges {verdict['checkpoint']}, the newest checkpoint is {newest}; gate it first"
+        )
     out, record = out_folder(folder), folder / "export" / "export.json"
-    made_for = {"checkpoint": str(checkpoint.latest(folder / "checkpoints")), "verdict": verdict["verdict"]}
-    if resume and out.exists() and record.exists() and read_json(record)["made_for"] == made_for:
+    made_for = {"checkpoint": newest, "verdict": verdict["verdict"]}
+    if resume and out.exists() and record.exists() and read_json(record).get("made_for") == made_for:
         return read_json(record)["sizes"]
     out.parent.mkdir(parents=True, exist_ok=True)
     sizes = hf.write(

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from halfbyte.launch.console import Console
 from halfbyte.training import environment
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, UserError
-from halfbyte.training.files import read_json, write_json
+from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.interrupt import Stop
 
 STAGES = ("calibrate", "evaluate", "train", "gate", "export", "verify")
@@ -111,7 +112,8 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
             verdict = handover.judge(recipe, folder)
             notes.append(verdict["verdict"])
     verdict = read_json(folder / "gate.json")
-    code = VERDICT_CODE[verdict["verdict"]]
+    with damage(folder / "gate.json"):
+        code = VERDICT_CODE[verdict["verdict"]]
     ships = code == OK or allow_failed_gate
     if "export" in stages:
         if ships:
@@ -154,14 +156,11 @@ def worker(argv: Sequence[str]) -> int:
         _report(recipe, environment.coordinates()[0], str(error), error.code)
         return error.code
     except BaseException as error:  # noqa: BLE001 - the process ends here: one line says why, a file has the traceback
-        details = _report(recipe, environment.coordinates()[0], "", FAILED).with_suffix(".txt")
-        details.write_text(traceback.format_exc())
-        _report(
-            recipe,
-            environment.coordinates()[0],
-            f"{type(error).__name__}: {_line(error)} (traceback: {details})",
-            FAILED,
-        )
+        message, rank = f"{type(error).__name__}: {_line(error)}", environment.coordinates()[0]
+        details = _report(recipe, rank, message, FAILED).with_suffix(".txt")
+        with suppress(OSError):  # where there is no room for it, its line has to do
+            details.write_text(traceback.format_exc())
+            _report(recipe, rank, f"{message} (traceback: {details})", FAILED)
         return FAILED
 
 
@@ -173,7 +172,10 @@ def _line(error: BaseException) -> str:
 def _report(recipe: Recipe, rank: int, message: str, code: int) -> Path:
     path = Path(recipe.run.dir) / "errors" / f"rank{rank}.json"
     content: dict[str, Any] = {"time": time.time(), "message": message, "code": code}
-    write_json(path, content)
+    try:
+        write_json(path, content)
+    except UserError:  # a full disk is no reason to die without a word
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return path
 
 

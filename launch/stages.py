@@ -54,6 +54,7 @@ class Work:
                 model.import_hf(teacher, folder, shape, runtime)
                 teacher.requires_grad_(False)
             exam = evaluate.Examination.load(recipe, runtime, Path(recipe.run.dir), tokenizer, shape.max_positions)
+            exam.check_vocabulary(shape.vocab)
             layout = recipe.parallel
             notes += [
                 f"{shape.parameters / 1e6:.1f} M parameters",
@@ -156,7 +157,7 @@ class Work:
 
         assert self.recipe.data.train is not None  # resolve.py has checked it
         packed = self._packed(Path(self.recipe.data.train), self.recipe.train.sequence_length)
-        last = on_first_rank(self.runtime, lambda: checkpoint.latest(self.checkpoints))
+        last = on_first_rank(self.runtime, lambda: checkpoint.repair_link(self.checkpoints))
         done = int(last.name.removeprefix("step_")) if last else 0
         if done > steps:
             raise UserError(f"train.steps = {steps}: {last} is already past it; raise train.steps or use a new run.dir")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.training.config import Recipe
-from halfbyte.training.files import read_json
+from halfbyte.training.files import damage, read_json
 
 METRICS = {
     "accuracy": ("accuracy, %", 100.0, "{:.2f}"),
@@ -50,12 +50,15 @@ def summary_text(recipe: Recipe, folder: Path) -> str:
     """
     lines = ["", f"{recipe.run.name}: {recipe.method.value}, {recipe.quantize.format.value}", ""]
     if (folder / "evaluate.json").exists():
-        lines += [*columns(score_rows(read_json(folder / "evaluate.json"))), ""]
+        with damage(folder / "evaluate.json"):
+            lines += [*columns(score_rows(read_json(folder / "evaluate.json"))), ""]
     verdict = read_json(folder / "gate.json")
-    lines.append(f"  gate ({verdict['rule']}): {verdict['verdict'].upper()}")
-    lines += [f"    {reason}" for reason in verdict["reasons"]]
-    lines += _against_bf16(verdict)
-    lines += _shipped(folder)
+    with damage(folder / "gate.json"):
+        lines.append(f"  gate ({verdict['rule']}): {verdict['verdict'].upper()}")
+        lines += [f"    {reason}" for reason in verdict["reasons"]]
+        lines += _against_bf16(verdict)
+    with damage(folder / "export" / "export.json"):
+        lines += _shipped(folder)
     return "\n".join(lines)
 
 

@@ -93,7 +93,16 @@ def test_a_failed_gate_leaves_nothing_to_ship_unless_it_is_asked_to(halfbyte, pl
     assert "fail" in (run / "export" / "HANDOFF.md").read_text()
 
 
-@pytest.mark.parametrize("number_format", ["nvfp4", "w4a16_nvfp4", "mxfp4"])
+def test_a_verdict_about_another_checkpoint_ships_nothing(halfbyte, place):
+    longer = ("train.steps=4",)
+    assert halfbyte("train", "runs/a", *longer, cwd=place).returncode == 0
+    for stage in ("gate", "export"):
+        done = halfbyte(stage, "runs/a", *longer, cwd=place)
+        assert done.returncode == 1
+        assert "the newest checkpoint is step_00000004" in done.stderr
+
+
+@pytest.mark.parametrize("number_format", ["nvfp4", "mxfp4"])
 def test_ptq_exports_the_same_bytes_from_one_process_and_from_tensor_parallel(halfbyte, place, number_format):
     options = (*SHORT, "method=ptq", f"quantize.format={number_format}", "run.wandb=disabled")
     folders = []
@@ -110,6 +119,15 @@ def test_ptq_exports_the_same_bytes_from_one_process_and_from_tensor_parallel(ha
         assert same[0] == same[1]
     else:
         assert digest(folders[0]) == digest(folders[1])
+
+
+def test_weight_only(halfbyte, place):
+    run = place / "runs" / "w4a16"
+    options = (*SHORT, "quantize.format=w4a16_nvfp4", "run.wandb=disabled", f"run.dir={run}")
+    assert halfbyte("run", "tiny", *options, cwd=place).returncode == 0
+    layers = read(run / "quantize.json")["layers"].values()
+    assert all(set(layer["scale_2"]) == {"weight"} for layer in layers)
+    assert read(run / "verify.json")["ok"] is True
 
 
 def test_distillation_and_the_control_run_through(halfbyte, place):
