@@ -31,7 +31,7 @@ def by_torch(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -
 
 
 def test_two_tokens_in_closed_form(group):
-    # Teacher (3/4, 1/4), student (1/2, 1/2); the reverse KL would have the roles in the logarithm and the weights swapped.
+    # Teacher (3/4, 1/4), student (1/2, 1/2): forward KL, not reverse.
     teacher, student = torch.tensor([[[math.log(3.0), 0.0]]]), torch.zeros(1, 1, 2, requires_grad=True)
     loss = losses.distillation(student, teacher, group)
     expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
