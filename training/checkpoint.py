@@ -7,6 +7,7 @@ moves after that, so a killed save never shadows the last good one. Layouts may 
 """
 
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Collection, Iterator
@@ -21,14 +22,28 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import FUSED, NORMS, HFWeight, split_fused
-from halfbyte.training.runtime import agree
 from halfbyte.training.shape import ModelShape
 
 LAST = "last"
+DAMAGED = (
+    CheckpointingException,
+    CheckpointException,  # torch's, not an Exception but a BaseException
+    AssertionError,
+    AttributeError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+"""What reading a damaged checkpoint raises."""
 
 
 @dataclass
@@ -45,9 +60,28 @@ def folder_name(step: int) -> str:
 
 
 def latest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
+    """The newest complete checkpoint, or None.
+
+    It is the one that the link `last` names. Where that was removed, it is the newest one that is left: a folder
+    has its final name only when it is complete.
+    """
     link = checkpoints / LAST
-    return link.resolve() if link.exists() else None
+    if link.exists():
+        return link.resolve()
+    left = sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
+    return left[-1].resolve() if left else None
+
+
+def repair_link(checkpoints: Path) -> Path | None:
+    """Point `last` at the newest complete checkpoint, which it does not after a user removed its target; rank 0 only.
+
+    Returns:
+        That checkpoint, or None.
+    """
+    newest = latest(checkpoints)
+    if newest is not None and not (checkpoints / LAST).exists():
+        _point(newest)
+    return newest
 
 
 def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
@@ -70,20 +104,41 @@ def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
             temporary.mkdir(parents=True)
         dist.barrier()
         dist_checkpointing.save(_state(trainable, loading=False) | {"plain": plain, "rng": _rng()}, str(temporary))
-    except (OSError, RuntimeError, CheckpointingException) as error:
+    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         failure = error
     # Every rank must agree that all files stand before the rename makes the checkpoint visible.
-    if agree(failure is not None):
+    reason = _any_reason(failure)
+    if reason is None:
+        try:
+            if first:
+                _fsync(temporary)
+                shutil.rmtree(path, ignore_errors=True)
+                temporary.rename(path)
+                _point(path)
+        except OSError as error:
+            failure = error
+        reason = _any_reason(failure)
+    if reason is not None:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(failure).strip().splitlines()[-1] if failure else "another rank failed"
-        raise UserError(f"checkpoint {path} not saved ({reason}); the previous one stays; free space and start again")
-    if first:
-        _fsync(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        _point(path)
-    dist.barrier()
+        free = shutil.disk_usage(path.parent).free / 1e9
+        raise UserError(
+            f"checkpoint {path} not saved ({reason}; {free:.1f} GB free there); the previous one stays; "
+            "free space and start again"
+        )
+
+
+def _any_reason(failure: BaseException | None) -> str | None:
+    """Why the first rank that failed did, on every rank; None when none did. Collective."""
+    mine = None
+    if isinstance(failure, CheckpointException):  # its text is a traceback; ranks other than 0 get it without a cause
+        mine = next((str(cause) for cause, _ in failure.failures.values()), "")
+    elif failure is not None:
+        mine = str(failure) or type(failure).__name__
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, None if mine is None else next(iter(mine.strip().splitlines()[-1:]), ""))
+    failed = [reason for reason in reasons if reason is not None]
+    return next(filter(None, failed), "no reason given") if failed else None
 
 
 def _point(path: Path) -> None:
@@ -117,9 +172,10 @@ def load(trainable: Trainable, path: Path) -> dict[str, Any]:
         _give_state(trainable.optimizer)
     try:
         loaded = dist_checkpointing.load(_state(trainable, loading=True), str(path))
-    except (CheckpointingException, KeyError, RuntimeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"checkpoint {path}: cannot be loaded ({reason}); remove it to use an older one") from error
+    except DAMAGED as error:
+        raise UserError(
+            f"checkpoint {path}: cannot be loaded ({_why(error)}); remove it to use an older one"
+        ) from error
     trainable.model.load_state_dict(loaded["model"], strict=False)
     if trainable.optimizer is not None:
         trainable.optimizer.load_state_dict(loaded["optimizer"])
@@ -129,6 +185,14 @@ def load(trainable: Trainable, path: Path) -> dict[str, Any]:
                     slot["step"] = slot["step"].clone()
     _set_rng(loaded["rng"])
     return loaded["plain"]
+
+
+def _why(error: BaseException) -> str:
+    """The first line of what went wrong, from inside torch's wrapper where there is one."""
+    if isinstance(error, CheckpointException):
+        error = next((cause for cause, _ in error.failures.values()), error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _state(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
@@ -220,16 +284,22 @@ class _Reader:
                 for key, entry in self.reader.read_metadata().state_dict_metadata.items()
                 if isinstance(entry, TensorStorageMetadata)
             }
-        except (OSError, EOFError, ValueError) as error:
-            raise UserError(f"checkpoint {path}: cannot be read ({error}); remove it to use an older one") from error
+        except DAMAGED as error:
+            raise self._damaged(error) from error
 
     def tensor(self, key: str) -> torch.Tensor:
         if key not in self.sizes:
             raise UserError(f"checkpoint {self.path}: {key} is not in it; it belongs to another model")
         entry = self.sizes[key]
         state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        dcp.load(state, storage_reader=self.reader, no_dist=True)
+        try:
+            dcp.load(state, storage_reader=self.reader, no_dist=True)
+        except DAMAGED as error:
+            raise self._damaged(error) from error
         return state[key]
+
+    def _damaged(self, error: BaseException) -> UserError:
+        return UserError(f"checkpoint {self.path}: cannot be read ({_why(error)}); remove it to use an older one")
 
     def linear(self, key: str) -> torch.Tensor:
         """A linear's weight; Megatron stores the halves of a gated one, gate and up, under two keys of their own."""

@@ -141,8 +141,11 @@ def prepare(
         except OSError as error:
             reason = f"{cache_dir}: the token cache cannot be written ({error.strerror}); free space there"
             raise UserError(reason) from error
-    report = PackingReport(**json.loads((entry / "report.json").read_text()))
-    arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    try:
+        report = PackingReport(**json.loads((entry / "report.json").read_text()))
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{entry}: damaged token cache ({error}); delete this folder, the next run makes it") from error
     return PackedDataset(**arrays, isolate_documents=data.isolate_documents, report=report, path=packer.path)
 
 

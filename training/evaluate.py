@@ -5,6 +5,7 @@ tensor-parallel rank scores. The BF16 model's log-probabilities at the KL positi
 stages (and later starts of the run) compare with the very same reference.
 """
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from halfbyte.training import scoring, tasks
 from halfbyte.training.config import Recipe, Task
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.errors import UserError
-from halfbyte.training.files import read_json, write_json
+from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import collect, token_batch
 
@@ -59,6 +60,22 @@ class Examination:
         }
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return cls(recipe, runtime, folder, items, pad)
+
+    def check_vocabulary(self, vocab: int) -> None:
+        """Refuse token ids that the model has no embedding for.
+
+        Raises:
+            UserError: an id is too large; the line names the item.
+        """
+        remedy = (
+            f"outside the model's vocabulary of {vocab}; tokenizer and weights in model.path do not belong together"
+        )
+        if self.pad_id >= vocab:
+            raise UserError(f"tokenizer: padding token id {self.pad_id} is {remedy}")
+        for task, items in self.items.items():
+            for item in items:
+                if max(item.tokens) >= vocab:
+                    raise UserError(f"task {task}, item {item.index}: token id {max(item.tokens)} is {remedy}")
 
     @property
     def scores_here(self) -> bool:
@@ -169,10 +186,14 @@ def _reference_file(exam: Examination, task: Task, rank: int) -> Path:
 
 def _save_reference(exam: Examination, task: Task, rows: dict[int, torch.Tensor]) -> None:
     path = _reference_file(exam, task, parallel_state.get_data_parallel_rank())
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    torch.save({key: value.cpu() for key, value in rows.items()}, temporary)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: value.cpu() for key, value in rows.items()}, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's file writer raises the latter when the disk is full
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another run.dir") from error
 
 
 def _reference(exam: Examination, task: Task) -> dict[int, torch.Tensor]:
@@ -181,7 +202,11 @@ def _reference(exam: Examination, task: Task) -> dict[int, torch.Tensor]:
     if task.name not in exam.references:
         rows: dict[int, torch.Tensor] = {}
         for file in sorted((exam.folder / "cache").glob(f"reference.{task.name}.*.pt")):
-            rows |= torch.load(file, weights_only=True)
+            with damage(file):
+                try:
+                    rows |= torch.load(file, weights_only=True)
+                except (EOFError, OSError, pickle.UnpicklingError) as error:
+                    raise ValueError(error) from error
         exam.references[task.name] = rows
     if exam.scores_here and parallel_state.get_data_parallel_world_size() == 1:
         missing = wanted - exam.references[task.name].keys()

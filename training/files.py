@@ -2,10 +2,14 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from halfbyte.training.errors import UserError
+
+AGAIN = "delete it and run the stage again"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -29,15 +33,35 @@ def write_json(path: Path, content: Any) -> None:
         ) from error
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of the run folder.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of the run folder; all of them hold an object.
 
     Raises:
         UserError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path}: not there; the stage that writes it has not run (halfbyte run resumes)") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable or delete it") from error
     except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); delete it and run the stage again") from error
+        raise UserError(f"{path}: damaged ({error}); {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged (a JSON {type(content).__name__}, not an object); {AGAIN}")
+    return content
+
+
+@contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """Around code that takes a file's content apart: what is not as it was written makes one line.
+
+    Raises:
+        UserError: Instead of KeyError, TypeError, AttributeError, ValueError and RuntimeError.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path}: damaged (no {error}); {AGAIN}") from error
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: damaged ({(str(error).splitlines() or ['?'])[0]}); {AGAIN}") from error
