@@ -44,7 +44,7 @@ def verify(out: Path, weights: Iterable[HFWeight], recipe: Recipe) -> dict[str, 
     """
     if not any(out.glob("*.safetensors")):
         raise UserError(f"{out}: no *.safetensors to verify; export first (halfbyte export RUN_DIR)")
-    problems = _broken_hashes(out)
+    problems: list[str] = []
     counts = {"tensors": 0, "mismatches": 0, "quantized": 0, "elements": 0}
     try:
         checkpoint = open_checkpoint(out)
@@ -52,7 +52,8 @@ def verify(out: Path, weights: Iterable[HFWeight], recipe: Recipe) -> dict[str, 
         problems.append(str(error))
     else:
         problems += broken_rules(checkpoint, recipe)
-        problems += _compare(checkpoint, weights, recipe, counts)
+        problems = _compare(checkpoint, weights, recipe, counts) + problems
+    problems += _broken_hashes(out)  # last: a tensor's name says more than its file's
     return {
         "ok": not problems and counts["mismatches"] == 0,
         **counts,

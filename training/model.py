@@ -5,6 +5,7 @@ the same parallel linears, an RMSNorm that marks its weight sequence-parallel, a
 Neither TransformerEngine nor Apex is needed. Shapes: S sequence, B batch, N heads, G key/value heads, D head dimension.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,10 @@ def import_hf(model: GPTModel, model_dir: Path, shape: ModelShape, runtime: Runt
     megatron_importer.tqdm = _quiet_bar
     import_mcore_gpt_from_hf(model, str(model_dir), dtype=runtime.dtype)
     model.to(runtime.dtype)
-    for name, parameter in model.named_parameters():
+    before = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0  # in earlier stages
+    for local, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
+            name = re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + before), local)
             raise UserError(
                 f"model.path = {model_dir}: {name} holds NaN or Inf; the weights are damaged, get them again"
             )
