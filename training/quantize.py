@@ -106,9 +106,12 @@ def quantize(
         and the relative RMS error of its weight. The same on every rank.
 
     Raises:
-        UserError: a planned layer was not converted, another one was, or a calibrated maximum is not finite.
+        UserError: a planned layer was not converted, another one was, a weight or a calibrated maximum is not finite.
     """
     planned = plan(model, recipe.quantize)
+    for layer in planned:
+        if not torch.isfinite(model.get_submodule(layer.module).weight).all():
+            raise UserError(f"quantize: {layer.key}.weight holds NaN or Inf; check the weights")
     _insert(model, planned, recipe.quantize, calibrate)
     refresh_scales(model, recipe.quantize)
     return {
@@ -142,7 +145,11 @@ def _insert(model: torch.nn.Module, planned: list[Planned], quantize: Quantize, 
     if not tensor_quantizer.is_registered_quant_backend("halfbyte"):
         tensor_quantizer.register_quant_backend("halfbyte", _fake_quantize)
     with contextlib.redirect_stdout(None):  # ModelOpt prints a count; ours is the stage's line
-        mtq.quantize(model, modelopt_config(planned, quantize), calibrate)
+        try:
+            mtq.quantize(model, modelopt_config(planned, quantize), calibrate)
+        except AssertionError as error:  # ModelOpt's calibrator asserts that every maximum is finite
+            reason = f"quantize: calibration failed ({error}); check the weights and the calibration data"
+            raise UserError(reason) from error
     sides = 1 if quantize.format == Format.w4a16_nvfp4 else 2
     converted = sorted(name for name, _ in enabled_quantizers(model))
     expected = sorted(f"{layer.module}.{side}_quantizer" for layer in planned for side in ("weight", "input")[:sides])
