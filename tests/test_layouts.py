@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-FAST = ("run.wandb=disabled", "evaluate.tasks.lambada.limit=2", "evaluate.tasks.english.limit=2", "verify.items=2")
+FAST = ("run.wandb=disabled", "verify.items=2")
 LAYOUTS = {
     "tp2_sp": ("parallel.tensor=2", "parallel.sequence=true"),
     "pp2": ("parallel.pipeline=2",),
