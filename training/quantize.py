@@ -22,7 +22,7 @@ from modelopt.torch.quantization.nn.modules import tensor_quantizer
 from halfbyte.training import numerics
 from halfbyte.training.config import BLOCK, Format, Quantize, Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.files import read_json, write_json
+from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.hf_map import FUSED
 from halfbyte.training.runtime import Runtime
 
@@ -130,14 +130,15 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
     content = read_json(report)
     planned = plan(model, recipe.quantize)
     _insert(model, planned, recipe.quantize, lambda stage: None)
-    for layer in planned:
-        if layer.key not in content["layers"]:
-            raise UserError(f"{report}: {layer.key} is not in it; the run folder belongs to another recipe")
-        linear = model.get_submodule(layer.module)
-        for side, amax in content["layers"][layer.key]["amax"].items():
-            quantizer = linear.get_submodule(f"{side}_quantizer")
-            quantizer.amax = torch.tensor(amax, dtype=linear.weight.dtype, device=linear.weight.device)
-    refresh_scales(model, recipe.quantize)
+    with damage(report):
+        for layer in planned:
+            if layer.key not in content["layers"]:
+                raise UserError(f"{report}: {layer.key} is not in it; the run folder belongs to another recipe")
+            linear = model.get_submodule(layer.module)
+            for side, amax in content["layers"][layer.key]["amax"].items():
+                quantizer = linear.get_submodule(f"{side}_quantizer")
+                quantizer.amax = torch.tensor(amax, dtype=linear.weight.dtype, device=linear.weight.device)
+        refresh_scales(model, recipe.quantize)
     return content
 
 
