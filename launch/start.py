@@ -82,7 +82,8 @@ def run_here(recipe: Recipe, stages: Sequence[str], *, allow_failed_gate: bool =
     folder = Path(recipe.run.dir)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     own = folder / "errors" / f"rank{rank}.json"
-    own.unlink(missing_ok=True)
+    with suppress(OSError):  # it may not be there; where it cannot be removed, the worker fails and says why
+        own.unlink()
     code = worker(_arguments(recipe, stages, allow_failed_gate))
     reports = reported(folder) if own.exists() else {}
     if reports and min(reports, key=lambda r: reports[r]["time"]) == rank and reports[rank]["message"]:
