@@ -1,6 +1,7 @@
 """One training step: its learning rate, its gradient, and that a broken step changes nothing."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import runpy
@@ -164,7 +165,7 @@ def broken(monkeypatch):
 
 FAULTS = {
     "loss_nan": (lambda loss: loss * math.nan, "step 1: loss is nan: stopped before the update"),
-    "loss_inf": (lambda loss: loss * math.inf, "step 1: loss is (inf|nan): stopped before the update"),
+    "loss_inf": (lambda loss: loss * math.inf, "step 1: loss is inf: stopped before the update"),
     "gradient_nan": (lambda loss: loss + (0 * loss).sqrt(), "gradient norm is nan: stopped before the update"),
     "gradient_inf": (lambda loss: loss + (loss - loss.detach()) * 1e30 * 1e30, "gradient norm is (inf|nan)"),
 }
@@ -181,8 +182,9 @@ def test_a_broken_step_changes_nothing(world, broken, fault, sharded):
     assert len(before) > 3 * len(list(bench.gpt.parameters()))  # Adam's moments are among them
     function, message = FAULTS[fault]
     broken(function)
-    with pytest.raises(UserError, match=message) as caught:
-        bench.step(batches(4))
+    whole = [dataclasses.replace(part, loss_mask=torch.ones_like(part.loss_mask)) for part in batches(4)]
+    with pytest.raises(UserError, match=message) as caught:  # 0 * inf of a masked token would be NaN
+        bench.step(whole)
     assert "\n" not in str(caught.value)
     assert same(bench.state(), before)
     assert bench.module.progress == progress
