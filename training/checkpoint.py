@@ -132,7 +132,8 @@ def _any_reason(failure: BaseException | None) -> str | None:
     """Why the first rank that failed did, on every rank; None when none did. Collective."""
     mine = None
     if isinstance(failure, CheckpointException):  # its text is a traceback; ranks other than 0 get it without a cause
-        mine = next((str(cause) for cause, _ in failure.failures.values()), "")
+        causes: dict = failure.failures or {}  # untyped in torch: rank -> (exception, traceback)
+        mine = next((str(cause) for cause, _ in causes.values()), "")
     elif failure is not None:
         mine = str(failure) or type(failure).__name__
     reasons: list[str | None] = [None] * dist.get_world_size()
