@@ -132,7 +132,7 @@ def _any_reason(failure: BaseException | None) -> str | None:
     """Why the first rank that failed did, on every rank; None when none did. Collective."""
     mine = None
     if isinstance(failure, CheckpointException):  # its text is a traceback; ranks other than 0 get it without a cause
-        causes: dict = failure.failures or {}  # untyped in torch: rank -> (exception, traceback)
+        causes = failure.failures  # pyright: ignore[reportOptionalMemberAccess] - it narrows torch's class to None
         mine = next((str(cause) for cause, _ in causes.values()), "")
     elif failure is not None:
         mine = str(failure) or type(failure).__name__
