@@ -180,7 +180,5 @@ def _report(recipe: Recipe, rank: int, message: str, code: int) -> Path:
 
 
 if __name__ == "__main__":  # megatron-core's checkpoint writer spawns: the module must be import-safe
-    from halfbyte.launch.start import die_with_parent
-
-    die_with_parent()
+    environment.die_with_parent()
     sys.exit(worker(sys.argv[1:]))

@@ -4,7 +4,6 @@ torchrun's agent (torch.distributed.launcher) starts and watches the workers. Wh
 would stop them before they have saved. Inside torchrun or srun this process already is a worker: nothing is started.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.errors import FAILED, OK, UserError
 
 RESOLVED = "resolved.yaml"
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TOGETHER_S = 2
 """Workers that end within this many seconds of the first one ended of the same cause."""
 
@@ -95,14 +93,6 @@ def _arguments(recipe: Recipe, stages: Sequence[str], allow_failed_gate: bool) -
     """A worker's command line after the module's name."""
     resolved = str(Path(recipe.run.dir) / RESOLVED)
     return [resolved, *stages, *(["--allow-failed-gate"] if allow_failed_gate else [])]
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this worker when its launcher dies, so that kill -9 on `halfbyte run` leaves nothing behind.
-
-    A worker in a session of its own would otherwise train on, into the folder of the run that resumes it.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def clear_errors(folder: Path) -> None:

@@ -9,6 +9,8 @@ import re
 import resource
 import shutil
 import socket
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -249,6 +251,31 @@ def test_a_full_disk_keeps_the_previous_checkpoint(run, copy):
     assert "(from 2)" in done.stdout
     assert json.loads((copy / "train.json").read_text())["steps"] == 4
     assert (copy / "checkpoints" / "last").resolve().name == "step_00000004"
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_no_process_behind(command, environment, text, tiny_model, tmp_path):
+    """Neither the worker nor the helper process of Megatron's checkpoint writer outlives the launcher."""
+    import psutil
+
+    folder = tmp_path / "run"
+    fixed = (*SMALL, "evaluate.tasks=[]", "method=bf16", f"data.train={text}", f"model.path={tiny_model}")
+    options = ("train.steps=500", "checkpoint.every_steps=1", f"run.dir={folder}")
+    line = [*command, "run", "tiny", *(word for word in fixed if not word.startswith("evaluate.tasks.")), *options]
+    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 1
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for left in alive:
+        left.kill()
+    assert not alive
 
 
 @pytest.mark.slow

@@ -176,7 +176,8 @@ def test_a_second_signal_kills(recipe):
 @pytest.mark.slow
 def test_killing_the_launcher_kills_a_worker_that_asked_for_it():
     child = (
-        "import time; from halfbyte.launch.start import die_with_parent as d; d(); print(flush=True); time.sleep(60)"
+        "import time; from halfbyte.training.environment import die_with_parent; die_with_parent(); "
+        "print(flush=True); time.sleep(60)"
     )
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

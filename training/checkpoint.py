@@ -6,12 +6,14 @@ seed and step), RNG state, recipe. It is written under a temporary name and rena
 moves after that, so a killed save never shadows the last good one. Layouts may change between save and load.
 """
 
+import multiprocessing
 import os
 import pickle
 import random
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from halfbyte.training.environment import die_with_parent
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import FUSED, NORMS, HFWeight, split_fused
 from halfbyte.training.shape import ModelShape
@@ -99,6 +103,7 @@ def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
     first = dist.get_rank() == 0
     failure: BaseException | None = None
     try:
+        _give_queue()
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -126,6 +131,17 @@ def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
             f"checkpoint {path} not saved ({reason}; {free:.1f} GB free there); the previous one stays; "
             "free space and start again"
         )
+
+
+def _give_queue() -> None:
+    """Make the queue of Megatron's checkpoint writer in a process that dies with this one. Idempotent.
+
+    Megatron 0.19.2 would make it in a process that outlives a worker killed by SIGKILL, for ever.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=die_with_parent)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _any_reason(failure: BaseException | None) -> str | None:

@@ -1,7 +1,9 @@
 """The process environment: with launch/start.py the only reader of os.environ. Torch-free."""
 
+import ctypes
 import logging
 import os
+import signal
 import socket
 import warnings
 
@@ -48,3 +50,14 @@ def rendezvous(port: int) -> str:
             probe.bind(("127.0.0.1", port))
             env["MASTER_PORT"] = str(probe.getsockname()[1])
     return f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, so that kill -9 on `halfbyte run` leaves nothing behind.
+
+    A worker in a session of its own would otherwise train on, into the folder of the run that resumes it.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
