@@ -328,7 +328,7 @@ def test_restore_refuses_another_plan(world, hook, tmp_path):
     _, report, plain, _ = make(world, exclude=["*.o_proj"])
     path = tmp_path / "quantize.json"
     hook.write_report(report, path)
-    with pytest.raises(UserError, match="linear_proj is not in it; the run folder belongs to another recipe"):
+    with pytest.raises(UserError, match="linear_proj is not as the recipe plans; the run folder belongs to another"):
         hook.restore(plain, Recipe(), path)
 
 

@@ -131,15 +131,28 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
     planned = plan(model, recipe.quantize)
     _insert(model, planned, recipe.quantize, lambda stage: None)
     with damage(report):
+        _same_plan(content, model, planned, recipe.quantize, report)
         for layer in planned:
-            if layer.key not in content["layers"]:
-                raise UserError(f"{report}: {layer.key} is not in it; the run folder belongs to another recipe")
             linear = model.get_submodule(layer.module)
             for side, amax in content["layers"][layer.key]["amax"].items():
                 quantizer = linear.get_submodule(f"{side}_quantizer")
                 quantizer.amax = torch.tensor(amax, dtype=linear.weight.dtype, device=linear.weight.device)
         refresh_scales(model, recipe.quantize)
     return content
+
+
+def _same_plan(
+    content: dict[str, Any], model: torch.nn.Module, planned: list[Planned], quantize: Quantize, report: Path
+) -> None:
+    here = {layer.layer_number - 1 for layer in model.decoder.layers}  # type: ignore[union-attr]
+    listed = {key for key in content["layers"] if int(key.split(".")[2]) in here}
+    differing = sorted(listed ^ {layer.key for layer in planned})
+    if (content["format"], content["scale_2"]) != (quantize.format.value, quantize.scale_2.value):
+        differing.append(f"{content['format']} with scale_2 {content['scale_2']}")
+    if differing:
+        raise UserError(
+            f"{report}: {differing[0]} is not as the recipe plans; the run folder belongs to another recipe"
+        )
 
 
 def _insert(model: torch.nn.Module, planned: list[Planned], quantize: Quantize, calibrate: Callable) -> None:
