@@ -94,7 +94,8 @@ def test_a_failed_gate_leaves_nothing_to_ship_unless_it_is_asked_to(halfbyte, pl
 
 
 def test_a_verdict_about_another_checkpoint_ships_nothing(halfbyte, place):
-    longer = ("train.steps=4",)
+    longer = ("train.steps=4", "gate.perplexity_ratio=1000")
+    assert halfbyte("gate", "runs/a", "gate.perplexity_ratio=1000", cwd=place).returncode == 0
     assert halfbyte("train", "runs/a", *longer, cwd=place).returncode == 0
     for stage in ("gate", "export"):
         done = halfbyte(stage, "runs/a", *longer, cwd=place)
