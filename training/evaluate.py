@@ -56,7 +56,7 @@ class Examination:
         """
         items = {
             task.name: tasks.load_items(task, tokenizer, item_limit(task, recipe, max_length))
-            for task in _tasks(recipe)
+            for task in recipe.evaluate.tasks
         }
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return cls(recipe, runtime, folder, items, pad)
@@ -81,10 +81,6 @@ class Examination:
     def scores_here(self) -> bool:
         """Whether this rank holds complete logits and scores them: last pipeline stage, first tensor-parallel rank."""
         return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-
-
-def _tasks(recipe: Recipe) -> list[Task]:
-    return recipe.evaluate.tasks
 
 
 def item_limit(task: Task, recipe: Recipe, max_length: int) -> int:
@@ -115,7 +111,7 @@ def evaluate(exam: Examination, model: torch.nn.Module, stage: str) -> dict[str,
     model.eval()
     summary: list[Any] = [None]
     try:
-        scores = {task.name: _score_task(exam, model, task, stage) for task in _tasks(exam.recipe)}
+        scores = {task.name: _score_task(exam, model, task, stage) for task in exam.recipe.evaluate.tasks}
     finally:
         model.train(was_training)
     if exam.runtime.first:
@@ -128,7 +124,7 @@ def evaluate(exam: Examination, model: torch.nn.Module, stage: str) -> dict[str,
 
 def _write(exam: Examination, stage: str, scores: dict[str, list[scoring.Score]]) -> Any:
     try:
-        summary = {task.name: scoring.summarize(task, scores[task.name]) for task in _tasks(exam.recipe)}
+        summary = {task.name: scoring.summarize(task, scores[task.name]) for task in exam.recipe.evaluate.tasks}
         for name, rows in scores.items():
             scoring.write_scores(exam.folder / "evaluate" / f"{stage}.{name}.jsonl", rows)
         path = exam.folder / "evaluate.json"

@@ -20,7 +20,7 @@ from halfbyte.training.data import MicroBatch, StepStream
 from halfbyte.training.errors import UserError
 from halfbyte.training.quantize import weights_once
 from halfbyte.training.runtime import Runtime
-from halfbyte.training.schedule import collect, to_device, train_batch
+from halfbyte.training.schedule import collect, train_batch
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -190,7 +190,7 @@ class Training(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: list[MicroBatch], device: torch.device, dataloader_idx: int) -> Any:
         """Move every tensor of the micro-batches."""
-        return [to_device(part, self.runtime.device) for part in batch]
+        return [part.to(self.runtime.device) for part in batch]
 
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
         """One global batch and one update.

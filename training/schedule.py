@@ -37,12 +37,6 @@ def token_batch(tokens: torch.Tensor) -> MicroBatch:
     return MicroBatch(tokens, tokens, torch.ones(tokens.shape, device=tokens.device), None)
 
 
-def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The same micro-batch on `device`."""
-    segments = None if batch.segments is None else batch.segments.to(device)
-    return MicroBatch(batch.tokens.to(device), batch.labels.to(device), batch.loss_mask.to(device), segments)
-
-
 def attention_mask(batch: MicroBatch) -> torch.Tensor | None:
     """None (causal) or bool [B, 1, S, S]: causal and inside one document, from the segment numbers [B, S]."""
     if batch.segments is None:
