@@ -142,25 +142,29 @@ def worker(argv: Sequence[str]) -> int:
     A failure leaves its one line in <run.dir>/errors/rank<N>.json for the parent, and a traceback beside it when it was
     not a UserError.
     """
+    words, flags = [w for w in argv if not w.startswith("--")], [w for w in argv if w.startswith("--")]
+    folder = Path(words[0]).parent
     stop = Stop()
     stop.install()
-    environment.set_process_environment()
-    environment.quiet_libraries()
-    from halfbyte.training.resolve import load
-
-    flags, words = [w for w in argv if w.startswith("--")], [w for w in argv if not w.startswith("--")]
-    recipe = load(Path(words[0]), [])
     try:
-        return run_stages(recipe, words[1:], stop, allow_failed_gate="--allow-failed-gate" in flags)
+        try:
+            environment.set_process_environment()
+            environment.quiet_libraries()
+            from halfbyte.training.resolve import load
+
+            recipe = load(Path(words[0]), [])
+            return run_stages(recipe, words[1:], stop, allow_failed_gate="--allow-failed-gate" in flags)
+        finally:
+            stop.close()
     except UserError as error:
-        _report(recipe, environment.coordinates()[0], str(error), error.code)
+        _report(folder, str(error), error.code)
         return error.code
     except BaseException as error:  # noqa: BLE001 - the process ends here: one line says why, a file has the traceback
-        message, rank = f"{type(error).__name__}: {_line(error)}", environment.coordinates()[0]
-        details = _report(recipe, rank, message, FAILED).with_suffix(".txt")
+        message = f"{type(error).__name__}: {_line(error)}"
+        details = _report(folder, message, FAILED).with_suffix(".txt")
         with suppress(OSError):  # where there is no room for it, its line has to do
             details.write_text(traceback.format_exc())
-            _report(recipe, rank, f"{message} (traceback: {details})", FAILED)
+            _report(folder, f"{message} (traceback: {details})", FAILED)
         return FAILED
 
 
@@ -169,8 +173,8 @@ def _line(error: BaseException) -> str:
     return lines[0] if lines else "no message"
 
 
-def _report(recipe: Recipe, rank: int, message: str, code: int) -> Path:
-    path = Path(recipe.run.dir) / "errors" / f"rank{rank}.json"
+def _report(folder: Path, message: str, code: int) -> Path:
+    path = folder / "errors" / f"rank{environment.coordinates()[0]}.json"
     content: dict[str, Any] = {"time": time.time(), "message": message, "code": code}
     try:
         write_json(path, content)

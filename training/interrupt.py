@@ -20,6 +20,7 @@ class Stop:
     def __init__(self) -> None:
         self.requested: str | None = None
         self._graceful = False
+        self._over = False
 
     def install(self) -> None:
         """Take over both signals; call once, from the main thread."""
@@ -35,7 +36,17 @@ class Stop:
         finally:
             self._graceful = False
 
+    def close(self) -> None:
+        """From now on both signals do nothing: the work has ended, its exit code stands, the process only has to leave.
+
+        The launcher sends SIGTERM to every worker as soon as one has ended, which may be while this one is reporting
+        its own end or is deep in the interpreter's shutdown: raising there would only print a traceback.
+        """
+        self._over = True
+
     def _handle(self, number: int, _frame: object) -> None:
+        if self._over:
+            return
         self.requested = signal.Signals(number).name
         if not self._graceful:
             raise Interrupted(f"stopped by {self.requested}: finished stages are kept, the running one is not saved")
