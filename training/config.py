@@ -61,10 +61,14 @@ class TooLong(StrEnum):
 
 
 class TaskKind(StrEnum):
-    """continuation: log-likelihood and greedy match of a gold continuation; text: rolling log-likelihood of a text."""
+    """What the items of a task are and how they are scored."""
 
     continuation = "continuation"
+    """Log-likelihood and greedy match of a gold continuation."""
     text = "text"
+    """Rolling log-likelihood of a text."""
+    lm_eval = "lm_eval"
+    """A task of lm-evaluation-harness, with its own prompts and metrics."""
 
 
 class GateRule(StrEnum):
@@ -72,6 +76,27 @@ class GateRule(StrEnum):
 
     bf16 = "bf16"
     better_than_ptq = "better_than_ptq"
+
+
+class Correction(StrEnum):
+    """bonferroni: all intervals of a verdict hold together at gate.confidence; none: each one by itself."""
+
+    bonferroni = "bonferroni"
+    none = "none"
+
+
+class Inconclusive(StrEnum):
+    """What an inconclusive verdict means: nothing is released, or the checkpoint is, with the verdict in its files."""
+
+    hold = "hold"
+    release = "release"
+
+
+class Judges(StrEnum):
+    """Which scores the gate judges: of the checkpoint decoded from its exported files, or of the model in training."""
+
+    exported = "exported"
+    trained = "trained"
 
 
 class Wandb(StrEnum):
@@ -202,10 +227,11 @@ class Checkpoint:
 
 @dataclass
 class Task:
-    """One evaluation data set: JSONL or JSONL.gz."""
+    """One evaluation data set."""
 
     name: str = "???"
     data: str = "???"
+    """JSONL or JSONL.gz; for lm_eval the task's YAML."""
     kind: TaskKind = TaskKind.continuation
     context_key: str = "context"
     """Dotted path to the prompt (continuation tasks)."""
@@ -243,6 +269,17 @@ class Gate:
     """Largest tolerated perplexity against BF16, as a ratio."""
     confidence: float = 0.95
     """Level of the paired interval that must lie inside the threshold."""
+    thresholds_pp: dict[str, float] = field(default_factory=dict)
+    """Task name -> its own threshold_pp."""
+    kl: float | None = None
+    """Largest tolerated mean KL to BF16, nats per token; none does not bound it."""
+    agreement: float | None = None
+    """Smallest tolerated top-1 agreement with BF16, 0 .. 1; none does not bound it."""
+    correction: Correction = Correction.bonferroni
+    inconclusive: Inconclusive = Inconclusive.hold
+    judges: Judges = Judges.exported
+    control: str | None = None
+    """Run folder of a BF16 model trained on the same data (method bf16) to compare with; none is the original model."""
 
 
 @dataclass

@@ -38,6 +38,7 @@ class Examination:
         folder: Run folder; per-item scores go to <folder>/evaluate, reference log-probabilities to <folder>/cache.
         items: Task name -> items.
         pad_id: Token that fills the right end of short rows.
+        tokenizer: The model's tokenizer.
     """
 
     recipe: Recipe
@@ -45,6 +46,7 @@ class Examination:
     folder: Path
     items: dict[str, list[scoring.Item]]
     pad_id: int
+    tokenizer: Any
     references: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -59,7 +61,7 @@ class Examination:
             for task in recipe.evaluate.tasks
         }
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return cls(recipe, runtime, folder, items, pad)
+        return cls(recipe, runtime, folder, items, pad, tokenizer)
 
     def check_vocabulary(self, vocab: int) -> None:
         """Refuse token ids that the model has no embedding for.
@@ -149,7 +151,10 @@ def _score_task(exam: Examination, model: torch.nn.Module, task: Task, stage: st
             whole = gather_from_tensor_model_parallel_region(logits)
             if exam.scores_here:
                 rows = whole[: len(group[index])]
-                scores.extend(scoring.score_batch(rows, group[index], reference=reference, kl_positions=positions))
+                decode = exam.tokenizer.decode
+                scores.extend(
+                    scoring.score_batch(rows, group[index], reference=reference, kl_positions=positions, decode=decode)
+                )
                 if stage == "bf16" and positions:
                     kept.update(scoring.reference_rows(rows, group[index], positions))
 

@@ -6,7 +6,7 @@ item.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ import torch
 from halfbyte.training.config import Task, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.jsonl import read_jsonl
+from halfbyte.training.metrics import aggregate
+
+
+OUTPUT_TOKENS = 64
+"""Tokens of a model's own choices that are kept per item."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,33 @@ class Score:
 
     Attributes:
         item: Item.index.
-        loglikelihood: Sum over the scored tokens, nats.
-        tokens: Scored tokens.
-        bytes: Scored bytes.
-        correct: Whether every scored token is the model's first choice.
+        loglikelihood: Sum over the scored tokens of the gold answer, nats; None where a task has no gold text.
+        tokens: Scored tokens; None likewise.
+        bytes: Scored bytes; None likewise.
+        correct: Whether every scored token is the model's first choice; None for tasks with metrics of their own.
         kl: Mean over the KL positions of KL(reference || this), nats; None without a reference.
         agreement: Share of the KL positions where both models have the same first choice; None without a reference.
+        kl_at: KL at each of the KL positions, nats, in the order of `kl_rows`; None without a reference.
+        output: What the model says: the text it generated, or its first choices at the scored positions under the gold
+            answer (the first OUTPUT_TOKENS of them).
+        output_tokens: Length of a generated output; None if nothing was generated.
+        cut: Whether the generation ended at its limit instead of a stop sequence; None if nothing was generated.
+        metrics: A task's own metrics of this item (lm-eval's), by name: a number, or the numbers that a corpus metric
+            is computed from (`metrics.py`). None for the built-in kinds.
     """
 
     item: int
-    loglikelihood: float
-    tokens: int
-    bytes: int
-    correct: bool
+    loglikelihood: float | None
+    tokens: int | None
+    bytes: int | None
+    correct: bool | None
     kl: float | None = None
     agreement: float | None = None
+    kl_at: list[float] | None = None
+    output: str | None = None
+    output_tokens: int | None = None
+    cut: bool | None = None
+    metrics: dict[str, float | list[float]] | None = None
 
 
 def kl_rows(item: Item, kl_positions: int) -> list[int]:
@@ -103,6 +120,7 @@ def score_batch(
     *,
     reference: dict[int, torch.Tensor] | None,
     kl_positions: int,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> list[Score]:
     """Score items from logits; softmax in FP32, on one item's scored rows at a time.
 
@@ -111,6 +129,7 @@ def score_batch(
         batch: The items.
         reference: {Item.index: FP16 [P, V]} from `reference_rows` with the same kl_positions, or None.
         kl_positions: As in `kl_rows`; 0 means no KL.
+        decode: Token ids -> text, for Score.output; None leaves it out.
 
     Returns:
         One Score per item, in the batch's order.
@@ -123,24 +142,35 @@ def score_batch(
         logprobs_TV = _scored_logits(logits_BSV, row, item).log_softmax(dim=-1)
         targets = torch.tensor(item.tokens[item.first_target :], device=logits_BSV.device)
         picked = logprobs_TV.gather(-1, targets[:, None])
-        correct = bool((logprobs_TV.argmax(dim=-1) == targets).all())
-        kl = agreement = None
+        choices = logprobs_TV.argmax(dim=-1)
+        kl_at = agreement = None
         if reference is not None and kl_positions:
-            kl, agreement = _compare(logprobs_TV[kl_rows(item, kl_positions)], reference, item)
-        total = float(picked.double().sum())
-        scores.append(Score(item.index, total, len(targets), item.bytes, correct, kl, agreement))
+            kl_at, agreement = _compare(logprobs_TV[kl_rows(item, kl_positions)], reference, item)
+        scores.append(
+            Score(
+                item=item.index,
+                loglikelihood=float(picked.double().sum()),
+                tokens=len(targets),
+                bytes=item.bytes,
+                correct=bool((choices == targets).all()),
+                kl=None if kl_at is None else math.fsum(kl_at) / len(kl_at),
+                agreement=agreement,
+                kl_at=kl_at,
+                output=decode(choices[:OUTPUT_TOKENS].tolist()) if decode else None,
+            )
+        )
     return scores
 
 
-def _compare(logprobs_PV: torch.Tensor, reference: dict[int, torch.Tensor], item: Item) -> tuple[float, float]:
+def _compare(logprobs_PV: torch.Tensor, reference: dict[int, torch.Tensor], item: Item) -> tuple[list[float], float]:
     rows = reference.get(item.index)
     if rows is None or rows.shape != logprobs_PV.shape:
         kept = "missing" if rows is None else f"of shape {tuple(rows.shape)}, not {tuple(logprobs_PV.shape)}"
         raise UserError(f"item {item.index}: its BF16 reference is {kept}; evaluate stage bf16 again")
     expected = rows.to(logprobs_PV.device).float().log_softmax(dim=-1)
-    kl = (expected.exp() * (expected - logprobs_PV)).double().sum(dim=-1).mean()
+    kl = (expected.exp() * (expected - logprobs_PV)).double().sum(dim=-1)
     agreement = (expected.argmax(dim=-1) == logprobs_PV.argmax(dim=-1)).double().mean()
-    return float(kl), float(agreement)
+    return kl.tolist(), float(agreement)
 
 
 def summarize(task: Task, scores: Sequence[Score]) -> dict[str, float]:
@@ -153,7 +183,8 @@ def summarize(task: Task, scores: Sequence[Score]) -> dict[str, float]:
     Returns:
         n (items), perplexity, bits_per_byte; continuation tasks: accuracy in 0..1. perplexity is exp of the mean
         negative log-likelihood per item for continuation tasks (as LAMBADA reports it) and per token for texts.
-        With a reference: kl (nats) and agreement (0..1), means over items.
+        lm_eval tasks: their own metrics. With a reference: kl (nats) and agreement (0..1), means over items. Where
+        text was generated: output_tokens (mean length) and cut (share of outputs that ended at the limit).
 
     Raises:
         UserError: no items, or a score that is not finite.
@@ -161,27 +192,54 @@ def summarize(task: Task, scores: Sequence[Score]) -> dict[str, float]:
     if not scores:
         raise UserError(f"task {task.name}: no scores; a task without items cannot be judged")
     for score in scores:
-        values = [score.loglikelihood, score.kl or 0.0, score.agreement or 0.0]
+        values = [score.loglikelihood or 0.0, score.kl or 0.0, score.agreement or 0.0]
         if not all(math.isfinite(value) for value in values):
             raise UserError(
                 f"task {task.name}: item {score.item} has loglikelihood {score.loglikelihood} and kl {score.kl}: the "
                 "model gives non-finite logits; lower train.learning_rate or check the weights"
             )
-    total = math.fsum(score.loglikelihood for score in scores)
     metrics: dict[str, float] = {"n": len(scores)}
+    total = math.fsum(score.loglikelihood or 0.0 for score in scores)
     if task.kind == TaskKind.continuation:
-        metrics["accuracy"] = sum(score.correct for score in scores) / len(scores)
+        metrics["accuracy"] = sum(bool(score.correct) for score in scores) / len(scores)
         metrics["perplexity"] = _exp(-total / len(scores))
+    elif task.kind == TaskKind.text:
+        metrics["perplexity"] = _exp(-total / sum(score.tokens or 0 for score in scores))
     else:
-        metrics["perplexity"] = _exp(-total / sum(score.tokens for score in scores))
-    metrics["bits_per_byte"] = -total / math.log(2) / sum(score.bytes for score in scores)
+        metrics |= _own_metrics(task, scores)
+    scored_bytes = sum(score.bytes or 0 for score in scores)
+    if scored_bytes:
+        metrics["bits_per_byte"] = -total / math.log(2) / scored_bytes
+    return metrics | _against_reference(task, scores) | _lengths(scores)
+
+
+def _own_metrics(task: Task, scores: Sequence[Score]) -> dict[str, float]:
+    names = list(scores[0].metrics or {})
+    if not names or any(list(score.metrics or {}) != names for score in scores):
+        raise UserError(f"task {task.name}: not every item has the metrics {names}; evaluate again")
+    return {name: aggregate(name, [(score.metrics or {})[name] for score in scores]) for name in names}
+
+
+def _against_reference(task: Task, scores: Sequence[Score]) -> dict[str, float]:
     compared = [score for score in scores if score.kl is not None]
-    if compared:
-        if len(compared) < len(scores):
-            raise UserError(f"task {task.name}: only {len(compared)} of {len(scores)} items were compared with BF16")
-        metrics["kl"] = math.fsum(score.kl or 0.0 for score in compared) / len(compared)
-        metrics["agreement"] = math.fsum(score.agreement or 0.0 for score in compared) / len(compared)
-    return metrics
+    if not compared:
+        return {}
+    if len(compared) < len(scores):
+        raise UserError(f"task {task.name}: only {len(compared)} of {len(scores)} items were compared with BF16")
+    return {
+        "kl": math.fsum(score.kl or 0.0 for score in compared) / len(compared),
+        "agreement": math.fsum(score.agreement or 0.0 for score in compared) / len(compared),
+    }
+
+
+def _lengths(scores: Sequence[Score]) -> dict[str, float]:
+    generated = [score.output_tokens for score in scores if score.output_tokens is not None]
+    if not generated:
+        return {}
+    return {
+        "output_tokens": sum(generated) / len(generated),
+        "cut": sum(bool(score.cut) for score in scores) / len(generated),
+    }
 
 
 def _exp(nats: float) -> float:
