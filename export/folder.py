@@ -28,15 +28,39 @@ def replacing(out: Path) -> Iterator[Path]:
         for path in partial.iterdir():
             flush(path)
         flush(partial)
-        if out.exists():
-            out.rename(previous)
-        partial.rename(out)
-        flush(out.parent)
+        _swap(partial, previous, out)
     except BaseException:  # Ctrl-C included
         shutil.rmtree(partial, ignore_errors=True)
         _put_back(previous, out)
         raise
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def move(source: Path, out: Path) -> None:
+    """Rename a complete folder to `out`, in the place of what stands there; on one file system.
+
+    Killed at any point, either the old folder or the new one is at `out` once this is called again.
+
+    Raises:
+        UserError: it cannot be renamed.
+    """
+    previous = out.with_name(f".{out.name}.previous")
+    with disk_errors(out):
+        _put_back(previous, out)
+        shutil.rmtree(previous, ignore_errors=True)
+        try:
+            _swap(source, previous, out)
+        except BaseException:
+            _put_back(previous, out)
+            raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _swap(source: Path, previous: Path, out: Path) -> None:
+    if out.exists():
+        out.rename(previous)
+    source.rename(out)
+    flush(out.parent)
 
 
 def _put_back(previous: Path, out: Path) -> None:

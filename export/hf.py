@@ -4,7 +4,7 @@
     config.json                 the source model's, with quantization_config in the flat shape (vLLM, SGLang)
     hf_quant_config.json        the same in ModelOpt's nested shape (TensorRT-LLM, where it wins); NVFP4 formats only
     tokenizer, chat template    copied
-    halfbyte.json               gate verdict, recipe hash, versions, SHA-256 of every other file
+    halfbyte.json               gate verdict, checkpoint, recipe hash, versions, SHA-256 of every other file
 
 The directory appears whole or not at all: it is written beside its destination, flushed to disk and renamed.
 """
@@ -25,6 +25,7 @@ from halfbyte.export.folder import disk_errors, replacing
 from halfbyte.export.pack import module_name, pack
 from halfbyte.training.config import BLOCK, Format, Method, Recipe
 from halfbyte.training.errors import UserError
+from halfbyte.training.files import read_json, write_json
 from halfbyte.training.hf_map import HFWeight
 
 RECORD = "halfbyte.json"
@@ -50,7 +51,7 @@ def write(
     *,
     model_dir: Path,
     out: Path,
-    verdict: dict[str, Any] | None,
+    checkpoint: str,
     versions: dict[str, str],
 ) -> dict[str, Any]:
     """Write the checkpoint. Holds at most one shard (export.shard_gb) in memory.
@@ -60,7 +61,7 @@ def write(
         recipe: The resolved recipe; method bf16 writes a dense checkpoint without a quantization config.
         model_dir: The source model: config.json, generation_config.json, tokenizer files.
         out: Destination; an existing one is replaced once the new one is complete.
-        verdict: Content of gate.json, for halfbyte.json; None if no gate ran.
+        checkpoint: Name of the training checkpoint that `weights` come from, for halfbyte.json.
         versions: Package -> version, for halfbyte.json.
 
     Returns:
@@ -73,17 +74,17 @@ def write(
     """
     source = _read_config(model_dir / "config.json")
     with disk_errors(out), replacing(out) as folder:
-        shards = _Shards(folder, limit=int(recipe.export.shard_gb * 1e9))
+        shards = Shards(folder, limit=int(recipe.export.shard_gb * 1e9))
         sizes, dense_modules = _write_tensors(weights, recipe, shards, tied=bool(source.get("tie_word_embeddings")))
         shards.finish()
         _write_configs(folder, source, recipe, dense_modules)
         _copy_side_files(model_dir, folder, source)
-        _write_record(folder, recipe, verdict, versions)
+        _write_record(folder, recipe, checkpoint, versions)
     return sizes | {"bytes_after": shards.total_bytes, "files": shards.count, "tensors": len(shards.file_of)}
 
 
 def _write_tensors(
-    weights: Iterable[HFWeight], recipe: Recipe, shards: "_Shards", *, tied: bool
+    weights: Iterable[HFWeight], recipe: Recipe, shards: "Shards", *, tied: bool
 ) -> tuple[dict[str, int], list[str]]:
     """Pack or round every tensor into the shards; returns the sizes so far and the modules left in BF16."""
     bytes_before = quantized = 0
@@ -112,7 +113,7 @@ def _write_tensors(
     return {"bytes_before": bytes_before, "quantized": quantized}, sorted(dense_modules)
 
 
-class _Shards:
+class Shards:
     """Safetensors files of at most `limit` bytes of tensor data (a layer that is larger gets its own)."""
 
     def __init__(self, folder: Path, *, limit: int):
@@ -262,20 +263,34 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_record(folder: Path, recipe: Recipe, verdict: dict[str, Any] | None, versions: dict[str, str]) -> None:
-    """halfbyte.json: where the files come from, and their hashes."""
+def _write_record(folder: Path, recipe: Recipe, checkpoint: str, versions: dict[str, str]) -> None:
+    """halfbyte.json: where the files come from, and their hashes. No gate has judged them yet."""
     files = {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
     quantized = recipe.method is not Method.bf16
     record = {
         "method": recipe.method.value,
         "format": recipe.quantize.format.value if quantized else "bf16",
         "scale_2": recipe.quantize.scale_2.value if quantized and recipe.quantize.format is not Format.mxfp4 else None,
-        "gate": verdict,
+        "gate": None,
+        "checkpoint": checkpoint,
         "recipe_sha256": recipe_hash(recipe),
         "versions": versions,
         "files": files,
     }
     _write_json(folder / RECORD, record)
+
+
+def record_verdict(out: Path, verdict: dict[str, Any] | None) -> None:
+    """Write the gate's verdict into the halfbyte.json of a finished export, at once or not at all.
+
+    Args:
+        out: The exported directory.
+        verdict: Content of gate.json; None takes one back.
+
+    Raises:
+        UserError: halfbyte.json is missing, damaged or cannot be written.
+    """
+    write_json(out / RECORD, read_json(out / RECORD) | {"gate": verdict})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

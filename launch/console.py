@@ -22,4 +22,4 @@ class Console:
         notes: list[str] = []
         started = time.perf_counter()
         yield notes
-        self.say(f"{name:<16} {time.perf_counter() - started:7.1f} s  {', '.join(notes)}")
+        self.say(f"{name:<18} {time.perf_counter() - started:7.1f} s  {', '.join(notes)}")

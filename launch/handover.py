@@ -1,4 +1,10 @@
-"""Gate, export, verify: the stages on files, in one process without a process group."""
+"""Export, verify, gate, release: the stages on files, in one process.
+
+    checkpoint -> export/candidate (exported, verified) -> scored -> judged -> export/hf (released, verdict inside)
+
+A checkpoint for serving is a candidate until the gate has judged it: nothing stands at export/hf that was not verified
+and released.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -6,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from halfbyte.launch.pipeline import trained_name
+from halfbyte.export import handoff, hf
+from halfbyte.export.folder import move
+from halfbyte.launch.console import Console
+from halfbyte.launch.pipeline import judges_export, trained_name
 from halfbyte.training import gate, scoring, tasks
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
@@ -54,6 +63,8 @@ def _scored_checkpoint(recipe: Recipe, folder: Path) -> str:
     if scored is None or newest != f"step_{scored:08d}":
         state = "no trained model" if scored is None else f"the model after step {scored}"
         raise UserError(f"{folder}: evaluate.json scores {state}, the newest checkpoint is {newest}; evaluate it first")
+    if judges_export(recipe) and marks.get("evaluate.exported") != scored:
+        raise UserError(f"{folder}: the exported files of {newest} were not scored; evaluate them (halfbyte evaluate)")
     return newest
 
 
@@ -85,57 +96,142 @@ def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
     return checkpoint.read_weights(last, shape, planned)
 
 
-def out_folder(folder: Path) -> Path:
-    """Where the checkpoint for serving stands."""
+def released(folder: Path) -> Path:
+    """Where the checkpoint for serving stands once it is released."""
     return folder / "export" / "hf"
 
 
-def export(recipe: Recipe, folder: Path, verdict: dict[str, Any], *, resume: bool) -> dict[str, Any]:
-    """Write export/hf and export/HANDOFF.md.
+def candidate(folder: Path) -> Path:
+    """Where it stands until then."""
+    return folder / "export" / "candidate"
 
-    Returns:
-        Sizes: bytes_before (BF16), bytes_after, files, tensors, quantized.
+
+def exported(folder: Path) -> Path | None:
+    """The export of the newest checkpoint: the candidate or what was released, whichever it is; None if there is none.
 
     Raises:
-        UserError: the verdict is about another checkpoint.
+        UserError: there is no checkpoint, or an export's halfbyte.json is damaged.
     """
-    from halfbyte.export import handoff, hf
-
     newest = newest_checkpoint(folder).name
-    if verdict["checkpoint"] != newest:
-        raise UserError(
-            f"{folder}: gate.json judges {verdict['checkpoint']}, the newest checkpoint is {newest}; gate it first"
-        )
-    out, record = out_folder(folder), folder / "export" / "export.json"
-    made_for = {"checkpoint": newest, "verdict": verdict["verdict"]}
-    if resume and out.exists() and record.exists() and read_json(record).get("made_for") == made_for:
-        return read_json(record)["sizes"]
+    for out in (candidate(folder), released(folder)):
+        if (out / hf.RECORD).exists() and read_json(out / hf.RECORD).get("checkpoint") == newest:
+            return out
+    return None
+
+
+def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool) -> Path:
+    """Export the newest checkpoint as a candidate and verify it.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder.
+        console: Gets a line per stage.
+        resume: Keep an export of this checkpoint that was verified.
+
+    Returns:
+        The exported directory.
+
+    Raises:
+        UserError: it does not verify; it stays a candidate, and verify.json says all that is wrong with it.
+    """
+    record = folder / "export" / "export.json"
+    out = exported(folder)
+    if resume and out is not None and record.exists() and read_json(record).get("verified"):
+        return out
+    with console.stage("export") as notes:
+        sizes = _export(recipe, folder, record)
+        notes.append(f"{sizes['bytes_before'] / 1e6:.1f} MB -> {sizes['bytes_after'] / 1e6:.1f} MB")
+    with console.stage("verify") as notes:
+        report = verify(recipe, folder, candidate(folder))
+        notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
+    raise_problems(report, folder)
+    write_json(record, read_json(record) | {"verified": True})
+    return candidate(folder)
+
+
+def raise_problems(report: dict[str, Any], folder: Path) -> None:
+    """Raise UserError if a verify report is not clean."""
+    if not report["ok"]:
+        raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
+
+
+def _export(recipe: Recipe, folder: Path, record: Path) -> dict[str, Any]:
+    newest = newest_checkpoint(folder).name
+    out = candidate(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"checkpoint": newest, "verified": False, "sizes": {}})
     sizes = hf.write(
         trained_weights(recipe, folder),
         recipe,
         model_dir=Path(recipe.model.path),
         out=out,
-        verdict=verdict,
+        checkpoint=newest,
         versions=versions(),
     )
-    handoff.write_handoff(out, recipe, verdict, sizes, versions())
-    write_json(record, {"made_for": made_for, "sizes": sizes})
+    write_json(record, {"checkpoint": newest, "verified": False, "sizes": sizes})
     return sizes
 
 
+def release(recipe: Recipe, folder: Path, verdict: dict[str, Any]) -> Path:
+    """Give the verified export its verdict and its place at export/hf, with export/HANDOFF.md beside it.
+
+    Returns:
+        export/hf.
+
+    Raises:
+        UserError: the verdict is about another checkpoint, or there is no verified export of the newest one.
+    """
+    check_verdict(folder, verdict)
+    out, record = exported(folder), read_json(folder / "export" / "export.json")
+    if out is None or not record["verified"]:
+        raise UserError(f"{folder}: no verified export of the newest checkpoint; export it first (halfbyte export)")
+    hf.record_verdict(out, verdict)
+    if out != released(folder):
+        move(out, released(folder))
+    handoff.write_handoff(released(folder), recipe, verdict, record["sizes"], versions())
+    return released(folder)
+
+
+def check_verdict(folder: Path, verdict: dict[str, Any]) -> None:
+    """Refuse a verdict about another checkpoint than the newest (UserError)."""
+    newest = newest_checkpoint(folder).name
+    if verdict["checkpoint"] != newest:
+        raise UserError(
+            f"{folder}: gate.json judges {verdict['checkpoint']}, the newest checkpoint is {newest}; gate it first"
+        )
+
+
 def withdraw(folder: Path) -> None:
-    """A gate that does not pass leaves nothing to ship, not even an older export."""
-    shutil.rmtree(out_folder(folder), ignore_errors=True)
+    """A gate that does not pass leaves nothing at export/hf, not even an older export; a current one is a candidate."""
+    out = exported(folder)
+    if out is not None and out == released(folder):
+        hf.record_verdict(out, None)
+        move(out, candidate(folder))
+    shutil.rmtree(released(folder), ignore_errors=True)
     (folder / "export" / "HANDOFF.md").unlink(missing_ok=True)
-    (folder / "export" / "export.json").unlink(missing_ok=True)
 
 
-def verify(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Compare the files with the trained weights, score the decoded model on a few items, write verify.json."""
+def check_again(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Verify what stands: the export of the newest checkpoint, or else what was released before it.
+
+    Raises:
+        UserError: nothing was exported.
+    """
+    report = verify(recipe, folder, exported(folder) or released(folder))
+    record = folder / "export" / "export.json"
+    if record.exists():
+        write_json(record, read_json(record) | {"verified": report["ok"]})
+    return report
+
+
+def verify(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
+    """Compare the files at `out` with the trained weights, score the decoded model on a few items, write verify.json.
+
+    Returns:
+        The report; not raised, so that the caller decides what a finding means.
+    """
     from halfbyte.export import verify as check
 
-    out = out_folder(folder)
     report = check.verify(out, trained_weights(recipe, folder), recipe)
     if report["ok"] and recipe.verify.items and recipe.evaluate.tasks:
         report["rescored"] = _rescore(recipe, folder, out)

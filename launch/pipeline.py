@@ -1,11 +1,12 @@
 """The stages of a run, in order. Start reading here.
 
     import -> evaluate BF16 -> calibrate -> evaluate PTQ -> train (QAT, QAD) -> evaluate
-           -> gate -> export -> verify
+           -> export (a candidate) -> verify -> evaluate what the exported files decode to
+           -> gate -> release (the candidate becomes export/hf)
 
-The first line needs all processes of the layout and happens in `together`; the second works on files and happens in
-`alone`, on rank 0. Each stage writes one JSON into the run folder, so a stopped run goes on where it was and any stage
-can be run again by itself.
+The first two lines need all processes of the layout and happen in `together`, except that rank 0 exports and verifies
+while the others wait; the last works on files and happens in `alone`, on rank 0. Each stage writes one JSON into the
+run folder, so a stopped run goes on where it was and any stage can be run again by itself.
 """
 
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 from halfbyte.launch.console import Console
 from halfbyte.training import environment
-from halfbyte.training.config import Method, Recipe
+from halfbyte.training.config import Judges, Method, Recipe
 from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, UserError
 from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.interrupt import Stop
@@ -74,8 +75,15 @@ def together(recipe: Recipe, stages: Sequence[str], stop: Stop, *, resume: bool)
     else:
         work.train(wanted="train" in stages)
         work.evaluate(trained_name(recipe), wanted="evaluate" in stages)
+    if judges_export(recipe):
+        work.evaluate_exported(wanted="evaluate" in stages)
     close_runtime()  # a failure skips this: the process ends, and the others may be inside a collective
     return runtime.first
+
+
+def judges_export(recipe: Recipe) -> bool:
+    """Whether the gate judges the exported files, so that they have to be scored."""
+    return recipe.method != Method.bf16 and recipe.gate.judges == Judges.exported and bool(recipe.evaluate.tasks)
 
 
 def _trained_and_scored(recipe: Recipe) -> bool:
@@ -85,11 +93,13 @@ def _trained_and_scored(recipe: Recipe) -> bool:
     wanted: dict[str, int] = {"evaluate.bf16": 0} if recipe.evaluate.tasks else {}
     if recipe.method != Method.bf16 and recipe.evaluate.tasks:
         wanted |= {"evaluate.ptq": 0}
+    steps = 0 if recipe.method == Method.ptq else recipe.train.steps
     if recipe.method == Method.ptq:
         wanted |= {"keep_weights": 0}
     else:
-        steps = recipe.train.steps
         wanted |= {"train": steps} | ({f"evaluate.{trained_name(recipe)}": steps} if recipe.evaluate.tasks else {})
+    if judges_export(recipe):
+        wanted |= {"evaluate.exported": steps}
     return all(marks.get(name) == value for name, value in wanted.items())
 
 
@@ -105,35 +115,33 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
         0, or the gate's exit code.
     """
     from halfbyte.launch import handover
+    from halfbyte.launch.summary import summary_text
 
     console, folder = Console(True), Path(recipe.run.dir)
+    code = OK
     if "gate" in stages:
         with console.stage("gate") as notes:
-            verdict = handover.judge(recipe, folder)
-            notes.append(verdict["verdict"])
-    verdict = read_json(folder / "gate.json")
-    with damage(folder / "gate.json"):
-        code = VERDICT_CODE[verdict["verdict"]]
-    ships = code == OK or allow_failed_gate
-    if "export" in stages:
-        if ships:
-            with console.stage("export") as notes:
-                sizes = handover.export(recipe, folder, verdict, resume=resume)
-                notes.append(f"{sizes['bytes_before'] / 1e6:.1f} MB -> {sizes['bytes_after'] / 1e6:.1f} MB")
-        else:
-            handover.withdraw(folder)
-            console.say(f"export           skipped: the gate says {verdict['verdict']} (--allow-failed-gate overrides)")
-    if "verify" in stages and (ships or "export" not in stages):  # by itself it checks whatever stands there
+            notes.append(handover.judge(recipe, folder)["verdict"])
+    if {"gate", "export"} & set(stages):
+        verdict = read_json(folder / "gate.json")
+        with damage(folder / "gate.json"):
+            code = VERDICT_CODE[verdict["verdict"]]
+        if "export" in stages:
+            handover.check_verdict(folder, verdict)
+            handover.prepare(recipe, folder, console, resume=resume)
+            with console.stage("release") as notes:
+                if code == OK or allow_failed_gate:
+                    notes.append(str(handover.release(recipe, folder, verdict)))
+                else:
+                    handover.withdraw(folder)
+                    notes.append(f"no: the gate says {verdict['verdict']} (--allow-failed-gate overrides)")
+    if "verify" in stages and not resume:
         with console.stage("verify") as notes:
-            report = handover.verify(recipe, folder)
+            report = handover.check_again(recipe, folder)
             notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
-        if not report["ok"]:
-            raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
-    if "gate" in stages or "verify" in stages:
-        from halfbyte.launch.summary import summary_text
-
-        console.say(summary_text(recipe, folder))
-    return code if {"gate", "export"} & set(stages) else OK
+        handover.raise_problems(report, folder)
+    console.say(summary_text(recipe, folder))
+    return code
 
 
 def worker(argv: Sequence[str]) -> int:

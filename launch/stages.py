@@ -1,5 +1,6 @@
 """The stages that hold the model in memory, each a method of `Work`, with what they share between them."""
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,12 +94,50 @@ class Work:
             if not self.current:
                 self._load_trained()
             quantize.round_unquantized(self.gpt)  # score what ships; the checkpoint keeps what was trained
+        self._score(stage)
+        self._mark(name, steps)
+
+    def _score(self, stage: str) -> None:
         with self.console.stage(f"evaluate {stage}") as notes, quantize.weights_once(self.gpt):
             for task, scores in evaluate.evaluate(self.exam, self.gpt, stage).items():
                 shown = "accuracy" if "accuracy" in scores else "bits_per_byte"
                 notes.append(f"{task}: {shown} {scores[shown]:.4f}, perplexity {scores['perplexity']:.2f}")
             notes.append(f"{sum(len(items) for items in self.exam.items.values())} items")
-        self._mark(name, steps)
+
+    def evaluate_exported(self, *, wanted: bool) -> None:
+        """Export the newest checkpoint, verify it, and score on all tasks what its files decode to.
+
+        The decoded weights take the place of the model's, so this is the last stage that needs the model.
+        """
+        from halfbyte.export.decode import write_decoded
+        from halfbyte.launch import handover
+
+        steps = 0 if self.recipe.method == Method.ptq else self.recipe.train.steps
+        done = self.resume and self._marks().get("evaluate.exported") == steps
+        if not wanted or done:
+            return
+
+        def decode() -> dict[str, float]:
+            out = handover.prepare(self.recipe, self.folder, self.console, resume=self.resume)
+            return write_decoded(out, decoded)
+
+        decoded = self.folder / "cache" / "decoded"
+        input_scales = on_first_rank(self.runtime, decode)
+        with quantize.weights_as_served(self.gpt, self.recipe.quantize, input_scales):
+            self._take_weights(decoded)
+            self._score("exported")
+        self.current = False
+        on_first_rank(self.runtime, lambda: shutil.rmtree(decoded, ignore_errors=True))
+        self._mark("evaluate.exported", steps)
+
+    def _take_weights(self, folder: Path) -> None:
+        """Put a Hugging Face directory's weights into the quantized model; ModelOpt's importer fills plain ones."""
+        plain = model.build(self.shape, self.recipe, self.runtime)
+        model.import_hf(plain, folder, self.shape, self.runtime)
+        weights = dict(plain.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.gpt.named_parameters():
+                parameter.copy_(weights[name])
 
     def calibrate(self) -> None:
         """Insert the quantizers: calibrated now, or as quantize.json says."""
@@ -176,6 +215,7 @@ class Work:
         self._mark("train", steps)
 
     def _write_training(self, progress: Any, seconds: list[float], tokens: int) -> None:
+        errors = {} if self.recipe.method == Method.bf16 else quantize.weight_errors(self.gpt, self.recipe.quantize)
         peak = torch.cuda.max_memory_allocated() if self.runtime.device.type == "cuda" else None
         content = {
             "steps": len(progress.losses),
@@ -184,6 +224,7 @@ class Work:
             "tokens_per_step": tokens,
             "seconds_per_step": seconds,
             "peak_gpu_bytes_rank0": peak,
+            "weight_relative_rms_error": errors,
         }
         on_first_rank(self.runtime, lambda: write_json(self.folder / "train.json", content))
 

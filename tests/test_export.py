@@ -96,7 +96,7 @@ def export(model_dir: Path, out: Path, source: Iterator[HFWeight] | None = None,
         run or recipe(),
         model_dir=model_dir,
         out=out,
-        verdict={"verdict": "passed"},
+        checkpoint="step_00000003",
         versions={"a": "1"},
     )
 
@@ -182,7 +182,9 @@ def test_record_names_every_file_with_its_hash(model_dir: Path, tmp_path: Path):
     out = tmp_path / "hf"
     export(model_dir, out)
     record = json.loads((out / "halfbyte.json").read_text())
-    assert record["gate"] == {"verdict": "passed"}
+    assert (record["gate"], record["checkpoint"]) == (None, "step_00000003")
+    hf.record_verdict(out, {"verdict": "pass"})
+    assert json.loads((out / "halfbyte.json").read_text()) == record | {"gate": {"verdict": "pass"}}
     assert record["versions"] == {"a": "1"}
     assert (record["method"], record["format"], record["scale_2"]) == ("qat", "nvfp4", "pow2")
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
@@ -266,7 +268,7 @@ from halfbyte.training.hf_map import HFWeight
 recipe = Recipe(method=Method.bf16)
 try:
     hf.write([HFWeight("model.norm.weight", torch.zeros(65536))], recipe, model_dir=Path({str(model_dir)!r}),
-             out=Path({str(tmp_path / "hf")!r}), verdict=None, versions={{}})
+             out=Path({str(tmp_path / "hf")!r}), checkpoint="step_00000003", versions={{}})
 except UserError as error:
     print("one line:", error)
 """

@@ -13,6 +13,7 @@ from torch.nn import functional
 from halfbyte.training import numerics
 from halfbyte.training.config import Format, Quantize, Recipe, SecondScale
 from halfbyte.training.errors import UserError
+from halfbyte.training.files import write_json
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core and ModelOpt
 
@@ -313,7 +314,7 @@ def test_weights_once_ends_with_an_error_too(world, hook):
 def test_restore_gives_the_same_model(world, hook, tmp_path, number_format, mode):
     gpt, report, plain, recipe = make(world, number_format, scale_2=mode, exclude=["model.layers.0.mlp.*"])
     path = tmp_path / "quantize.json"
-    hook.write_report(report, path)
+    write_json(path, report)
     again = hook.restore(plain, recipe, path)
     assert again == report == json.loads(path.read_text())
     before, after = (dict(hook.enabled_quantizers(model)) for model in (gpt, plain))
@@ -327,7 +328,7 @@ def test_restore_gives_the_same_model(world, hook, tmp_path, number_format, mode
 def test_restore_refuses_another_plan(world, hook, tmp_path):
     _, report, plain, _ = make(world, exclude=["*.o_proj"])
     path = tmp_path / "quantize.json"
-    hook.write_report(report, path)
+    write_json(path, report)
     with pytest.raises(UserError, match="linear_proj is not as the recipe plans; the run folder belongs to another"):
         hook.restore(plain, Recipe(), path)
 

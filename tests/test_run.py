@@ -20,6 +20,14 @@ def digest(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256((folder / "export" / "hf" / name).read_bytes()).hexdigest() for name in names}
 
 
+def same_scores(run: Path, one: str, other: str) -> bool:
+    """Whether two stages' per-item scores are equal to the last digit; in FP32 the files and the model must be."""
+    names = [path.name.removeprefix(f"{one}.") for path in (run / "evaluate").glob(f"{one}.*.jsonl")]
+    assert names
+    files = [[(run / "evaluate" / f"{stage}.{name}").read_bytes() for name in names] for stage in (one, other)]
+    return files[0] == files[1]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
@@ -34,12 +42,15 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     assert len(train["losses"]) == 3
     assert all(isinstance(loss, float) for loss in train["losses"])
     scores = read(run / "evaluate.json")
-    assert list(scores) == ["bf16", "ptq", "qat"]
+    assert list(scores) == ["bf16", "ptq", "qat", "exported"]
     for stage, tasks in scores.items():
         assert tasks["lambada"]["n"] == 4
         rows = [json.loads(line) for line in (run / "evaluate" / f"{stage}.lambada.jsonl").read_text().splitlines()]
         assert [row["item"] for row in rows] == [0, 1, 2, 3]
+    assert same_scores(run, "qat", "exported")
     layers = read(run / "quantize.json")["layers"]
+    assert set(train["weight_relative_rms_error"]) == set(layers)
+    assert all(0.05 < error < 0.2 for error in train["weight_relative_rms_error"].values())
     assert sum(len(layer["hf"]) for layer in layers.values()) == 28
     assert {layer["format"] for layer in layers.values()} == {"nvfp4"}
     assert read(run / "gate.json")["verdict"] == "pass"
@@ -50,6 +61,7 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     assert all(abs(task["nats_per_token_difference"]) < 1e-3 for task in verified["rescored"].values())
     assert (run / "export" / "hf" / "tokenizer.json").exists()
     assert (run / "export" / "hf" / "generation_config.json").exists()
+    assert [path.name for path in (run / "export").iterdir() if path.is_dir()] == ["hf"]
     assert str((run / "export" / "hf").resolve()) in (run / "export" / "HANDOFF.md").read_text()
     assert "trtllm-serve" in done.stdout
     assert list((run / "wandb").glob("offline-run-*"))
@@ -87,6 +99,7 @@ def test_a_failed_gate_leaves_nothing_to_ship_unless_it_is_asked_to(halfbyte, pl
     assert done.returncode == 3
     assert not (run / "export" / "hf").exists()
     assert not (run / "export" / "HANDOFF.md").exists()
+    assert read(run / "export" / "candidate" / "halfbyte.json")["gate"] is None
     allowed = halfbyte("export", "runs/a", *strict, "--allow-failed-gate", cwd=place)
     assert allowed.returncode == 3
     assert read(run / "export" / "hf" / "halfbyte.json")["gate"]["verdict"] == "fail"
@@ -113,6 +126,7 @@ def test_ptq_exports_the_same_bytes_from_one_process_and_from_tensor_parallel(ha
         done = halfbyte("run", "tiny", *options, *layout, f"run.dir={folders[-1]}", cwd=place)
         assert done.returncode == 0, done.stdout + done.stderr
         assert read(folders[-1] / "verify.json")["ok"] is True
+        assert same_scores(folders[-1], "ptq", "exported")
     if number_format == "mxfp4":
         config = read(folders[0] / "export" / "hf" / "config.json")["quantization_config"]
         assert config["format"] == "mxfp4-pack-quantized"
@@ -128,6 +142,7 @@ def test_weight_only(halfbyte, place):
     assert halfbyte("run", "tiny", *options, cwd=place).returncode == 0
     layers = read(run / "quantize.json")["layers"].values()
     assert all(set(layer["scale_2"]) == {"weight"} for layer in layers)
+    assert same_scores(run, "qat", "exported")
     assert read(run / "verify.json")["ok"] is True
 
 

@@ -66,7 +66,7 @@ def trained(model_dir: Path) -> list[HFWeight]:
 
 
 def export(model_dir: Path, trained: list[HFWeight], out: Path, run: Recipe) -> None:
-    hf.write(trained, run, model_dir=model_dir, out=out, verdict=None, versions={})
+    hf.write(trained, run, model_dir=model_dir, out=out, checkpoint="step_00000003", versions={})
 
 
 @pytest.fixture(scope="module")

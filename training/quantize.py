@@ -8,8 +8,8 @@ here, so they share one second-level scale from the start and nothing has to be 
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from modelopt.torch.quantization.nn.modules import tensor_quantizer
 from halfbyte.training import numerics
 from halfbyte.training.config import BLOCK, Format, Quantize, Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.files import damage, read_json, write_json
+from halfbyte.training.files import damage, read_json
 from halfbyte.training.hf_map import FUSED
 from halfbyte.training.runtime import Runtime
 
@@ -239,6 +239,52 @@ def weights_once(model: torch.nn.Module):
             quantizer._quantizer_cache.kept = None
 
 
+@contextlib.contextmanager
+def weights_as_served(model: torch.nn.Module, quantize: Quantize, input_scales: Mapping[str, float]):
+    """Inside this context the weights are taken as they are, and inputs are rounded with the scales of exported files.
+
+    Args:
+        model: This rank's GPTModel, quantizers inserted, with the decoded weights of an export.
+        quantize: The plan that the export was made by.
+        input_scales: Hugging Face module name -> second-level scale of its input, from the files; the members of a
+            fused linear have the same one.
+
+    Raises:
+        UserError: the files lack the scale of a layer whose input is quantized with one, or members differ.
+    """
+    layers = [(layer, model.get_submodule(layer.module)) for layer in plan(model, quantize)]
+    before: list[tuple[TensorQuantizer, Arithmetic]] = []
+    try:
+        for layer, linear in layers:
+            linear.weight_quantizer.disable()
+            quantizer = linear.input_quantizer
+            if not quantizer.is_enabled or quantizer._quantizer_cache.scale_2 is None:
+                continue
+            rule = quantizer._quantizer_cache
+            before.append((quantizer, rule))
+            scale = torch.full_like(rule.scale_2, _one_scale(layer, input_scales))
+            quantizer._quantizer_cache = replace(rule, scale_2=scale)
+        yield
+    finally:
+        for _, linear in layers:
+            linear.weight_quantizer.enable()
+        for quantizer, rule in before:
+            quantizer._quantizer_cache = rule
+
+
+def _one_scale(layer: Planned, input_scales: Mapping[str, float]) -> float:
+    found = {input_scales.get(name) for name in layer.hf}
+    scale = found.pop()
+    if found or scale is None:
+        raise UserError(f"export: the files hold no one input_scale for {', '.join(layer.hf)}; export again")
+    return scale
+
+
+def weight_errors(model: torch.nn.Module, quantize: Quantize) -> dict[str, float]:
+    """Relative RMS error ||W_q - W|| / ||W|| of every quantized weight as it is now, by layer; equal on every rank."""
+    return _gather({layer.key: _weight_error(model.get_submodule(layer.module)) for layer in plan(model, quantize)})
+
+
 def round_unquantized(model: torch.nn.Module) -> None:
     """Round every parameter that is not fake-quantized to BF16 and back, in place: the values that an export writes.
 
@@ -253,18 +299,10 @@ def round_unquantized(model: torch.nn.Module) -> None:
 
 def _describe(model: torch.nn.Module, layer: Planned, quantize: Quantize) -> dict[str, Any]:
     linear = model.get_submodule(layer.module)
-    with torch.no_grad():
-        weight = linear.weight.float()
-        error = (linear.weight_quantizer(linear.weight).float() - weight).square().sum()
-        sums = torch.stack([error, weight.square().sum()]).double()
-    # Row- and column-parallel shards cover the weight exactly once: sums over the group are sums over the whole.
-    from megatron.core import parallel_state
-
-    dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
     entry: dict[str, Any] = {
         "hf": list(layer.hf),
         "format": quantize.format.value,
-        "weight_relative_rms_error": float((sums[0] / sums[1].clamp(min=1e-30)).sqrt()),
+        "weight_relative_rms_error": _weight_error(linear),
         "amax": {},
         "scale_2": {},
     }
@@ -276,14 +314,21 @@ def _describe(model: torch.nn.Module, layer: Planned, quantize: Quantize) -> dic
     return entry
 
 
+def _weight_error(linear: Any) -> float:
+    with torch.no_grad():
+        weight = linear.weight.float()
+        error = (linear.weight_quantizer(linear.weight).float() - weight).square().sum()
+        sums = torch.stack([error, weight.square().sum()]).double()
+    # Row- and column-parallel shards cover the weight exactly once: sums over the group are sums over the whole.
+    from megatron.core import parallel_state
+
+    dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
+    return float((sums[0] / sums[1].clamp(min=1e-30)).sqrt())
+
+
 def _gather(mine: dict[str, Any]) -> dict[str, Any]:
     """The union over pipeline stages, in layer order."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     merged = {key: value for part in parts for key, value in part.items()}
     return dict(sorted(merged.items(), key=lambda item: (int(item[0].split(".")[2]), item[0])))
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write quantize.json."""
-    write_json(path, report)

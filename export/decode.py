@@ -1,0 +1,49 @@
+"""An exported checkpoint as plain weights again: what a server computes with, in a form that every importer reads.
+
+Only the exported files are read (export/reader.py). The gate scores the model that comes out of this.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halfbyte.export.folder import disk_errors, replacing
+from halfbyte.export.hf import Shards
+from halfbyte.export.reader import open_checkpoint
+
+SHARD_BYTES = 2_000_000_000
+
+
+def write_decoded(out: Path, folder: Path) -> dict[str, float]:
+    """Decode every tensor of an export into an unquantized Hugging Face directory; one shard in memory.
+
+    Args:
+        out: The exported directory.
+        folder: Destination: config.json without quantization_config and *.safetensors, each tensor in BF16 if that
+            holds all of its values, else in FP32. An existing folder is replaced.
+
+    Returns:
+        Module name -> the second-level scale that the files give its input; empty for weight-only formats and for
+        formats whose activations have no stored scale.
+
+    Raises:
+        UserError: the export is missing or damaged, or the disk is full.
+    """
+    checkpoint = open_checkpoint(out)
+    suffixes = (".weight", ".weight_packed")
+    modules = sorted({name.rsplit(".", 1)[0] for name in checkpoint.names() if name.endswith(suffixes)})
+    scales: dict[str, float] = {}
+    with disk_errors(folder), replacing(folder) as partial:
+        shards = Shards(partial, limit=SHARD_BYTES)
+        for module in modules:
+            values = torch.from_numpy(np.ascontiguousarray(checkpoint.decode(module)))
+            rounded = values.to(torch.bfloat16)
+            shards.add({f"{module}.weight": rounded if torch.equal(rounded.float(), values) else values})
+            if f"{module}.input_scale" in checkpoint.entries:
+                scales[module] = float(checkpoint.raw(f"{module}.input_scale"))
+        shards.finish()
+        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return scales
