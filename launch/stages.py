@@ -12,6 +12,7 @@ from halfbyte.launch.console import Console
 from halfbyte.training import checkpoint, corpus, data, evaluate, model, quantize
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
+from halfbyte.training.fast_path import weights_once
 from halfbyte.training.fetch import load_tokenizer
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.interrupt import Stop
@@ -98,7 +99,7 @@ class Work:
         self._mark(name, steps)
 
     def _score(self, stage: str) -> None:
-        with self.console.stage(f"evaluate {stage}") as notes, quantize.weights_once(self.gpt):
+        with self.console.stage(f"evaluate {stage}") as notes, weights_once(self.gpt):
             for task, scores in evaluate.evaluate(self.exam, self.gpt, stage).items():
                 shown = "accuracy" if "accuracy" in scores else "bits_per_byte"
                 notes.append(f"{task}: {shown} {scores[shown]:.4f}, perplexity {scores['perplexity']:.2f}")

@@ -24,6 +24,7 @@ HF = {
     "mlp.linear_fc2": ["mlp.down_proj"],
 }
 LINEARS = [f"decoder.layers.{layer}.{name}" for layer in range(2) for name in HF]
+LINEAR_INPUTS = [64, 64, 64, 96] * 2
 TOKENS = torch.arange(48).reshape(2, 24) * 7 % 64
 
 
@@ -44,6 +45,12 @@ def hook(world):
 def forward(gpt: torch.nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     return gpt(tokens, positions, None)
+
+
+def sharing(gpt: torch.nn.Module):
+    from halfbyte.training.fast_path import weights_once
+
+    return weights_once(gpt)
 
 
 def make(world, number_format: Format = Format.nvfp4, *, seed: int = 0, **settings):
@@ -216,7 +223,7 @@ def test_the_gradient_goes_straight_through(world, hook, once):
             weight.copy_(numerics.nvfp4_fake(weight, numerics.second_scale(weight.abs().amax(), SecondScale.pow2)))
     expected = loss_gradients(plain)  # of the same model with its weights moved onto the grid
     if once:
-        with hook.weights_once(gpt):
+        with sharing(gpt):
             found = loss_gradients(gpt)
     else:
         found = loss_gradients(gpt)
@@ -259,7 +266,7 @@ def test_weights_once_quantizes_each_weight_once(world, hook, counted):
     gpt, _, _, _ = make(world, Format.w4a16_nvfp4)
     weights = [gpt.get_submodule(name).weight.data_ptr() for name in LINEARS]
     counted.clear()
-    with hook.weights_once(gpt):
+    with sharing(gpt):
         for _ in range(3):
             loss_gradients(gpt)
     assert counted == dict.fromkeys(weights, 1)
@@ -273,7 +280,7 @@ def test_weights_once_quantizes_each_weight_once(world, hook, counted):
 def test_weights_once_changes_no_bit(world, hook, number_format):
     gpt, _, _, _ = make(world, number_format)
     logits, gradients = forward(gpt), loss_gradients(gpt)
-    with hook.weights_once(gpt):
+    with sharing(gpt):
         for _ in range(2):
             assert torch.equal(forward(gpt), logits)
             found = loss_gradients(gpt)
@@ -284,23 +291,75 @@ def test_nothing_stale_after_weights_once(world, hook):
     gpt, _, plain, _ = make(world)
     name = LINEARS[0]
     linear, x = gpt.get_submodule(name), torch.randn(4, 64)
-    with hook.weights_once(gpt):
+    with sharing(gpt):
         before = linear(x)[0]
     with torch.no_grad():
         linear.weight.mul_(-1)
     outside = linear(x)[0]
     assert torch.equal(outside, -before)
-    with hook.weights_once(gpt):
+    with sharing(gpt):
         assert torch.equal(linear(x)[0], outside)
     scale_2 = linear.weight_quantizer._quantizer_cache.scale_2
     expected = numerics.nvfp4_fake(-plain.get_submodule(name).weight, scale_2)
     assert torch.equal(linear.weight_quantizer(linear.weight), expected)
 
 
+def _optimizer_step(weight: torch.nn.Parameter) -> None:
+    weight.grad = torch.randn_like(weight)
+    torch.optim.SGD([weight], lr=0.1).step()
+
+
+def _ema_swap(weight: torch.nn.Parameter) -> None:
+    weight.data.lerp_(torch.randn_like(weight), 0.5)
+
+
+def _new_storage(weight: torch.nn.Parameter) -> None:
+    weight.data = torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("change", [_optimizer_step, _ema_swap, _new_storage, "load"])
+def test_every_change_of_a_weight_reaches_the_next_pass(world, change):
+    gpt, _, _, _ = make(world)
+    name = LINEARS[3]
+    linear, x = gpt.get_submodule(name), torch.randn(4, LINEAR_INPUTS[3])
+    with sharing(gpt):
+        first = linear(x)[0]
+    if change == "load":
+        gpt.load_state_dict({f"{name}.weight": torch.randn_like(linear.weight)}, strict=False)
+    else:
+        change(linear.weight)
+    with sharing(gpt):
+        second = linear(x)[0]
+    rules = [linear.get_submodule(f"{side}_quantizer")._quantizer_cache.scale_2 for side in ("input", "weight")]
+    inputs, weight = (numerics.nvfp4_fake(t, s) for t, s in zip((x, linear.weight), rules, strict=True))
+    assert torch.equal(second, functional.linear(inputs, weight))
+    assert not torch.equal(first, second)
+
+
+def test_a_weight_changed_inside_a_pass_is_an_error(world):
+    gpt, _, _, _ = make(world)
+    weight = gpt.get_submodule(LINEARS[1]).weight
+    before = weight.detach().clone()
+    reason = r"layers\.0\.self_attention\.linear_proj\.weight was changed"
+    with pytest.raises(UserError, match=reason), sharing(gpt), torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(weight, before)
+
+
+def test_a_pass_leaves_modelopt_s_forward_as_it_was(world):
+    gpt, _, _, _ = make(world)
+    before = {name: dict(module.__dict__) for name, module in gpt.named_modules()}
+    storage = {name: parameter.data_ptr() for name, parameter in gpt.named_parameters()}
+    with sharing(gpt):
+        assert "forward" in gpt.get_submodule(LINEARS[0]).__dict__
+    assert all(module.__dict__.keys() == before[name].keys() for name, module in gpt.named_modules())
+    assert {name: parameter.data_ptr() for name, parameter in gpt.named_parameters()} == storage
+
+
 def test_weights_once_ends_with_an_error_too(world, hook):
     gpt, _, _, _ = make(world)
     linear, x = gpt.get_submodule(LINEARS[0]), torch.randn(4, 64)
-    with contextlib.suppress(ZeroDivisionError), hook.weights_once(gpt):
+    with contextlib.suppress(ZeroDivisionError), sharing(gpt):
         linear(x)
         raise ZeroDivisionError
     before = linear(x)[0]

@@ -13,12 +13,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from halfbyte.training import losses
+from halfbyte.training import gradients, losses
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
 from halfbyte.training.errors import UserError
-from halfbyte.training.quantize import weights_once
+from halfbyte.training.fast_path import weights_once
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import collect, train_batch
 
@@ -42,7 +42,10 @@ def wrap(model: GPTModel, recipe: Recipe) -> DistributedDataParallel:
         grad_reduce_in_fp32=recipe.train.dtype != "float64", use_distributed_optimizer=sharded
     )
     model.config.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(model.config, config, model)
+    ddp = DistributedDataParallel(model.config, config, model)
+    if config.grad_reduce_in_fp32:
+        gradients.fuse(model)
+    return ddp
 
 
 def uses_distributed_optimizer(recipe: Recipe) -> bool:

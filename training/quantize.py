@@ -52,12 +52,10 @@ class Arithmetic:
     Attributes:
         format: The FP4 format.
         scale_2: FP32 [] second-level scale; None for MXFP4.
-        kept: None, or, inside `weights_once`, the fake-quantized weight after its first use.
     """
 
     format: Format
     scale_2: torch.Tensor | None
-    kept: list[torch.Tensor] | None = None
 
 
 def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
@@ -199,44 +197,10 @@ def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
         quantizer._quantizer_cache = Arithmetic(quantize.format, scale_2)
 
 
-class _Instead(torch.autograd.Function):
-    """A stored fake-quantized weight in place of the weight; the gradient goes to the weight unchanged."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-        return quantized
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
-        return grad, None
-
-
 def _fake_quantize(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     """ModelOpt's backend entry: x -> x on the FP4 grid, gradient passed straight through."""
     rule: Arithmetic = quantizer._quantizer_cache
-    if rule.kept is None:
-        return numerics.fake_quantize(x, rule.format, rule.scale_2)
-    if not rule.kept:
-        with torch.no_grad():
-            rule.kept.append(numerics.fake_quantize(x, rule.format, rule.scale_2))
-    return _Instead.apply(x, rule.kept[0])
-
-
-@contextlib.contextmanager
-def weights_once(model: torch.nn.Module):
-    """Quantize each weight once, at its first use, for all passes inside this context.
-
-    The weights must not change inside. The context is one global batch or one evaluation, so nothing that changes
-    weights (optimizer, checkpoint load) can leave a stale copy behind. Costs one weight-sized tensor per linear.
-    """
-    quantizers = [module for name, module in enabled_quantizers(model) if name.endswith("weight_quantizer")]
-    for quantizer in quantizers:
-        quantizer._quantizer_cache.kept = []
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer._quantizer_cache.kept = None
+    return numerics.fake_quantize(x, rule.format, rule.scale_2)
 
 
 @contextlib.contextmanager

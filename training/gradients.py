@@ -1,0 +1,39 @@
+"""Weight gradients straight into Megatron's FP32 `main_grad`, without Apex or TransformerEngine.
+
+Megatron-Core fuses the accumulation into the weight-gradient GEMM only where Apex's extension is installed. torch can
+do the same since 2.11: addmm with BF16 operands and an FP32 accumulator (pytorch#167931). It saves a BF16 rounding of
+every micro-batch's gradient and one pass over the gradients (10 bytes per parameter and micro-batch).
+"""
+
+from types import SimpleNamespace
+
+import torch
+from megatron.core.tensor_parallel import layers
+
+
+def accumulate(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad += grad_output^T @ total_input.
+
+    Args:
+        total_input: [T, K] input of the linear, BF16 or FP32.
+        grad_output: [T, N] gradient of its output, the same dtype.
+        main_grad: FP32 [N, K], changed in place.
+    """
+    if total_input.dtype == main_grad.dtype:
+        main_grad.addmm_(grad_output.t(), total_input)
+    elif main_grad.is_cuda:
+        torch.addmm(main_grad, grad_output.t(), total_input, out_dtype=main_grad.dtype, out=main_grad)
+    else:
+        main_grad.addmm_(grad_output.t().to(main_grad.dtype), total_input.to(main_grad.dtype))
+
+
+def fuse(model: torch.nn.Module) -> None:
+    """From now on the parallel linears of `model` accumulate their weight gradients in place.
+
+    Args:
+        model: Wrapped in Megatron's DDP already: every trained parameter has an FP32 `main_grad`.
+    """
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
+    for module in model.modules():
+        if isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
+            module.gradient_accumulation_fusion = True
