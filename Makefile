@@ -10,7 +10,7 @@ export ONEDNN_MAX_CPU_ISA ?= AVX512_CORE
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test bench setup lint clean
 # The demo trains for minutes only, so its gate may say fail (3) or inconclusive (4): it exports all the same, with the
 # verdict in the files, and counts as done.
 demo: setup
@@ -18,6 +18,10 @@ demo: setup
 
 test: setup lint
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+# Times training steps on the GPUs that are there; needs CUDA.
+bench: setup
+	.venv/bin/python -m halfbyte.bench $(BENCH)
 
 lint: setup
 	.venv/bin/ruff check .

@@ -1,0 +1,1 @@
+"""What training in FP4 costs: `python -m halfbyte.bench`."""

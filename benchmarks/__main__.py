@@ -1,0 +1,98 @@
+"""`python -m halfbyte.bench`: BF16, halfbyte and ModelOpt on Llama-3-8B-shaped layers, step by step, in turn.
+
+Writes a Markdown table with versions. Without CUDA it says so and measures nothing.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from halfbyte.bench.plan import ARMS, LAYOUTS, Size
+from halfbyte.training.errors import OK, USAGE
+
+PACKAGES = ("torch", "triton", "megatron-core", "nvidia-modelopt", "halfbyte")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(prog="python -m halfbyte.bench", description="Time training steps in FP4.")
+    options.add_argument("--layouts", default=",".join(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
+    options.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)}; bf16 is always measured")
+    options.add_argument("--layers", type=int, default=8, help="number of layers")
+    options.add_argument("--micro-batches", type=int, default=8, help="micro-batches of 4096 tokens per step")
+    options.add_argument("--steps", type=int, default=10, help="timed steps per arm and round")
+    options.add_argument("--rounds", type=int, default=2, help="how often every arm has its turn")
+    options.add_argument(
+        "--out", type=Path, default=Path("bench.md"), help="Markdown file; the figures go beside it as JSON"
+    )
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    args = parser().parse_args(argv)
+    layouts, arms = args.layouts.split(","), args.arms.split(",")
+    for key, names, known in (("--layouts", layouts, LAYOUTS), ("--arms", arms, ARMS)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            print(f"error: {key} {unknown[0]}: not known; use some of {', '.join(known)}", file=sys.stderr)
+            return USAGE
+    import torch
+
+    if not torch.cuda.is_available():
+        print("skipped: needs CUDA")
+        return OK
+    size = Size(layers=args.layers, micro_batches=args.micro_batches)
+    arms = ["bf16", *(name for name in arms if name != "bf16")]
+    gpus = torch.cuda.device_count()
+    skipped = [
+        f"{name} skipped: needs {LAYOUTS[name].gpus} GPUs, {gpus} found"
+        for name in layouts
+        if LAYOUTS[name].gpus > gpus
+    ]
+    measured = {name: _layout(name, arms, size, args) for name in layouts if LAYOUTS[name].gpus <= gpus}
+    from halfbyte.bench import kernels
+    from halfbyte.bench.table import document
+
+    bandwidth = kernels.measure()
+    text = document(size, measured, bandwidth, _about(), skipped)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    figures = {"size": asdict(size), "steps": measured, "kernels": bandwidth}
+    args.out.with_suffix(".json").write_text(json.dumps(figures) + "\n")
+    print(text)
+    return OK
+
+
+def _layout(name: str, arms: list[str], size: Size, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one layout in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, shape = Path(folder) / "out.json", Path(folder) / "size.json"
+        shape.write_text(json.dumps(asdict(size)))
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={LAYOUTS[name].gpus}"]
+        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "halfbyte.bench.worker"]
+        words = [name, ",".join(arms), str(out), str(shape), str(args.steps), str(args.rounds)]
+        subprocess.run([*launcher, *words], check=True)
+        return json.loads(out.read_text())
+
+
+def _about() -> dict[str, str]:
+    import torch
+
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    return {
+        "command": " ".join(["python -m halfbyte.bench", *sys.argv[1:]]),
+        "GPU": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}",
+        "versions": f"Python {platform.python_version()}, {versions}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

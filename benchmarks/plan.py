@@ -1,0 +1,110 @@
+"""What is measured: the model, the layouts, the arms. Torch-free, so that `--help` and a skip are quick."""
+
+from dataclasses import dataclass
+
+from halfbyte.training.config import (
+    Dtype,
+    Evaluate,
+    Format,
+    Gate,
+    Method,
+    Model,
+    Parallel,
+    Quantize,
+    Recipe,
+    Run,
+    Train,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to split the model: one process per GPU."""
+
+    name: str
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def gpus(self) -> int:
+        """Processes it needs."""
+        return self.tensor * self.pipeline
+
+
+LAYOUTS = {
+    "tp1": Layout("tp1"),
+    "tp2": Layout("tp2", tensor=2),
+    "pp2": Layout("pp2", pipeline=2),
+}
+"""tp2 runs with sequence parallelism."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing to time: a format of ours (or none: BF16), or one of ModelOpt's own configurations."""
+
+    name: str
+    format: Format | None = None
+    modelopt: str | None = None
+    """Name of a configuration in modelopt.torch.quantization; its kernels, its per-call path."""
+
+
+ARMS = {
+    "bf16": Arm("bf16"),
+    **{number_format.value: Arm(number_format.value, format=number_format) for number_format in Format},
+    "modelopt_nvfp4": Arm("modelopt_nvfp4", modelopt="NVFP4_DEFAULT_CFG"),
+    "modelopt_mxfp4": Arm("modelopt_mxfp4", modelopt="MXFP4_DEFAULT_CFG"),
+}
+"""bf16 is this project's own control: the same layers, the same schedule and optimizer, nothing quantized."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Layers shaped as Llama-3-8B's, with a vocabulary that keeps the logits from dominating a few layers."""
+
+    layers: int = 8
+    hidden: int = 4096
+    ffn: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    vocab: int = 32000
+    sequence: int = 4096
+    micro_batches: int = 8
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer's linears."""
+        head = self.hidden // self.heads
+        return self.hidden * (2 * self.hidden + 2 * self.kv_heads * head + 3 * self.ffn)
+
+    @property
+    def step_flops(self) -> float:
+        """Model FLOPs of one step, forward and backward, without recomputation.
+
+        6 per parameter and token (Kaplan et al. 2020, 2.1), and 6 S^2 h per layer and sequence for causal attention
+        (two products of 2 S^2 h each, half of them masked, three times).
+        """
+        tokens = self.sequence * self.micro_batches
+        linears = 6 * (self.layers * self.layer_parameters + self.vocab * self.hidden) * tokens
+        return linears + 6 * self.layers * self.sequence**2 * self.hidden * self.micro_batches
+
+
+def recipe(size: Size, layout: Layout, arm: Arm) -> Recipe:
+    """The recipe that an arm's step follows; ModelOpt's arms train as the BF16 control does, quantizers aside."""
+    return Recipe(
+        run=Run(name="bench", dir="bench"),
+        method=Method.bf16 if arm.format is None else Method.qat,
+        model=Model(path="none"),
+        quantize=Quantize(format=arm.format or Format.nvfp4),
+        parallel=Parallel(tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.tensor > 1),
+        train=Train(
+            steps=1000,
+            global_batch=size.micro_batches,
+            micro_batch=1,
+            sequence_length=size.sequence,
+            dtype=Dtype.auto,
+            learning_rate=1e-6,
+        ),
+        evaluate=Evaluate(),
+        gate=Gate(),
+    )

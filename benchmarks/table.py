@@ -1,0 +1,70 @@
+"""What was measured, as a Markdown document."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from halfbyte.bench.plan import Size
+
+
+def document(
+    size: Size,
+    measured: Mapping[str, Any],
+    kernels: Mapping[str, Any],
+    about: Mapping[str, str],
+    skipped: Sequence[str],
+) -> str:
+    """The whole document.
+
+    Args:
+        size: The model.
+        measured: Layout -> what worker.measure returned.
+        kernels: What kernels.measure returned.
+        about: Versions, hardware, command: a line each.
+        skipped: What was not measured, with the reason.
+    """
+    lines = ["# What training in FP4 costs", ""]
+    lines += [f"- {name}: {value}" for name, value in about.items()]
+    lines += [f"- {line}" for line in skipped]
+    lines += [
+        "",
+        f"{size.layers} layers shaped as Llama-3-8B's (hidden {size.hidden}, ffn {size.ffn}, "
+        f"{size.heads}/{size.kv_heads} heads), vocabulary {size.vocab}, {size.micro_batches} micro-batches of {size.sequence} tokens. "
+        "A step is the whole schedule with clipping and the optimizer's update. Medians; arms in turn in one set of processes.",
+        "",
+        *_steps(size, measured, kernels["gemm_flops"]),
+        "",
+        *_kernels(kernels),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _steps(size: Size, measured: Mapping[str, Any], gemm_flops: float) -> list[str]:
+    head = ["layout", "arm", "step ms", "/ BF16", "spread", "first step s", "peak GB", "+ GB", "utilisation"]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for layout, arms in measured.items():
+        base = arms["bf16"]
+        for name, arm in arms.items():
+            spread = (max(arm["seconds"]) - min(arm["seconds"])) / arm["median"]
+            used = size.step_flops / arm["median"] / (gemm_flops * (1 if layout == "tp1" else 2))
+            cells = [
+                layout,
+                name,
+                f"{arm['median'] * 1000:.1f}",
+                f"{arm['median'] / base['median']:.3f}",
+                f"{100 * spread:.1f} %",
+                f"{arm['first_step']:.1f}",
+                f"{arm['peak_bytes'] / 1e9:.2f}",
+                f"{(arm['peak_bytes'] - base['peak_bytes']) / 1e9:+.2f}",
+                f"{100 * used:.1f} %",
+            ]
+            rows.append("| " + " | ".join(cells) + " |")
+    return [*rows, "", "Utilisation: model FLOPs per second over what the 8192^3 BF16 GEMM reaches on the same GPUs."]
+
+
+def _kernels(kernels: Mapping[str, Any]) -> list[str]:
+    copy = kernels["kernels"]["copy"]["bytes_per_second"]
+    rows = ["| kernel, 8192 x 14336 BF16 | us | GB/s | of a copy |", "|---|---|---|---|"]
+    for name, entry in kernels["kernels"].items():
+        rate = entry["bytes_per_second"]
+        rows.append(f"| {name} | {entry['microseconds']:.1f} | {rate / 1e9:.0f} | {100 * rate / copy:.0f} % |")
+    return [*rows, "", f"BF16 GEMM 8192^3: {kernels['gemm_flops'] / 1e12:.0f} TFLOP/s."]

@@ -1,0 +1,158 @@
+"""One process of one layout: every arm's steps, in turn, a few rounds; rank 0 writes what it measured as JSON.
+
+Run by __main__.py under torchrun: LAYOUT ARM,ARM,... OUT.json SIZE.json STEPS ROUNDS.
+"""
+
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from halfbyte.bench.plan import ARMS, LAYOUTS, Arm, Layout, Size, recipe
+from halfbyte.training import environment, model, module, quantize
+from halfbyte.training.config import Recipe
+from halfbyte.training.data import MicroBatch
+from halfbyte.training.runtime import Runtime, close_runtime, open_runtime
+from halfbyte.training.schedule import collect
+from halfbyte.training.shape import ModelShape
+
+WARM_UP = 3
+"""Steps before the clock runs: compilation, allocator, optimizer state."""
+
+
+def shape_of(size: Size) -> ModelShape:
+    """The model's shape."""
+    return ModelShape(
+        layers=size.layers,
+        hidden=size.hidden,
+        ffn=size.ffn,
+        heads=size.heads,
+        kv_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads,
+        vocab=size.vocab,
+        tied=False,
+        max_positions=size.sequence,
+        rope_theta=500000.0,
+        rope_scaling_factor=None,
+        norm_eps=1e-5,
+    )
+
+
+def batches(size: Size, runtime: Runtime) -> list[MicroBatch]:
+    """One global batch of random tokens, all with loss."""
+    generator = torch.Generator().manual_seed(1)
+    windows = torch.randint(size.vocab, (size.micro_batches, 1, size.sequence + 1), generator=generator)
+    mask = torch.ones(1, size.sequence)
+    return [MicroBatch(w[:, :-1].contiguous(), w[:, 1:].contiguous(), mask, None).to(runtime.device) for w in windows]
+
+
+@contextlib.contextmanager
+def training(size: Size, layout: Layout, arm: Arm, runtime: Runtime, parts: list[MicroBatch]) -> Iterator[Any]:
+    """A Training module of an arm, with the two things that Lightning's trainer would give it."""
+    plan: Recipe = recipe(size, layout, arm)
+    gpt = model.build(shape_of(size), plan, runtime)
+    generator = torch.Generator(runtime.device).manual_seed(2)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.normal_(0.0, 0.02, generator=generator) if parameter.dim() == 2 else parameter.fill_(1.0)
+    with _modelopt_as_it_is(arm):
+        if arm.format is not None:
+            quantize.quantize(gpt, plan, runtime, lambda stage: collect(stage, parts[:1], None))
+        elif arm.modelopt is not None:
+            import modelopt.torch.quantization as mtq
+
+            with contextlib.redirect_stdout(None):
+                mtq.quantize(gpt, getattr(mtq, arm.modelopt), lambda stage: collect(stage, parts[:1], None))
+        trained = module.Training(gpt, teacher=None, recipe=plan, runtime=runtime, data=None)  # type: ignore[arg-type]
+        trained.optimizers = lambda: trained.optimizer  # type: ignore[method-assign]
+        trained.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+        yield trained
+
+
+@contextlib.contextmanager
+def _modelopt_as_it_is(arm: Arm) -> Iterator[None]:
+    """ModelOpt's arms keep its own path per call, and its gradients unfused, as it sets them."""
+    if arm.modelopt is None:
+        yield
+        return
+    with (
+        mock.patch.object(module, "weights_once", return_value=contextlib.nullcontext()),
+        mock.patch.object(module.gradients, "fuse"),
+    ):
+        yield
+
+
+def time_steps(trained: Any, parts: list[MicroBatch], count: int, runtime: Runtime) -> list[float]:
+    """Seconds of `count` whole steps: schedule, clipping, update."""
+    seconds = []
+    for step in range(count):
+        _synchronize(runtime)
+        started = time.perf_counter()
+        trained.training_step(parts, step)
+        _synchronize(runtime)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _synchronize(runtime: Runtime) -> None:
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(
+    size: Size, layout: Layout, arms: list[Arm], runtime: Runtime, *, steps: int, rounds: int
+) -> dict[str, Any]:
+    """Every arm in turn, `rounds` times over.
+
+    Returns:
+        Arm name -> seconds (of all timed steps), first_step (seconds, compilation included), peak_bytes (of this
+        rank), loss (of the last step).
+    """
+    parts = batches(size, runtime)
+    found: dict[str, Any] = {arm.name: {"seconds": [], "first_step": None} for arm in arms}
+    for _ in range(rounds):
+        for arm in arms:
+            with training(size, layout, arm, runtime, parts) as trained:
+                warm = time_steps(trained, parts, WARM_UP, runtime)
+                if runtime.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                entry = found[arm.name]
+                entry["first_step"] = entry["first_step"] or warm[0]
+                entry["seconds"] += time_steps(trained, parts, steps, runtime)
+                entry["peak_bytes"] = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else None
+                entry["loss"] = trained.progress.losses[-1]
+            del trained
+            gc.collect()
+            if runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+    for entry in found.values():
+        entry["median"] = statistics.median(entry["seconds"])
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Measure one layout and write its JSON."""
+    layout, arms, out, size_file, steps, rounds = argv
+    environment.set_process_environment()
+    environment.quiet_libraries()
+    size = Size(**json.loads(Path(size_file).read_text()))
+    chosen = LAYOUTS[layout]
+    runtime = open_runtime(recipe(size, chosen, ARMS["bf16"]))
+    found = measure(
+        size, chosen, [ARMS[name] for name in arms.split(",")], runtime, steps=int(steps), rounds=int(rounds)
+    )
+    if runtime.first:
+        Path(out).write_text(json.dumps(found))
+    close_runtime()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

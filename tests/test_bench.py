@@ -1,0 +1,73 @@
+"""The benchmark: what it says without CUDA, its figures' arithmetic, and its steps on the CPU."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.bench.plan import ARMS, LAYOUTS, Size
+from halfbyte.bench.table import document
+
+SMALL = Size(layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, vocab=64, sequence=32, micro_batches=2)
+
+
+def bench(environment, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "halfbyte.bench", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_without_cuda_it_says_so(environment, tmp_path):
+    done = bench(environment, f"--out={tmp_path}/bench.md")
+    assert (done.returncode, done.stdout) == (0, "skipped: needs CUDA\n")
+    assert not (tmp_path / "bench.md").exists()
+
+
+def test_an_unknown_arm_is_named(environment):
+    done = bench(environment, "--arms=nvfp4,int3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --arms int3: not known; use some of bf16, nvfp4")
+
+
+def test_the_work_of_a_llama_3_8b_layer():
+    size = Size()
+    assert size.layer_parameters == 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
+    one = Size(layers=0, micro_batches=1)
+    assert one.step_flops == 6 * 32000 * 4096 * 4096  # logits only: three GEMMs of 2 M N K
+
+
+def test_the_table_divides_by_bf16():
+    arms = {
+        "bf16": {"seconds": [0.2, 0.19, 0.21], "median": 0.2, "first_step": 1.0, "peak_bytes": 10_000_000_000},
+        "nvfp4": {"seconds": [0.203], "median": 0.203, "first_step": 1.5, "peak_bytes": 12_500_000_000},
+    }
+    kernels = {
+        "kernels": {
+            "copy": {"microseconds": 100.0, "bytes_per_second": 4e12},
+            "nvfp4": {"microseconds": 110.0, "bytes_per_second": 3.8e12},
+        },
+        "gemm_flops": 7.5e14,
+    }
+    text = document(SMALL, {"tp1": arms}, kernels, {"GPU": "one"}, ["tp2 skipped: needs 2 GPUs, 1 found"])
+    assert "| tp1 | nvfp4 | 203.0 | 1.015 | 0.0 % | 1.5 | 12.50 | +2.50 |" in text
+    assert "| tp1 | bf16 | 200.0 | 1.000 | 10.0 % |" in text
+    assert "| nvfp4 | 110.0 | 3800 | 95 % |" in text
+    assert "- tp2 skipped: needs 2 GPUs, 1 found" in text
+
+
+@pytest.mark.slow
+def test_every_arm_of_ours_takes_its_steps():
+    helpers = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+    from halfbyte.bench import worker
+
+    arms = [ARMS["bf16"], ARMS["nvfp4"], ARMS["mxfp4"]]
+    with helpers["world_of_one"]() as runtime:
+        found = worker.measure(SMALL, LAYOUTS["tp1"], arms, runtime, steps=2, rounds=2)
+    assert all(len(entry["seconds"]) == 4 and entry["first_step"] > 0 for entry in found.values())
+    losses = [entry["loss"] for entry in found.values()]
+    assert len(set(losses)) == 3  # the same weights and tokens, three arithmetics
+    assert max(losses) - min(losses) < 0.1
