@@ -29,8 +29,8 @@ def document(
         "",
         f"{size.layers} layers shaped as Llama-3-8B's (hidden {size.hidden}, ffn {size.ffn}, "
         f"{size.heads}/{size.kv_heads} heads), vocabulary {size.vocab}, {size.micro_batches} micro-batches of "
-        f"{size.sequence} tokens. A step is the whole schedule with clipping and the optimizer's update. Medians; arms in "
-        "turn in one set of processes.",
+        f"{size.sequence} tokens. A step is the whole schedule with clipping and the optimizer's update. Medians; arms "
+        "in turn in one set of processes.",
         "",
         *_steps(size, measured, kernels["gemm_flops"]),
         "",
