@@ -4,6 +4,7 @@ Cases that end before a process starts take a second each. The others start the 
 as the only worker of a launcher (`ONE`), which saves the start of a second process.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -295,6 +296,35 @@ def test_kill_9_leaves_no_process_behind(command, environment, text, tiny_model,
     for left in alive:
         left.kill()
     assert not alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wandb", ["disabled", "offline"])
+def test_a_stop_signal_to_every_process_saves_all_the_same(command, environment, text, tiny_model, tmp_path, wandb):
+    """As Slurm preempts a job: SIGTERM to the launcher, the worker, and the helpers that it needs to save."""
+    import psutil
+
+    folder = tmp_path / "run"
+    small = [word for word in SMALL if not word.startswith(("evaluate.tasks.", "run.wandb"))]
+    fixed = (*small, "evaluate.tasks=[]", "method=bf16", f"data.train={text}", f"model.path={tiny_model}")
+    options = ("train.steps=5000", "checkpoint.every_steps=2", f"run.wandb={wandb}", f"run.dir={folder}")
+    line = [*command, "run", "tiny", *fixed, *options]
+    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        time.sleep(0.05)
+    for member in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    said = stderr.decode()
+    assert process.returncode == 1, said
+    found = re.search(r"error: stopped by SIGTERM after step (\d+) of 5000: checkpoint saved", said)
+    assert found, said
+    assert (folder / "checkpoints" / "last").resolve().name == f"step_{int(found[1]):08d}"
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from halfbyte.training.environment import die_with_parent
+from halfbyte.training.environment import serve_parent, starting_helpers
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import FUSED, NORMS, HFWeight, split_fused
 from halfbyte.training.shape import ModelShape
@@ -134,13 +134,15 @@ def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
 
 
 def _give_queue() -> None:
-    """Make the queue of Megatron's checkpoint writer in a process that dies with this one. Idempotent.
+    """Make the queue of Megatron's checkpoint writer in a process that lives and dies with this one. Idempotent.
 
-    Megatron 0.19.2 would make it in a process that outlives a worker killed by SIGKILL, for ever.
+    Megatron 0.19.2 would make it in a process that outlives a worker killed by SIGKILL, and that the SIGTERM which
+    Slurm sends to all processes of a job kills before the worker has saved.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=die_with_parent)
+        with starting_helpers():
+            manager.start(initializer=serve_parent)
         filesystem_async._results_queue = manager.Queue()
 
 

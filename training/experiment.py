@@ -7,7 +7,7 @@ the trainer at the checkpoint that the link <run.dir>/checkpoints/last names.
 import logging
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +158,11 @@ def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop) -> list[
     bar = Bar(recipe, runtime)
     with quiet():
         trainer = make_trainer(recipe, runtime, [bar, Checkpoints(recipe, runtime, stop)])
-    with stop.graceful(), quiet():
-        trainer.fit(module, ckpt_path=trainer.ckpt_path)
-    finish_logging(trainer)
+    try:
+        with stop.graceful(), quiet():
+            trainer.fit(module, ckpt_path=trainer.ckpt_path)
+    finally:
+        finish_logging(trainer)
     return bar.seconds
 
 
@@ -175,8 +177,17 @@ def quiet():
 
 
 def finish_logging(trainer: pl.Trainer) -> None:
-    """Close the W&B run, so that its files are complete before the process ends."""
+    """Close the W&B run, so that its files are complete before the process ends.
+
+    W&B's own service also gets the SIGTERM that Slurm sends to every process of a job, and ends by it: what it had not
+    yet written is lost to W&B (losses are in the checkpoint), and closing must not fail because of it.
+    """
     import wandb
 
-    if trainer.loggers and wandb.run is not None:
+    if not trainer.loggers or wandb.run is None:
+        return
+    try:
         wandb.finish()
+    except ConnectionError:
+        with suppress(ConnectionError):
+            wandb.teardown()  # which also takes back its exit hook
