@@ -14,13 +14,14 @@ from halfbyte.training.files import write_json
 from halfbyte.training.rules import problems
 
 AGAINST = "gate.against.json"
+LABELS = {"kl_bound": "KL to BF16, nats", "agreement_bound": "top-1 agreement, %"}
 UNITS = {
-    "pp": ("{:.2f}", 100.0, "{:+.2f} pp"),
-    "ratio": ("{:.4g}", 1.0, "{:.4f} x"),
-    "nats": ("{:.4f}", 1.0, "{:.4f}"),
-    "share": ("{:.4f}", 1.0, "{:.4f}"),
+    "pp": ("{:.2f}", 100.0, "{:+.2f}", 1.0, " pp"),
+    "ratio": ("{:.4g}", 1.0, "{:.4f}", 1.0, " x"),
+    "nats": ("{:.4f}", 1.0, "{:.4f}", 1.0, ""),
+    "share": ("{:.2f}", 100.0, "{:.2f}", 100.0, ""),
 }
-"""Unit of a measure -> format and factor of a score, format of its change."""
+"""Unit of a measure -> format and factor of a score, then of a change, and what stands behind the change."""
 
 
 def compare(run_a: Path, run_b: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -96,19 +97,19 @@ def comparison_text(result: dict[str, Any]) -> str:
 def _rows(result: dict[str, Any]) -> Iterator[list[str]]:
     for task, entry in result["tasks"].items():
         for name, numbers in entry["numbers"].items():
-            score, factor, change = UNITS[numbers["unit"]]
+            score, factor, change, times, unit = UNITS[numbers["unit"]]
             values = [numbers["baseline"], numbers["candidate"]]
-            low, high = numbers["interval"]
+            low, high = (_shown(end, change, times) for end in numbers["interval"])
             yield [
                 f"{task} ({entry['n']})",
-                name,
+                LABELS.get(name, f"{name}, %" if unit == " pp" else name),
                 *("-" if value is None else score.format(value * factor) for value in values),
-                _shown(numbers["delta"], change),
-                f"[{_shown(low, change)}, {_shown(high, change)}]",
-                _shown(numbers["bound"], change),
+                _shown(numbers["delta"], change, times) + unit,
+                f"[{low}, {high}]",
+                _shown(numbers["bound"], change, times),
                 entry["measures"][name],
             ]
 
 
-def _shown(value: float | None, pattern: str) -> str:
-    return "inf" if value is None else pattern.format(value)
+def _shown(value: float | None, pattern: str, factor: float) -> str:
+    return "inf" if value is None else pattern.format(value * factor)

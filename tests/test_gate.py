@@ -14,6 +14,7 @@ from halfbyte.training.config import Correction, Gate, GateRule, Inconclusive, J
 from halfbyte.training.errors import GATE_FAILED, GATE_INCONCLUSIVE, OK, USAGE, UserError
 from halfbyte.training.pairing import Stage
 
+
 def make(rng, n=300, *, shift=0.0, noise=0.2, kl=None, tokens=2, base=None):
     """Scores of a model whose log-likelihoods are those of a common base, shifted, with noise of its own."""
     base = base if base is not None else [-4 + 2 * random.Random(i).gauss(0, 1) for i in range(n)]
@@ -193,7 +194,9 @@ def test_a_control_is_the_baseline_and_the_original_stands_beside_it():
 
 def test_the_exported_files_are_judged_unless_the_recipe_says_otherwise():
     stages = three(random.Random(5), n=200)
-    with pytest.raises(UserError, match=r"stage exported has no scores \(there: bf16, ptq, qat\); run halfbyte evaluate"):
+    with pytest.raises(
+        UserError, match=r"stage exported has no scores \(there: bf16, ptq, qat\); run halfbyte evaluate"
+    ):
         judge(stages, judges=Judges.exported)
     stages["exported"] = {"t": make(random.Random(6), 200, shift=-2.0)}
     assert judge(stages, judges=Judges.exported)["verdict"] == "fail"  # another model than was trained
@@ -261,7 +264,9 @@ def test_inconclusive_is_held_unless_the_recipe_releases_it():
         ("inconclusive", False, GATE_INCONCLUSIVE),
         ("inconclusive", True, OK),
     ]
-    failed = judge({"bf16": same, "qat": {"t": make(random.Random(1), 100, shift=-3)}}, inconclusive=Inconclusive.release)
+    failed = judge(
+        {"bf16": same, "qat": {"t": make(random.Random(1), 100, shift=-3)}}, inconclusive=Inconclusive.release
+    )
     assert (failed["verdict"], failed["release"], gate.exit_code(failed)) == ("fail", False, GATE_FAILED)
     for broken in ({}, {"verdict": "maybe", "release": True}, {"verdict": "inconclusive"}):
         with pytest.raises(KeyError):
@@ -363,7 +368,9 @@ def two_equal_models(rng, n):
         own = [{"f1": float(f), "bleu": c} for f, c in zip(f1, counts, strict=True)]
         plain = {"tokens": 3, "bytes": 9, "kl": None, "agreement": None}
         stages[name] = {
-            "a": [{"item": i, "loglikelihood": v, "correct": bool(v > 0)} | plain for i, v in enumerate(value.tolist())],
+            "a": [
+                {"item": i, "loglikelihood": v, "correct": bool(v > 0)} | plain for i, v in enumerate(value.tolist())
+            ],
             "b": harness(own),
         }
     return {name: stage(name, rows) for name, rows in stages.items()}
@@ -374,13 +381,13 @@ def test_of_a_thousand_equal_models_few_fail_and_few_pass(fewer_resamples):
     rng = np.random.default_rng(13)
     kinds = {"a": TaskKind.continuation, "b": TaskKind.lm_eval}
     at = Gate(threshold_pp=0.0, perplexity_ratio=1.0, judges=Judges.trained)
-    runs = [
-        gate.judge(at, method=Method.qat, kinds=kinds, stages=two_equal_models(rng, 80)) for _ in range(1000)
-    ]
+    runs = [gate.judge(at, method=Method.qat, kinds=kinds, stages=two_equal_models(rng, 80)) for _ in range(1000)]
     assert runs[0]["intervals"] == 4
     assert sum(run["verdict"] == "fail" for run in runs) <= 50
     assert sum(run["verdict"] == "pass" for run in runs) == 0  # all four would have to be wrong at once
-    passed = [name for run in runs for task in run["tasks"].values() for name, v in task["measures"].items() if v == "pass"]
+    passed = [
+        name for run in runs for task in run["tasks"].values() for name, v in task["measures"].items() if v == "pass"
+    ]
     assert 5 <= len(passed) <= 50  # each level is not idle, either
 
 

@@ -359,7 +359,10 @@ def test_bleu_covers_the_truth(fewer_resamples):
 
 SKEWED = {
     "normal": (lambda rng, n: rng.normal(size=n), 0.0),
-    "few items carry the damage": (lambda rng, n: rng.normal(0, 0.3, n) + rng.exponential(1, n) * (rng.random(n) < 0.2), 0.2),
+    "few items carry the damage": (
+        lambda rng, n: rng.normal(0, 0.3, n) + rng.exponential(1, n) * (rng.random(n) < 0.2),
+        0.2,
+    ),
     "KL": (lambda rng, n: np.exp(rng.normal(-1.3, 0.8, n)), math.exp(-1.3 + 0.32)),
 }
 

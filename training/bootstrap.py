@@ -3,9 +3,9 @@
 Items are drawn with replacement, an item's two models together (Koehn 2004, Statistical Significance Tests for Machine
 Translation Evaluation), and the ends are percentiles of the resampled differences. Before that, as for proportions
 (`statistics.fictitious`), items are added that only the candidate gets fully right, and as many that only the baseline
-does: a sample without a difference, or without one of the rare large ones, must not look certain. Measured, with 1 % of
-the items changed and 100 items: the plain percentile and BCa intervals miss the truth in 52 % of the samples, this one in
-none; on common changes BCa is no better than percentiles (README of the numbers: docs/decisions.md, tests/test_bootstrap.py).
+does: a sample without a difference, or without one of the rare large ones, must not look certain. With 100 items of
+which 1 % change, the plain percentile and BCa intervals miss the truth in 52 % of simulated samples, this one in none;
+where changes are common, BCa is no better than percentiles (docs/decisions.md, tests/test_statistics.py).
 """
 
 import math

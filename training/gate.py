@@ -85,8 +85,8 @@ def compare(
         against: What reasons call the baseline.
 
     Returns:
-        verdict (pass | fail | inconclusive), release (whether the recipe releases on it), reasons (one line per task and
-        measure), tasks {task: {n, verdict, measures: {measure: verdict}, numbers: {measure: Measure.numbers}}},
+        verdict (pass | fail | inconclusive), release (whether the recipe releases on it), reasons (one line per task
+        and measure), tasks {task: {n, verdict, measures: {measure: verdict}, numbers: {measure: Measure.numbers}}},
         confidence, corrected_confidence, intervals (how many the verdict rests on).
 
     Raises:
@@ -142,9 +142,7 @@ def within(
     return _collect(gate, asked, _bounds(gate, pairs, kinds))
 
 
-def _better_than_ptq(
-    gate: config.Gate, kinds: Mapping[str, TaskKind], candidate: Stage, ptq: Stage
-) -> dict[str, Any]:
+def _better_than_ptq(gate: config.Gate, kinds: Mapping[str, TaskKind], candidate: Stage, ptq: Stage) -> dict[str, Any]:
     pairs = pair_up(candidate, ptq, kinds, "PTQ")
     asked: list[tuple[Pair, list[Question]]] = []
     improves = False
@@ -193,8 +191,7 @@ def _bounds(gate: config.Gate, pairs: Sequence[Pair], kinds: Mapping[str, TaskKi
 
 def _no_kl(pair: Pair, who: str) -> UserError:
     return UserError(
-        f"gate: task {pair.task} has no KL to BF16, which {who}; "
-        "set evaluate.kl_positions above 0 and evaluate again"
+        f"gate: task {pair.task} has no KL to BF16, which {who}; set evaluate.kl_positions above 0 and evaluate again"
     )
 
 

@@ -129,12 +129,12 @@ def kl_change(pair: Pair, confidence: float) -> Measure:
     ours, theirs = (values or [] for values in pair.kl)
     interval = skewed_ratio([a - b for a, b in zip(ours, theirs, strict=True)], [1.0] * pair.items, confidence)
     verdict = _below(interval, 0.0, inclusive=False)
-    means = [math.fsum(values) / pair.items for values in (ours, theirs)]
+    mean, before = (math.fsum(values) / pair.items for values in (ours, theirs))
     line = (
-        f"{pair.task}: KL to BF16 {means[0]:.4f} nats, {pair.against}'s {means[1]:.4f}, change "
+        f"{pair.task}: KL to BF16 {mean:.4f} nats, {pair.against}'s {before:.4f}, change "
         f"{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}], must be lower"
     )
-    numbers = _entry("kl", "nats", *means, interval, 0.0)
+    numbers = _entry("kl", "nats", mean, before, interval, 0.0)
     needed = interval_to_decide(interval, pair.items, 0.0) if verdict == INCONCLUSIVE else None
     return _measure("kl", verdict, line, numbers, needed)
 
@@ -188,13 +188,14 @@ def _measure(name: str, verdict: str, line: str, numbers: dict[str, Any], needed
 
 def _numbers(pair: Pair, name: str, interval: Interval, *, unit: str, bound: float | None) -> dict[str, Any]:
     metric = pair.metrics[name]
-    scores = []
-    for values in (metric.candidate, metric.baseline):
-        if metric.statistic is Statistic.perplexity:
-            scores.append(_exp(-math.fsum(values) / math.fsum(metric.weights)))
-        else:
-            scores.append(metrics.aggregate(name, values))
-    return _entry(str(metric.statistic), unit, *scores, interval, bound)
+    candidate, baseline = (_score(name, metric, values) for values in (metric.candidate, metric.baseline))
+    return _entry(str(metric.statistic), unit, candidate, baseline, interval, bound)
+
+
+def _score(name: str, metric: Metric, values: list[Any]) -> float:
+    if metric.statistic is Statistic.perplexity:
+        return _exp(-math.fsum(values) / math.fsum(metric.weights))
+    return metrics.aggregate(name, values)
 
 
 def _entry(

@@ -40,8 +40,8 @@ class Metric:
     """One metric of a task as two models scored it, item by item.
 
     Attributes:
-        statistic: Decides the interval. A `proportion` whose items are not all 0 or 1 (CoQA's exact match is a mean over
-            annotators) becomes a `mean`.
+        statistic: Decides the interval. A `proportion` whose items are not all 0 or 1 (CoQA's exact match is a mean
+            over annotators) becomes a `mean`.
         candidate, baseline: One value per item: 0 .. 1, ten counts (bleu), or a log-likelihood in nats (perplexity).
         weights: What perplexity is per: 1 per item, or the item's tokens.
     """
@@ -122,7 +122,7 @@ def _pair(candidate: Stage, baseline: Stage, task: str, kind: TaskKind, against:
         statistic, columns = METRICS[name], [column[name] for column in values]
         if statistic is Statistic.proportion and any(value not in (0, 1) for column in columns for value in column):
             statistic = Statistic.mean
-        metrics[name] = Metric(statistic, *columns, weights)
+        metrics[name] = Metric(statistic, columns[0], columns[1], weights)
     kl = (_column(ours, candidate, task, "kl"), _column(theirs, baseline, task, "kl"))
     agreement = _column(ours, candidate, task, "agreement")
     return Pair(task, len(ours), metrics, kl, agreement, against)
