@@ -202,8 +202,10 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _gate_against(args: argparse.Namespace) -> int:
     from halfbyte.launch.compare import comparison_text, judge_against
+    from halfbyte.training.environment import quiet_libraries
     from halfbyte.training.gate import exit_code
 
+    quiet_libraries()
     if args.allow_failed_gate:
         raise UserError("gate --against: exports nothing, so --allow-failed-gate has no meaning; leave it out", USAGE)
     result = judge_against(Path(args.run_dir), Path(args.against), args.overrides)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.launch import handover
 from halfbyte.launch.scored import kinds, read_result, read_run
 from halfbyte.launch.summary import columns, waived
 from halfbyte.training import gate
@@ -58,6 +57,8 @@ def judge_against(run: Path, baseline: Path, overrides: Sequence[str]) -> dict[s
     Raises:
         UserError: as `compare`, or the newest checkpoint is not the one that was scored.
     """
+    from halfbyte.launch import handover  # imports Megatron, which `compare` can do without
+
     recipe = _with_gate(run, overrides)
     checkpoint = handover.scored_checkpoint(recipe, run)
     result = compare(baseline, run, overrides) | {"checkpoint": checkpoint}

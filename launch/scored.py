@@ -1,13 +1,14 @@
-"""The scores in a run folder, as the gate takes them."""
+"""The scores in a run folder, as the gate takes them. Torch-free: comparing two runs takes a second."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halfbyte.training import gate, scoring
+from halfbyte.training import gate
 from halfbyte.training.config import Method, Recipe, TaskKind
 from halfbyte.training.errors import USAGE, UserError
 from halfbyte.training.files import damage, read_json
+from halfbyte.training.jsonl import read_jsonl
 from halfbyte.training.pairing import Stage
 from halfbyte.training.resolve import load
 from halfbyte.training.rules import leaves
@@ -57,11 +58,17 @@ def read_stages(folder: Path, label: str = "") -> dict[str, Stage]:
     return {
         stage: Stage(
             f"{label}{stage}",
-            {task: scoring.read_scores(folder / "evaluate" / f"{stage}.{task}.jsonl") for task in summary},
+            {task: _rows(folder / "evaluate" / f"{stage}.{task}.jsonl") for task in summary},
             summary,
         )
         for stage, summary in summaries.items()
     }
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        raise UserError(f"{path}: not there; run the evaluation first (halfbyte evaluate RUN_DIR)")
+    return [record for _, record in read_jsonl(path)]
 
 
 def read_result(recipe: Recipe, folder: Path, judges: Any) -> tuple[str, Stage]:
