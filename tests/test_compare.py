@@ -8,7 +8,7 @@ import pytest
 
 from halfbyte.launch import cli, handover
 from halfbyte.launch.summary import summary_text
-from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, USAGE, UserError
+from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, USAGE, RecipeError, UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.resolve import load, resolve, save
 
@@ -296,3 +296,39 @@ def test_a_run_without_exported_scores_names_the_command(make_run):
         UserError, match=r"stage exported has no scores \(there: bf16, ptq, qat\); run halfbyte evaluate"
     ):
         handover.judge(load(folder / "resolved.yaml"), folder)
+
+
+# Keys of the gate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["gate.thresholds_pp={nope: 1}"], "gate.thresholds_pp.nope = 1.0: no such task; evaluate.tasks has lambada"),
+        (["gate.thresholds_pp.english=1"], "has a perplexity only; gate.perplexity_ratio bounds it"),
+        (["gate.thresholds_pp.lambada=-1"], "gate.thresholds_pp.lambada = -1.0: must be a number of percentage points"),
+        (["gate.thresholds_pp.lambada=.nan"], "gate.thresholds_pp.lambada = nan: must be a number"),
+        (["gate.thresholds_pp.lambada=much"], "gate.thresholds_pp.lambada = much: must be a number"),
+        (["gate.thresholds_pp=3"], "gate.thresholds_pp = 3: must be task names with numbers"),
+        (["gate.kl=0"], "gate.kl = 0.0: must be positive"),
+        (["gate.kl=1", "evaluate.kl_positions=0"], "gate.kl = 1.0: evaluate.kl_positions = 0 compares no token"),
+        (["gate.agreement=90"], "gate.agreement = 90.0: must lie between 0 and 1; give a share such as 0.9"),
+        (["gate.control=nowhere"], "nowhere: no run there; start the BF16 control first"),
+        (["gate.correction=holm"], "gate.correction = holm: must be one of bonferroni, none"),
+    ],
+)
+def test_bad_keys_of_the_gate_are_recipe_errors(overrides, said):
+    with pytest.raises(RecipeError) as caught:
+        resolve("tiny", overrides)
+    assert len(caught.value.problems) == 1
+    assert said in caught.value.problems[0]
+
+
+def test_a_tasks_threshold_and_a_control_survive_the_run_folder(make_run, tmp_path):
+    control = make_run("control", "method=bf16", items=5)
+    folder = make_run("a", "gate.thresholds_pp.lambada=0.5", "gate.control=control", items=5)
+    gate = load(folder / "resolved.yaml").gate
+    assert gate.thresholds_pp == {"lambada": 0.5}
+    assert gate.control == str(control)  # from any working directory
+    with pytest.raises(RecipeError, match="is this run; give the folder of a run of method bf16"):
+        resolve("tiny", [f"run.dir={folder}", f"gate.control={folder}"])

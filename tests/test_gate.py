@@ -524,6 +524,7 @@ def test_incomplete_or_unequal_scores_are_an_error(change, said):
         ({"f1": 0.5}, r"not every item of qat.t has the metrics \['exact_match', 'f1'\]"),
         ({"f1": 0.5, "bleu": [1, 2]}, r"bleu = \[1, 2\] is not 10 counts"),
         ({"f1": 0.5, "bleu": [-1] * 10}, "is not 10 counts"),
+        ({"f1": 0.5, "bleu": [9, 9, 9, 8, 7, 6, 9, 8, 7, 5]}, "has more matches than n-grams"),
         ({"f1": 0.5, "perplexity": -math.inf}, "perplexity = -inf is not a finite score"),
     ],
 )

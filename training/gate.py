@@ -61,9 +61,9 @@ def judge(
     if gate.rule == GateRule.better_than_ptq and method == Method.ptq:
         raise UserError("gate.rule = better_than_ptq with method = ptq compares a model with itself: use bf16", USAGE)
     candidate = _stage(stages, candidate_stage(method, gate.judges))
-    rulings = {"bf16": within(gate, kinds, candidate, _stage(stages, "bf16"), "BF16")}
+    rulings = {"bf16": _within(gate, kinds, candidate, _stage(stages, "bf16"), "BF16")}
     if control is not None:
-        rulings["control"] = within(gate, kinds, candidate, control, "the BF16 control")
+        rulings["control"] = _within(gate, kinds, candidate, control, "the BF16 control")
     baseline = "bf16" if control is None else "control"
     if gate.rule == GateRule.better_than_ptq:
         baseline = "ptq"
@@ -92,7 +92,7 @@ def compare(
     Raises:
         UserError: as `judge`.
     """
-    return _released(gate, within(gate, kinds, candidate, baseline, against))
+    return _released(gate, _within(gate, kinds, candidate, baseline, against))
 
 
 def candidate_stage(method: Method, judges: Judges) -> str:
@@ -130,7 +130,7 @@ def _stage(stages: Mapping[str, Stage], name: str) -> Stage:
 # Rules ------------------------------------------------------------------------------------------------------------
 
 
-def within(
+def _within(
     gate: config.Gate, kinds: Mapping[str, TaskKind], candidate: Stage, baseline: Stage, against: str
 ) -> dict[str, Any]:
     """The verdict within the thresholds, as `compare`, without `release`."""

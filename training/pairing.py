@@ -205,6 +205,10 @@ def _metrics_problem(metrics: Any) -> str | None:
             counts = 2 + 2 * BLEU_ORDER
             if not isinstance(value, list) or len(value) != counts or not all(_number(v, 0) for v in value):
                 return f"{name} = {value!r} is not {counts} counts"
+            if any(
+                match > total for match, total in zip(value[2 : 2 + BLEU_ORDER], value[2 + BLEU_ORDER :], strict=True)
+            ):
+                return f"{name} = {value!r} has more matches than n-grams"
         elif statistic is Statistic.perplexity:
             if not _number(value):
                 return f"{name} = {value!r} is not a finite score"
