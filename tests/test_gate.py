@@ -1,5 +1,6 @@
 """Verdicts of the gate from synthetic scores: rules, thresholds, corrections, and what must never pass."""
 
+import dataclasses
 import json
 import math
 import random
@@ -353,42 +354,52 @@ def fewer_resamples(monkeypatch):
     monkeypatch.setattr(bootstrap, "BEYOND", 5)
 
 
-def two_equal_models(rng, n):
-    """Two tasks as two equally good models score them: a shared difficulty per item, noise of each model's own."""
-    base, easy = rng.normal(size=n), rng.random(n)
-    stages = {}
-    for name in ("bf16", "qat"):
-        value = base + 0.5 * rng.normal(size=n)
-        flips = rng.random(n) < 0.15
-        f1 = np.where(flips, rng.choice([0, 0.4, 0.67, 1], size=n), np.round(2 * easy) / 2)
-        length = (10 + 20 * easy).astype(int)
-        quality = np.clip(0.4 + 0.5 * easy + 0.05 * rng.normal(size=n), 0.1, 0.95)
+def equal_answers(rng, n):
+    """Two continuation tasks' worth of scores: a difficulty that both models share, noise of each model's own."""
+    base = rng.normal(size=n)
+    plain = {"tokens": 3, "bytes": 9, "kl": None, "agreement": None}
+    for value in (base + rng.normal(size=(2, n))).tolist():
+        yield [{"item": i, "loglikelihood": v, "correct": v > 0} | plain for i, v in enumerate(value)]
+
+
+def equal_texts(rng, n):
+    """F1 and BLEU of two models that are equally good on easy and on hard items."""
+    easy = rng.random(n)
+    length = (10 + 20 * easy).astype(int)
+    for _ in range(2):
+        f1 = np.where(rng.random(n) < 0.3, rng.choice([0, 0.4, 0.67, 1], size=n), np.round(2 * easy) / 2)
+        quality = np.clip(0.4 + 0.5 * easy + 0.2 * rng.normal(size=n), 0.1, 0.95)
         matches = [rng.binomial(length - i, quality ** (i + 1)) for i in range(4)]
         counts = np.stack([length, length, *matches, *(length - i for i in range(4))], axis=1).astype(float).tolist()
-        own = [{"f1": float(f), "bleu": c} for f, c in zip(f1, counts, strict=True)]
-        plain = {"tokens": 3, "bytes": 9, "kl": None, "agreement": None}
-        stages[name] = {
-            "a": [
-                {"item": i, "loglikelihood": v, "correct": bool(v > 0)} | plain for i, v in enumerate(value.tolist())
-            ],
-            "b": harness(own),
-        }
-    return {name: stage(name, rows) for name, rows in stages.items()}
+        yield harness([{"f1": float(f), "bleu": c} for f, c in zip(f1, counts, strict=True)])
+
+
+def two_equal_models(rng):
+    columns = {task: tuple(equal_answers(rng, 100)) for task in "abc"} | {"text": tuple(equal_texts(rng, 60))}
+    return {
+        name: stage(name, {task: rows[side] for task, rows in columns.items()})
+        for side, name in enumerate(("bf16", "qat"))
+    }
 
 
 def test_of_a_thousand_equal_models_few_fail_and_few_pass(fewer_resamples):
-    """A/A at threshold zero: the candidate lies exactly on every threshold. Four measures, 5 % for all together."""
+    """A/A at threshold zero: the candidate lies exactly on every threshold. Eight measures, 5 % for all together."""
     rng = np.random.default_rng(13)
-    kinds = {"a": TaskKind.continuation, "b": TaskKind.lm_eval}
+    kinds = dict.fromkeys("abc", TaskKind.continuation) | {"text": TaskKind.lm_eval}
     at = Gate(threshold_pp=0.0, perplexity_ratio=1.0, judges=Judges.trained)
-    runs = [gate.judge(at, method=Method.qat, kinds=kinds, stages=two_equal_models(rng, 80)) for _ in range(1000)]
-    assert runs[0]["intervals"] == 4
-    assert sum(run["verdict"] == "fail" for run in runs) <= 50
-    assert sum(run["verdict"] == "pass" for run in runs) == 0  # all four would have to be wrong at once
-    passed = [
-        name for run in runs for task in run["tasks"].values() for name, v in task["measures"].items() if v == "pass"
-    ]
-    assert 5 <= len(passed) <= 50  # each level is not idle, either
+    alone = dataclasses.replace(at, correction=Correction.none)
+    runs, uncorrected = [], []
+    for i in range(1000):
+        stages = two_equal_models(rng)
+        runs.append(gate.judge(at, method=Method.qat, kinds=kinds, stages=stages))
+        if i < 200:
+            uncorrected.append(gate.judge(alone, method=Method.qat, kinds=kinds, stages=stages))
+    assert runs[0]["intervals"] == 8
+    assert 5 <= sum(run["verdict"] == "fail" for run in runs) <= 50
+    assert sum(run["verdict"] == "fail" for run in uncorrected) > 10  # what the correction is for
+    assert sum(run["verdict"] == "pass" for run in runs) == 0  # all eight would have to be wrong at once
+    measures = [v for run in runs for task in run["tasks"].values() for v in task["measures"].values()]
+    assert 5 <= measures.count("pass") <= 50
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0.0, 0.002), (0.004, 0.006), (0.03, 0.032)])
