@@ -309,7 +309,7 @@ def test_a_run_without_exported_scores_names_the_command(make_run):
         (["gate.thresholds_pp.lambada=-1"], "gate.thresholds_pp.lambada = -1.0: must be a number of percentage points"),
         (["gate.thresholds_pp.lambada=.nan"], "gate.thresholds_pp.lambada = nan: must be a number"),
         (["gate.thresholds_pp.lambada=much"], "gate.thresholds_pp.lambada = much: must be a number"),
-        (["gate.thresholds_pp=3"], "gate.thresholds_pp = 3: must be task names with numbers"),
+        (["gate.thresholds_pp=3"], "gate.thresholds_pp = 3: must be a mapping, {name: value}, each value a number"),
         (["gate.kl=0"], "gate.kl = 0.0: must be positive"),
         (["gate.kl=1", "evaluate.kl_positions=0"], "gate.kl = 1.0: evaluate.kl_positions = 0 compares no token"),
         (["gate.agreement=90"], "gate.agreement = 90.0: must lie between 0 and 1; give a share such as 0.9"),

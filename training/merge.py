@@ -89,10 +89,10 @@ def _make_absolute(recipe: Recipe) -> None:
         return str(Path(path).expanduser().absolute()) if path else path
 
     recipe.model.path = absolute(recipe.model.path) or ""
+    recipe.gate.control = absolute(recipe.gate.control)
     recipe.model.config = absolute(recipe.model.config)
     recipe.data.train = absolute(recipe.data.train)
     recipe.quantize.calibration_data = absolute(recipe.quantize.calibration_data)
-    recipe.gate.control = absolute(recipe.gate.control)
     for task in recipe.evaluate.tasks:
         task.data = absolute(task.data) or ""
 
@@ -267,7 +267,8 @@ def _expected(hint: Any) -> str:
     inner = [part for part in get_args(hint) if part is not NoneType] if NoneType in get_args(hint) else [hint]
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     words |= {list[str]: "a list of texts, [a,b]", list[Task]: "a list of tasks"}
-    words |= {dict[str, float]: "task names with numbers, {name: number}"}
+    if get_origin(hint) is dict:
+        return f"a mapping, {{name: value}}, each value {_expected(get_args(hint)[1])}"
     if isinstance(inner[0], type) and issubclass(inner[0], Enum):
         word = f"one of {', '.join(str(member) for member in inner[0])}"
     else:
