@@ -1,7 +1,7 @@
 """The `halfbyte` command. Heavy imports happen inside the commands: --help answers at once.
 
-Exit codes: 0 done, 2 bad usage or recipe, 3 gate failed, 4 gate inconclusive, 1 anything else. Every problem is one
-line on stderr.
+Exit codes: 0 done, 2 bad usage or recipe, 3 gate or comparison failed, 4 inconclusive, 1 anything else. Every problem
+is one line on stderr.
 """
 
 import argparse
@@ -85,7 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--nodes", metavar="N", type=int, required=True, help="number of nodes")
     submit.add_argument("--dry-run", action="store_true", help="write and print the sbatch file only")
     for stage, help_text in STAGE_HELP.items():
-        add(stage, _stage, help_text, run_dir=True, gate=True).set_defaults(stage=stage)
+        sub = add(stage, _stage, help_text, run_dir=True, gate=True)
+        sub.set_defaults(stage=stage, against=None)
+        if stage == "gate":
+            help_text = "judge against another run's result instead of BF16; writes gate.against.json only"
+            sub.add_argument("--against", metavar="BASELINE_RUN", help=help_text)
+    compare = add("compare", _compare, "judge one run's result against another's on the same items")
+    compare.add_argument("run_a", metavar="RUN_A", help="the baseline")
+    compare.add_argument("run_b", metavar="RUN_B", help="the run that is judged, within its recipe's thresholds")
+    compare.add_argument("overrides", metavar="key=value", nargs="*", help="gate.* only, e.g. gate.threshold_pp=0.5")
+    compare.add_argument("--json", metavar="FILE", help="write the verdict with all numbers there")
     return parser
 
 
@@ -179,7 +188,34 @@ def _submit(args: argparse.Namespace) -> int:
     return OK
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from halfbyte.launch.compare import compare, comparison_text
+    from halfbyte.training.files import write_json
+    from halfbyte.training.gate import exit_code
+
+    result = compare(Path(args.run_a), Path(args.run_b), args.overrides)
+    if args.json is not None:
+        write_json(Path(args.json), result)
+    print(comparison_text(result))
+    return exit_code(result)
+
+
+def _gate_against(args: argparse.Namespace) -> int:
+    from halfbyte.launch.compare import comparison_text, judge_against
+    from halfbyte.training.environment import quiet_libraries
+    from halfbyte.training.gate import exit_code
+
+    quiet_libraries()
+    if args.allow_failed_gate:
+        raise UserError("gate --against: exports nothing, so --allow-failed-gate has no meaning; leave it out", USAGE)
+    result = judge_against(Path(args.run_dir), Path(args.against), args.overrides)
+    print(comparison_text(result))
+    return exit_code(result)
+
+
 def _stage(args: argparse.Namespace) -> int:
+    if args.against is not None:
+        return _gate_against(args)
     from halfbyte.launch.pipeline import TOGETHER
     from halfbyte.launch.start import RESOLVED, launch, run_here
     from halfbyte.training.resolve import load, resume_problems, save

@@ -16,10 +16,11 @@ from halfbyte.export import handoff, hf
 from halfbyte.export.folder import move
 from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
+from halfbyte.launch.scored import kinds, read_control, read_stages
 from halfbyte.training import gate, scoring, tasks
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.files import damage, read_json, write_json
+from halfbyte.training.files import read_json, write_json
 from halfbyte.training.hf_map import HFWeight
 from halfbyte.training.shape import planned_linears, read_shape
 from halfbyte.training.statistics import paired_ratio
@@ -36,24 +37,21 @@ def judge(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Compare per-item scores and write gate.json.
 
     Raises:
-        UserError: a stage was not evaluated, stages were scored on different items, or the newest checkpoint was not
-            the one scored.
+        UserError: a stage was not evaluated, stages were scored on different items, gate.control is no scored BF16 run,
+            or the newest checkpoint was not the one scored.
     """
-    judged = _scored_checkpoint(recipe, folder)
-    summaries = read_json(folder / "evaluate.json") if recipe.evaluate.tasks else {}
-    with damage(folder / "evaluate.json"):
-        files = {stage: {task: f"{stage}.{task}.jsonl" for task in dict(tasks)} for stage, tasks in summaries.items()}
-        scores = {
-            stage: {task: scoring.read_scores(folder / "evaluate" / name) for task, name in by_task.items()}
-            for stage, by_task in files.items()
-        }
-        verdict = gate.judge(recipe.gate, method=recipe.method.value, stages=scores, summaries=summaries)
-    verdict["checkpoint"] = judged
+    checkpoint = scored_checkpoint(recipe, folder)
+    stages = read_stages(folder) if recipe.evaluate.tasks else {}
+    stage = control = None
+    if recipe.gate.control is not None and recipe.method != Method.bf16:
+        stage, control = read_control(recipe, Path(recipe.gate.control))
+    verdict = gate.judge(recipe.gate, method=recipe.method, kinds=kinds(recipe), stages=stages, control=stage)
+    verdict |= {"checkpoint": checkpoint, "control": control}
     write_json(folder / "gate.json", verdict)
     return verdict
 
 
-def _scored_checkpoint(recipe: Recipe, folder: Path) -> str:
+def scored_checkpoint(recipe: Recipe, folder: Path) -> str:
     """Name of the newest checkpoint, if it is the one that evaluate.json scores."""
     newest = newest_checkpoint(folder).name
     if not recipe.evaluate.tasks:  # only a BF16 control may have none

@@ -20,14 +20,13 @@ from typing import Any
 from halfbyte.launch.console import Console
 from halfbyte.training import environment
 from halfbyte.training.config import Judges, Method, Recipe
-from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, UserError
+from halfbyte.training.errors import FAILED, OK, UserError
 from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.interrupt import Stop
 
 STAGES = ("calibrate", "evaluate", "train", "gate", "export", "verify")
 TOGETHER = ("calibrate", "evaluate", "train")
 """Stages that need the layout's process group; the others read files."""
-VERDICT_CODE = {"pass": OK, "not_applicable": OK, "fail": GATE_FAILED, "inconclusive": GATE_INCONCLUSIVE}
 
 
 def run_stages(recipe: Recipe, stages: Sequence[str], stop: Stop, *, allow_failed_gate: bool = False) -> int:
@@ -116,6 +115,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
     """
     from halfbyte.launch import handover
     from halfbyte.launch.summary import summary_text
+    from halfbyte.training.gate import exit_code
 
     console, folder = Console(True), Path(recipe.run.dir)
     code = OK
@@ -125,7 +125,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
     if {"gate", "export"} & set(stages):
         verdict = read_json(folder / "gate.json")
         with damage(folder / "gate.json"):
-            code = VERDICT_CODE[verdict["verdict"]]
+            code = exit_code(verdict)
         if "export" in stages:
             handover.check_verdict(folder, verdict)
             handover.prepare(recipe, folder, console, resume=resume)

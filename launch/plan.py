@@ -207,9 +207,12 @@ def _gate(recipe: Recipe) -> str:
     gate = recipe.gate
     if recipe.method == Method.bf16:
         return "none: the control ships nothing"
+    own = "".join(f", {name} {value:g} pp" for name, value in gate.thresholds_pp.items())
+    bounds = "" if gate.kl is None else f", KL at most {gate.kl:g} nats"
+    bounds += "" if gate.agreement is None else f", agreement at least {gate.agreement:g}"
     limits = (
-        f"within {gate.threshold_pp:g} pp of BF16 and perplexity x{gate.perplexity_ratio:g}, "
-        f"{gate.confidence:.0%} confidence"
+        f"within {gate.threshold_pp:g} pp{own} of {'BF16' if gate.control is None else gate.control} and perplexity "
+        f"x{gate.perplexity_ratio:g}{bounds}, {gate.confidence:.0%} confidence, on the {gate.judges} model"
     )
     return limits if gate.rule == GateRule.bf16 else f"better than PTQ on every task (shown beside it: {limits})"
 

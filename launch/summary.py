@@ -54,19 +54,30 @@ def summary_text(recipe: Recipe, folder: Path) -> str:
             lines += [*columns(score_rows(read_json(folder / "evaluate.json"))), ""]
     verdict = read_json(folder / "gate.json")
     with damage(folder / "gate.json"):
-        lines.append(f"  gate ({verdict['rule']}): {verdict['verdict'].upper()}")
+        lines.append(f"  gate ({verdict['rule']}): {verdict['verdict'].upper()}{waived(verdict)}")
         lines += [f"    {reason}" for reason in verdict["reasons"]]
-        lines += _against_bf16(verdict)
+        lines += _beside(verdict)
     with damage(folder / "export" / "export.json"):
         lines += _shipped(folder)
     return "\n".join(lines)
 
 
-def _against_bf16(verdict: dict[str, Any]) -> list[str]:
-    against = verdict.get("against_bf16")
-    if not against or verdict["rule"] == "bf16":
-        return []
-    return [f"  within the thresholds of BF16: {against['verdict'].upper()}", *(f"    {r}" for r in against["reasons"])]
+def waived(verdict: dict[str, Any]) -> str:
+    """What stands behind a verdict that is inconclusive but released."""
+    waves = verdict["verdict"] == "inconclusive" and verdict["release"]
+    return " (released: gate.inconclusive = release)" if waves else ""
+
+
+def _beside(verdict: dict[str, Any]) -> list[str]:
+    """The verdicts that do not count, and how a control differs from what it should be."""
+    lines = []
+    for baseline, against in (("control", "the BF16 control"), ("bf16", "BF16")):
+        block = verdict[f"against_{baseline}"]
+        if block and verdict["baseline"] != baseline:
+            lines.append(f"  within the thresholds of {against}: {block['verdict'].upper()}")
+            lines += [f"    {reason}" for reason in block["reasons"]]
+    control = verdict["control"] or {"differs": []}
+    return lines + [f"  note: the BF16 control was trained otherwise: {line}" for line in control["differs"]]
 
 
 def _shipped(folder: Path) -> list[str]:

@@ -268,9 +268,9 @@ class Gate:
     perplexity_ratio: float = 1.01
     """Largest tolerated perplexity against BF16, as a ratio."""
     confidence: float = 0.95
-    """Level of the paired interval that must lie inside the threshold."""
+    """Level of the paired intervals that must lie inside the thresholds, all together (see correction)."""
     thresholds_pp: dict[str, float] = field(default_factory=dict)
-    """Task name -> its own threshold_pp."""
+    """Task name -> its own threshold_pp; gate.thresholds_pp.NAME=0.5 on the command line."""
     kl: float | None = None
     """Largest tolerated mean KL to BF16, nats per token; none does not bound it."""
     agreement: float | None = None

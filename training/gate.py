@@ -1,295 +1,232 @@
 """The gate: per-item scores of two models on the same items -> a verdict with its reasons. Pure, and torch-free.
 
-A measure passes when the whole confidence interval of its paired difference is on the good side, fails when it is
-wholly on the bad side, and is inconclusive otherwise. All measures of all tasks must pass; requiring all of them keeps
-the level of a false pass at that of one interval (an intersection-union test), so no correction is made.
+`pairing` lines the items up, `measures` judges each quantity by its interval, and here they become one verdict: all
+measures of all tasks must pass. Several intervals in one verdict are corrected (docs/decisions.md says why).
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from halfbyte.training import config
-from halfbyte.training.config import GateRule, Method
-from halfbyte.training.errors import USAGE, UserError
-from halfbyte.training.statistics import (
-    Interval,
-    paired_proportions,
-    paired_ratio,
-    proportions_to_decide,
-    ratio_to_decide,
-)
+from halfbyte.training import config, measures
+from halfbyte.training.config import Correction, GateRule, Inconclusive, Judges, Method, TaskKind
+from halfbyte.training.errors import GATE_FAILED, GATE_INCONCLUSIVE, OK, USAGE, UserError
+from halfbyte.training.measures import FAIL, INCONCLUSIVE, PASS, Measure
+from halfbyte.training.metrics import Statistic
+from halfbyte.training.pairing import Pair, Stage, pair_up
 
-PASS, FAIL, INCONCLUSIVE, NOT_APPLICABLE = "pass", "fail", "inconclusive", "not_applicable"
+NOT_APPLICABLE = "not_applicable"
+EXIT_CODES = {PASS: OK, NOT_APPLICABLE: OK, FAIL: GATE_FAILED, INCONCLUSIVE: GATE_INCONCLUSIVE}
 
-Scores = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
-"""{stage: {task: [fields of scoring.Score]}}"""
-Summaries = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""{stage: {task: {metric: value}}}; a task whose summary has an accuracy has continuations, else texts."""
+type Question = Callable[[float], Measure]
+"""A measure that waits for its level of confidence."""
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One task's items as two models scored them, in the same order.
-
-    Attributes:
-        task: Task name.
-        candidate, baseline: Fields of Score per item, of the model judged and of the one it is compared with.
-        has_accuracy: Whether the task has a right and a wrong.
-        against: What the baseline is called in reasons.
-    """
-
-    task: str
-    candidate: Sequence[Mapping[str, Any]]
-    baseline: Sequence[Mapping[str, Any]]
-    has_accuracy: bool
-    against: str
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One judged quantity of a task: its name, verdict, one readable line, and its numbers for gate.json."""
-
-    name: str
-    verdict: str
-    reason: str
-    numbers: dict[str, Any]
-
-
-def judge(gate: config.Gate, *, method: str, stages: Scores, summaries: Summaries) -> dict[str, Any]:
+def judge(
+    gate: config.Gate,
+    *,
+    method: Method,
+    kinds: Mapping[str, TaskKind],
+    stages: Mapping[str, Stage],
+    control: Stage | None = None,
+) -> dict[str, Any]:
     """Judge a run.
 
-    Rule `bf16`: against the BF16 model, accuracy may fall by at most threshold_pp and perplexity grow to at most
-    perplexity_ratio. Rule `better_than_ptq`: perplexity and KL to BF16 must be lower than the PTQ model's, and accuracy
-    must not be significantly lower; the bf16 verdict stands beside it.
+    Rule `bf16`: against the BF16 model (the control if there is one, else the original), scores may fall by at most
+    thresholds_pp or threshold_pp and perplexity grow to at most perplexity_ratio. Rule `better_than_ptq`: perplexity
+    and KL to BF16 must be lower than the PTQ model's, and no other score significantly lower. Under both, gate.kl and
+    gate.agreement bound the candidate. The verdicts against BF16 that do not count stand beside.
 
     Args:
-        gate: Rule, thresholds and confidence level.
-        method: ptq, qat, qad or bf16; names the stage that is judged.
-        stages: Per-item scores of every stage.
-        summaries: Metrics of every stage, as in evaluate.json.
+        gate: Rule, thresholds, level, what is judged.
+        method: With gate.judges it names the stage that is judged.
+        kinds: The recipe's tasks.
+        stages: The run's models by the names of evaluate.json.
+        control: The BF16 model trained on the same data, if gate.control names one.
 
     Returns:
-        The content of gate.json: verdict (pass | fail | inconclusive | not_applicable), rule, candidate, reasons (one
-        line per task and measure), tasks {task: numbers}, against_bf16 {verdict, reasons, tasks}. Infinite numbers are
-        None.
+        The content of gate.json: the keys of `compare`, and rule, candidate (the method), judges (exported | trained),
+        baseline (bf16 | control | ptq: which of the models the verdict is about), against_bf16 and against_control
+        (verdict, reasons, tasks, levels as in `compare`; None without it). Infinite numbers are None.
 
     Raises:
         UserError: a stage or task has no items, stages were scored on different items, a score is not a finite
             number, or the rule does not apply to the method. Never a pass for want of data.
     """
+    head: dict[str, Any] = {"rule": str(gate.rule), "candidate": str(method), "judges": str(gate.judges)}
     if method == Method.bf16:
         reason = "method bf16 quantizes nothing: there is no FP4 model to judge"
-        head = {"verdict": NOT_APPLICABLE, "rule": str(gate.rule), "candidate": "bf16", "reasons": [reason]}
-        return head | {"tasks": {}, "against_bf16": None}
-    against_bf16 = _collect(
-        [_against_bf16(gate, pair) for pair in _pairs(stages, summaries, candidate=method, baseline="bf16")]
-    )
-    chosen = against_bf16
+        empty = {"verdict": NOT_APPLICABLE, "release": True, "reasons": [reason], "tasks": {}}
+        return empty | head | {"against_bf16": None, "against_control": None}
+    if gate.rule == GateRule.better_than_ptq and method == Method.ptq:
+        raise UserError("gate.rule = better_than_ptq with method = ptq compares a model with itself: use bf16", USAGE)
+    candidate = _stage(stages, candidate_stage(method, gate.judges))
+    rulings = {"bf16": _within(gate, kinds, candidate, _stage(stages, "bf16"), "BF16")}
+    if control is not None:
+        rulings["control"] = _within(gate, kinds, candidate, control, "the BF16 control")
+    baseline = "bf16" if control is None else "control"
     if gate.rule == GateRule.better_than_ptq:
-        if method == Method.ptq:
-            raise UserError(
-                "gate.rule = better_than_ptq with method = ptq compares a model with itself: use bf16", USAGE
-            )
-        chosen = _collect(
-            [_better_than_ptq(gate, pair) for pair in _pairs(stages, summaries, candidate=method, baseline="ptq")]
-        )
-    head = {"verdict": chosen["verdict"], "rule": str(gate.rule), "candidate": str(method)}
-    return head | {"reasons": chosen["reasons"], "tasks": chosen["tasks"], "against_bf16": against_bf16}
+        baseline = "ptq"
+        rulings["ptq"] = _better_than_ptq(gate, kinds, candidate, _stage(stages, "ptq"))
+    beside = {"against_bf16": rulings["bf16"], "against_control": rulings.get("control")}
+    return _released(gate, rulings[baseline]) | head | {"baseline": baseline} | beside
+
+
+def compare(
+    gate: config.Gate, kinds: Mapping[str, TaskKind], candidate: Stage, baseline: Stage, against: str
+) -> dict[str, Any]:
+    """Judge one model against another within the thresholds, whatever gate.rule is.
+
+    Args:
+        gate: Thresholds, level, and what inconclusive means.
+        kinds: Tasks, all of which both models were scored on.
+        candidate: The model judged.
+        baseline: The model it is compared with.
+        against: What reasons call the baseline.
+
+    Returns:
+        verdict (pass | fail | inconclusive), release (whether the recipe releases on it), reasons (one line per task
+        and measure), tasks {task: {n, verdict, measures: {measure: verdict}, numbers: {measure: Measure.numbers}}},
+        confidence, corrected_confidence, intervals (how many the verdict rests on).
+
+    Raises:
+        UserError: as `judge`.
+    """
+    return _released(gate, _within(gate, kinds, candidate, baseline, against))
+
+
+def candidate_stage(method: Method, judges: Judges) -> str:
+    """Which stage of evaluate.json is a run's result: the exported files, the trained model, or the BF16 control."""
+    if method == Method.bf16:
+        return "bf16_trained"
+    return "exported" if judges == Judges.exported else str(method)
+
+
+def exit_code(result: Mapping[str, Any]) -> int:
+    """0, 3 (fail) or 4 (inconclusive, unless the recipe releases it) for the content of gate.json.
+
+    Raises:
+        KeyError: there is no verdict, or one that is not known.
+    """
+    released = result["verdict"] == INCONCLUSIVE and result["release"] is True
+    return OK if released else EXIT_CODES[result["verdict"]]
+
+
+def _released(gate: config.Gate, ruling: dict[str, Any]) -> dict[str, Any]:
+    waved = ruling["verdict"] == INCONCLUSIVE and gate.inconclusive == Inconclusive.release
+    return {"verdict": ruling["verdict"], "release": ruling["verdict"] == PASS or waved} | ruling
+
+
+def _stage(stages: Mapping[str, Stage], name: str) -> Stage:
+    if name in stages and stages[name].rows:
+        return stages[name]
+    there = ", ".join(sorted(stages)) or "none"
+    remedy = "run halfbyte evaluate RUN_DIR"
+    if name == "exported":
+        remedy += ", or set gate.judges=trained to judge the model in training"
+    raise UserError(f"gate: stage {name} has no scores (there: {there}); {remedy}")
 
 
 # Rules ------------------------------------------------------------------------------------------------------------
 
 
-def _against_bf16(gate: config.Gate, pair: Pair) -> tuple[Pair, list[Measure]]:
-    measures = []
-    if pair.has_accuracy:
-        measures.append(_accuracy(pair, gate, threshold_pp=gate.threshold_pp))
-    return pair, [*measures, _perplexity(pair, gate, limit=gate.perplexity_ratio)]
+def _within(
+    gate: config.Gate, kinds: Mapping[str, TaskKind], candidate: Stage, baseline: Stage, against: str
+) -> dict[str, Any]:
+    """The verdict within the thresholds, as `compare`, without `release`."""
+    pairs = pair_up(candidate, baseline, kinds, against)
+    asked: list[tuple[Pair, list[Question]]] = []
+    for pair in pairs:
+        threshold = gate.thresholds_pp.get(pair.task, gate.threshold_pp)
+        asked.append((pair, list(_metrics(pair, threshold, gate.perplexity_ratio))))
+    return _collect(gate, asked, _bounds(gate, pairs, kinds))
 
 
-def _better_than_ptq(gate: config.Gate, pair: Pair) -> tuple[Pair, list[Measure]]:
-    measures = []
-    if pair.has_accuracy:
-        measures.append(_accuracy(pair, gate, threshold_pp=None))
-    return pair, [*measures, _perplexity(pair, gate, limit=None), _kl(pair, gate)]
+def _better_than_ptq(gate: config.Gate, kinds: Mapping[str, TaskKind], candidate: Stage, ptq: Stage) -> dict[str, Any]:
+    pairs = pair_up(candidate, ptq, kinds, "PTQ")
+    asked: list[tuple[Pair, list[Question]]] = []
+    improves = False
+    for pair in pairs:
+        questions = list(_metrics(pair, None, None))
+        if None not in pair.kl:
+            questions.append(partial(measures.kl_change, pair))
+        elif kinds[pair.task] != TaskKind.lm_eval or pair.kl != (None, None):
+            raise _no_kl(pair, "gate.rule = better_than_ptq compares")
+        has_perplexity = any(metric.statistic is Statistic.perplexity for metric in pair.metrics.values())
+        improves = improves or has_perplexity or None not in pair.kl
+        asked.append((pair, questions))
+    if not improves:
+        raise UserError(
+            "gate.rule = better_than_ptq: no task has a perplexity or KL that could be better than PTQ's; "
+            "add a task that has one, or set gate.rule=bf16"
+        )
+    return _collect(gate, asked, _bounds(gate, pairs, kinds))
 
 
-def _collect(tasks: list[tuple[Pair, list[Measure]]]) -> dict[str, Any]:
-    result: dict[str, Any] = {"verdict": PASS, "reasons": [], "tasks": {}}
-    for pair, measures in tasks:
-        numbers: dict[str, Any] = {
-            "n": len(pair.candidate),
-            "verdict": _worst([measure.verdict for measure in measures]),
-            "measures": {measure.name: measure.verdict for measure in measures},
+def _metrics(pair: Pair, threshold_pp: float | None, ratio: float | None) -> Iterator[Question]:
+    for name, metric in pair.metrics.items():
+        if metric.statistic is Statistic.perplexity:
+            yield partial(measures.perplexity, pair, name, ratio)
+        else:
+            yield partial(measures.difference, pair, name, threshold_pp)
+
+
+def _bounds(gate: config.Gate, pairs: Sequence[Pair], kinds: Mapping[str, TaskKind]) -> dict[str, list[Question]]:
+    """gate.kl and gate.agreement for every task that has them: built-in kinds must, of the others at least one."""
+    asked: dict[str, list[Question]] = {pair.task: [] for pair in pairs}
+    for key, bound, measure in (
+        ("gate.kl", gate.kl, measures.kl_bound),
+        ("gate.agreement", gate.agreement, measures.agreement_bound),
+    ):
+        if bound is None:
+            continue
+        have = [pair for pair in pairs if (pair.kl[0] if key == "gate.kl" else pair.agreement) is not None]
+        for pair in pairs:
+            if pair in have:
+                asked[pair.task].append(partial(measure, pair, bound))
+            elif kinds[pair.task] != TaskKind.lm_eval or not have:
+                raise _no_kl(pair, f"{key} bounds")
+    return asked
+
+
+def _no_kl(pair: Pair, who: str) -> UserError:
+    return UserError(
+        f"gate: task {pair.task} has no KL to BF16, which {who}; set evaluate.kl_positions above 0 and evaluate again"
+    )
+
+
+# Verdict ----------------------------------------------------------------------------------------------------------
+
+
+def _collect(
+    gate: config.Gate, asked: list[tuple[Pair, list[Question]]], bounds: dict[str, list[Question]]
+) -> dict[str, Any]:
+    """Ask every question at the corrected level and put the answers together."""
+    asked = [(pair, questions + bounds[pair.task]) for pair, questions in asked]
+    count = sum(len(questions) for _, questions in asked)
+    level = gate.confidence
+    if gate.correction == Correction.bonferroni:
+        level = 1 - (1 - gate.confidence) / count
+    reasons: list[str] = []
+    tasks: dict[str, Any] = {}
+    for pair, questions in asked:
+        answers = [question(level) for question in questions]
+        reasons += [answer.reason for answer in answers]
+        tasks[pair.task] = {
+            "n": pair.items,
+            "verdict": _worst([answer.verdict for answer in answers]),
+            "measures": {answer.name: answer.verdict for answer in answers},
+            "numbers": {answer.name: answer.numbers for answer in answers},
         }
-        for measure in measures:
-            numbers |= measure.numbers
-        result["tasks"][pair.task] = numbers
-        result["reasons"] += [measure.reason for measure in measures]
-    result["verdict"] = _worst([task["verdict"] for task in result["tasks"].values()])
-    return result
+    return {
+        "verdict": _worst([task["verdict"] for task in tasks.values()]),
+        "reasons": reasons,
+        "tasks": tasks,
+        "confidence": gate.confidence,
+        "corrected_confidence": level,
+        "intervals": count,
+    }
 
 
 def _worst(verdicts: list[str]) -> str:
     return next(verdict for verdict in (FAIL, INCONCLUSIVE, PASS) if verdict in verdicts)
-
-
-# Measures ---------------------------------------------------------------------------------------------------------
-
-
-def _accuracy(pair: Pair, gate: config.Gate, *, threshold_pp: float | None) -> Measure:
-    """Change of accuracy; without a threshold it only fails when it is significantly lower."""
-    gained = sum(a["correct"] and not b["correct"] for a, b in zip(pair.candidate, pair.baseline, strict=True))
-    lost = sum(b["correct"] and not a["correct"] for a, b in zip(pair.candidate, pair.baseline, strict=True))
-    n = len(pair.candidate)
-    interval = _scaled(paired_proportions(gained, lost, n, gate.confidence), 100.0)
-    numbers: dict[str, Any] = {
-        "delta_pp": interval.estimate,
-        "interval_pp": [interval.low, interval.high],
-        "threshold_pp": threshold_pp,
-        "gained": gained,
-        "lost": lost,
-    }
-    shown = (
-        f"{pair.task}: accuracy {interval.estimate:+.2f} pp [{interval.low:+.2f}, {interval.high:+.2f}] against "
-        f"{pair.against} ({gained} items gained, {lost} lost of {n})"
-    )
-    if threshold_pp is None:
-        verdict = FAIL if interval.high < 0 else PASS
-        end = "significantly lower" if verdict == FAIL else "not significantly lower"
-        return Measure("accuracy", verdict, f"{shown}: {end}", numbers)
-    verdict = PASS if interval.low >= -threshold_pp else FAIL if interval.high < -threshold_pp else INCONCLUSIVE
-    shown += f", tolerated -{threshold_pp:g} pp: {verdict}"
-    if verdict == INCONCLUSIVE:
-        needed = proportions_to_decide(gained, lost, n, -threshold_pp / 100, gate.confidence)
-        numbers["accuracy_items_to_decide"] = needed
-        shown += _advice(needed)
-    return Measure("accuracy", verdict, shown, numbers)
-
-
-def _perplexity(pair: Pair, gate: config.Gate, *, limit: float | None) -> Measure:
-    """Ratio of perplexities, per item for continuations and per token for texts; without a limit it must be below 1."""
-    rows = list(zip(pair.candidate, pair.baseline, strict=True))
-    differences = [b["loglikelihood"] - a["loglikelihood"] for a, b in rows]
-    weights = [1.0] * len(rows) if pair.has_accuracy else [float(a["tokens"]) for a, _ in rows]
-    nats = paired_ratio(differences, weights, gate.confidence)
-    ratio = Interval(*(_exp(value) for value in (nats.estimate, nats.low, nats.high)))
-    numbers: dict[str, Any] = {
-        "perplexity_ratio": _finite(ratio.estimate),
-        "perplexity_interval": _ends(ratio),
-        "perplexity_limit": 1.0 if limit is None else limit,
-    }
-    bound = 0.0 if limit is None else math.log(limit)
-    verdict = _below(nats, bound, inclusive=limit is not None)
-    shown = (
-        f"{pair.task}: perplexity {ratio.estimate:.4f} x {pair.against}'s [{ratio.low:.4f}, {ratio.high:.4f}], "
-        f"{'must be lower' if limit is None else f'tolerated {limit:g}'}: {verdict}"
-    )
-    if verdict == INCONCLUSIVE:
-        needed = ratio_to_decide(nats, len(rows), bound)
-        numbers["perplexity_items_to_decide"] = needed
-        shown += _advice(needed)
-    return Measure("perplexity", verdict, shown, numbers)
-
-
-def _kl(pair: Pair, gate: config.Gate) -> Measure:
-    """Difference of the mean KL to BF16; must be below 0."""
-    values = [(a["kl"], b["kl"]) for a, b in zip(pair.candidate, pair.baseline, strict=True)]
-    if any(a is None or b is None for a, b in values):
-        raise UserError(
-            f"gate: task {pair.task} has no KL to BF16, which gate.rule = better_than_ptq compares; "
-            "set evaluate.kl_positions above 0 and evaluate again"
-        )
-    interval = paired_ratio([a - b for a, b in values], [1.0] * len(values), gate.confidence)
-    verdict = _below(interval, 0.0, inclusive=False)
-    mean, before = (math.fsum(column) / len(values) for column in zip(*values, strict=True))
-    numbers: dict[str, Any] = {
-        "kl": mean,
-        "kl_baseline": before,
-        "kl_delta": interval.estimate,
-        "kl_interval": _ends(interval),
-    }
-    shown = (
-        f"{pair.task}: KL to BF16 {mean:.4f} nats, {pair.against}'s {before:.4f}, change {interval.estimate:+.4f} "
-        f"[{interval.low:+.4f}, {interval.high:+.4f}], must be lower: {verdict}"
-    )
-    if verdict == INCONCLUSIVE:
-        needed = ratio_to_decide(interval, len(values), 0.0)
-        numbers["kl_items_to_decide"] = needed
-        shown += _advice(needed)
-    return Measure("kl", verdict, shown, numbers)
-
-
-def _below(interval: Interval, bound: float, *, inclusive: bool) -> str:
-    if interval.high < bound or (inclusive and interval.high == bound):
-        return PASS
-    return FAIL if interval.low > bound else INCONCLUSIVE
-
-
-def _advice(needed: int | None) -> str:
-    return f"; about {needed:,} items would decide" if needed else "; no number of items of this kind would decide"
-
-
-def _scaled(interval: Interval, factor: float) -> Interval:
-    return Interval(interval.estimate * factor, interval.low * factor, interval.high * factor)
-
-
-def _ends(interval: Interval) -> list[float | None]:
-    return [_finite(interval.low), _finite(interval.high)]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no infinity
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
-
-
-# Input ------------------------------------------------------------------------------------------------------------
-
-
-def _pairs(stages: Scores, summaries: Summaries, *, candidate: str, baseline: str) -> list[Pair]:
-    """Line up two stages' items, refusing whatever would make the comparison unfair or empty."""
-    for stage in (candidate, baseline):
-        if not stages.get(stage):
-            there = ", ".join(sorted(stages)) or "none"
-            raise UserError(f"gate: stage {stage} has no scores (there: {there}); run halfbyte evaluate RUN_DIR")
-    if set(stages[candidate]) != set(stages[baseline]):
-        raise UserError(
-            f"gate: {candidate} was scored on {sorted(stages[candidate])}, {baseline} on {sorted(stages[baseline])}; "
-            "evaluate both stages with the same evaluate.tasks"
-        )
-    pairs = []
-    for task in stages[candidate]:
-        rows = {stage: _checked(stages, summaries, stage, task) for stage in (candidate, baseline)}
-        if [(r["item"], r["tokens"]) for r in rows[candidate]] != [(r["item"], r["tokens"]) for r in rows[baseline]]:
-            raise UserError(
-                f"gate: task {task}: {candidate} and {baseline} were scored on different items "
-                f"({len(rows[candidate])} and {len(rows[baseline])}); evaluate both stages again"
-            )
-        has_accuracy = "accuracy" in summaries[candidate][task]
-        pairs.append(Pair(task, rows[candidate], rows[baseline], has_accuracy, baseline.upper()))
-    return pairs
-
-
-def _checked(stages: Scores, summaries: Summaries, stage: str, task: str) -> list[Mapping[str, Any]]:
-    """A stage's rows of a task by item."""
-    rows = stages[stage][task]
-    if not rows:
-        raise UserError(f"gate: task {task} of stage {stage} has no items; a gate needs data")
-    for row in rows:
-        missing = {"item", "tokens", "loglikelihood", "correct", "kl"} - row.keys()
-        if missing:
-            raise UserError(f"gate: a score of {stage}.{task} lacks {', '.join(sorted(missing))}; evaluate again")
-        if not math.isfinite(row["loglikelihood"]) or not math.isfinite(row["kl"] or 0.0) or row["tokens"] < 1:
-            raise UserError(f"gate: item {row['item']} of {stage}.{task} is not a finite score; evaluate again")
-    summary = summaries.get(stage, {}).get(task)
-    if summary is None or summary.get("n") != len(rows):
-        raise UserError(f"gate: evaluate.json does not match the {len(rows)} scores of {stage}.{task}; evaluate again")
-    ordered = sorted(rows, key=lambda row: row["item"])
-    if len({row["item"] for row in rows}) < len(rows):
-        raise UserError(f"gate: an item of {stage}.{task} was scored twice; evaluate again")
-    return ordered

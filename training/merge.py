@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -89,11 +89,21 @@ def _make_absolute(recipe: Recipe) -> None:
         return str(Path(path).expanduser().absolute()) if path else path
 
     recipe.model.path = absolute(recipe.model.path) or ""
+    recipe.gate.control = absolute(recipe.gate.control)
     recipe.model.config = absolute(recipe.model.config)
     recipe.data.train = absolute(recipe.data.train)
     recipe.quantize.calibration_data = absolute(recipe.quantize.calibration_data)
     for task in recipe.evaluate.tasks:
         task.data = absolute(task.data) or ""
+
+
+def _hint(key: str) -> Any:
+    """The type of a leaf, of a task's key or of an entry of a mapping; None for an unknown key."""
+    task_key = TASK_KEY.fullmatch(key)
+    if task_key:
+        return TASK_HINTS.get(task_key[2])
+    mapping = HINTS.get(key.rpartition(".")[0])
+    return get_args(mapping)[1] if get_origin(mapping) is dict else HINTS.get(key)
 
 
 class _Wrong(Exception):
@@ -128,9 +138,7 @@ def _from_overrides(overrides: list[str], merged: Merged) -> Iterator[tuple[str,
         if not equals or not key:
             merged.problems.append(f"{override}: not of the form key=value; write for example train.steps=100")
             continue
-        task_key = TASK_KEY.fullmatch(key)
-        hint = TASK_HINTS.get(task_key[2]) if task_key else HINTS.get(key)
-        if str in (hint, *get_args(hint)) and get_args(hint) != (str,):
+        if _hint(key) in (str, str | None):
             value: Any = None if raw in ("", "null") else raw  # a path may hold what YAML would read as syntax
         else:
             try:
@@ -190,8 +198,7 @@ def _apply(config: Any, key: str, value: Any) -> None:
     Raises:
         _Wrong: unknown key, wrong type, value outside the enumeration.
     """
-    task_key = TASK_KEY.fullmatch(key)
-    hint = TASK_HINTS.get(task_key[2]) if task_key else HINTS.get(key)
+    task_key, hint = TASK_KEY.fullmatch(key), _hint(key)
     if hint is None:
         raise _Wrong(_unknown(key))
     if task_key:
@@ -260,6 +267,8 @@ def _expected(hint: Any) -> str:
     inner = [part for part in get_args(hint) if part is not NoneType] if NoneType in get_args(hint) else [hint]
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     words |= {list[str]: "a list of texts, [a,b]", list[Task]: "a list of tasks"}
+    if get_origin(hint) is dict:
+        return f"a mapping, {{name: value}}, each value {_expected(get_args(hint)[1])}"
     if isinstance(inner[0], type) and issubclass(inner[0], Enum):
         word = f"one of {', '.join(str(member) for member in inner[0])}"
     else:

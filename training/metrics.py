@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from enum import StrEnum
 
+import numpy as np
+
 from halfbyte.training.errors import UserError
 
 BLEU_ORDER = 4
@@ -60,26 +62,29 @@ def aggregate(name: str, values: Sequence[Value]) -> float:
     if not values:
         raise UserError(f"metric {name}: no values; a task without items cannot be judged")
     if METRICS[name] is Statistic.bleu:
-        return bleu([sum(column) for column in zip(*(_counts(value) for value in values), strict=True)])
+        return float(bleu(np.array([_counts(value) for value in values], dtype=np.float64).sum(axis=0)))
     mean = math.fsum(_number(value) for value in values) / len(values)
     return math.exp(min(-mean, 700.0)) if METRICS[name] is Statistic.perplexity else mean
 
 
-def bleu(counts: Sequence[float]) -> float:
+def bleu(counts: np.ndarray) -> np.ndarray:
     """Corpus BLEU from summed counts (Papineni et al. 2002, section 2.3: brevity penalty x geometric mean).
 
     Args:
-        counts: [output length, reference length, matches of 1- to 4-grams, n-grams of the outputs of length 1 to 4].
+        counts: Float [..., 10]: output length, reference length, matches of 1- to 4-grams, n-grams of the outputs of
+            length 1 to 4, each summed over the items of a corpus.
 
     Returns:
-        0 .. 1; 0 if an order has no match. sacrebleu smooths that case, so a corpus of a few items may differ from it.
+        Float [...], 0 .. 1; 0 if an order has no match. sacrebleu smooths that case, so a corpus of a few items may
+        differ from it.
     """
-    output, reference = counts[0], counts[1]
-    matches, totals = counts[2 : 2 + BLEU_ORDER], counts[2 + BLEU_ORDER : 2 + 2 * BLEU_ORDER]
-    if min(matches) <= 0 or output <= 0:
-        return 0.0
-    precision = math.fsum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / BLEU_ORDER
-    return math.exp(min(0.0, 1 - reference / output) + precision)
+    output, reference = counts[..., 0], counts[..., 1]
+    matches, totals = counts[..., 2 : 2 + BLEU_ORDER], counts[..., 2 + BLEU_ORDER : 2 + 2 * BLEU_ORDER]
+    some = (matches.min(axis=-1) > 0) & (output > 0)
+    safe_matches, safe_totals = np.where(some[..., None], matches, 1.0), np.where(some[..., None], totals, 1.0)
+    precision = (np.log(safe_matches) - np.log(safe_totals)).mean(axis=-1)
+    brevity = np.minimum(0.0, 1 - reference / np.where(some, output, 1.0))
+    return np.where(some, np.exp(brevity + precision), 0.0)
 
 
 def _counts(value: Value) -> list[float]:

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.training.config import GateRule, Method, Recipe
+from halfbyte.training.config import GateRule, Method, Recipe, TaskKind
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.shape import ModelShape, read_shape
@@ -28,6 +28,7 @@ POSITIVE = (
     "checkpoint.keep",
     "evaluate.tokens_per_batch",
     "gate.perplexity_ratio",
+    "gate.kl",
     "export.shard_gb",
     "launch.gpus_per_node",
 )
@@ -171,8 +172,31 @@ def _tasks(recipe: Recipe) -> Iterator[str]:
 
 
 def _gate(recipe: Recipe) -> Iterator[str]:
-    if recipe.gate.rule == GateRule.better_than_ptq and recipe.method == Method.ptq:
+    gate, kinds = recipe.gate, {task.name: task.kind for task in recipe.evaluate.tasks}
+    if gate.rule == GateRule.better_than_ptq and recipe.method == Method.ptq:
         yield "gate.rule = better_than_ptq: method ptq is compared with itself; set gate.rule=bf16"
+    for name, value in gate.thresholds_pp.items():
+        key = f"gate.thresholds_pp.{name} = {value}"
+        if name not in kinds:
+            yield f"{key}: no such task; evaluate.tasks has {', '.join(kinds) or 'none'}"
+        elif kinds[name] == TaskKind.text:
+            yield f"{key}: task {name} has a perplexity only; gate.perplexity_ratio bounds it"
+        elif not math.isfinite(value) or value < 0:
+            yield f"{key}: must be a number of percentage points; give 0 or more"
+    if gate.agreement is not None and not 0 < gate.agreement < 1:
+        yield f"gate.agreement = {gate.agreement}: must lie between 0 and 1; give a share such as 0.9"
+    for key, value in (("gate.kl", gate.kl), ("gate.agreement", gate.agreement)):
+        if value is not None and not recipe.evaluate.kl_positions:
+            yield f"{key} = {value}: evaluate.kl_positions = 0 compares no token with BF16; give it 1 or more"
+    if gate.control is not None:
+        yield from _control(recipe, Path(gate.control))
+
+
+def _control(recipe: Recipe, folder: Path) -> Iterator[str]:
+    if not (folder / "resolved.yaml").is_file():
+        yield f"gate.control = {folder}: no run there; start the BF16 control first (method=bf16), or set null"
+    elif folder == Path(recipe.run.dir).absolute():
+        yield f"gate.control = {folder}: is this run; give the folder of a run of method bf16"
 
 
 def must_fetch(recipe: Recipe) -> bool:
