@@ -1,0 +1,319 @@
+"""A task of lm-evaluation-harness from its YAML file, and its items' scores for every stage.
+
+lm-eval builds the prompts and computes the metrics of each item; how the items become one score, with which interval,
+is metrics.py's and the gate's matter. KL and agreement with BF16 are taken on the right answer's tokens, or, where text
+is generated, on what the BF16 model said: every stage reads it along, token by token.
+"""
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import jinja2
+import yaml
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from halfbyte.training.config import Task
+from halfbyte.training.crew import Crew
+from halfbyte.training.errors import UserError
+from halfbyte.training.files import damage, read_json, write_json
+from halfbyte.training.generate import Output
+from halfbyte.training.harness import InPlace, quiet
+from halfbyte.training.metrics import METRICS, Statistic, Value
+from halfbyte.training.passes import Passes
+from halfbyte.training.scoring import Item, Score
+
+if TYPE_CHECKING:
+    from halfbyte.training.evaluate import Examination
+
+FEW_SHOT_SEED = 1234
+"""Which examples lm-eval draws for a few-shot prompt (its own default)."""
+BAD_TASK = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError),
+    *(jinja2.TemplateError, yaml.YAMLError, datasets.exceptions.DatasetsError),
+)
+"""What lm-eval and a task's own functions raise on a wrong task file or data set."""
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task with its data.
+
+    Attributes:
+        lm: lm-eval's task.
+        items: Places of the items in its data set.
+        metrics: Names of its metrics, as in metrics.py.
+        gold_field: Field of a document with the right answer as text, to be scored in bits per byte where a task
+            generates; from `metadata.gold_continuation`.
+    """
+
+    lm: ConfigurableTask
+    items: range
+    metrics: tuple[str, ...]
+    gold_field: str | None
+
+
+def load_task(task: Task, cache: Path) -> LoadedTask:
+    """Read a task's YAML and its data set.
+
+    Args:
+        task: `data` is the YAML; `first` and `limit` choose items.
+        cache: Folder for what the datasets library writes.
+
+    Raises:
+        UserError: lm-eval cannot make a task of it, or no items are left.
+    """
+    path = Path(task.data)
+    datasets.disable_progress_bars()
+    with _blamed(task), quiet():
+        config = load_yaml(path) | {"task": task.name}
+        if "dataset_path" in config:
+            config["dataset_kwargs"] = _local(config.get("dataset_kwargs") or {}, path.parent, cache)
+        lm = ConfigurableTask(config=config)
+        if lm.config.num_fewshot is None:
+            lm.set_config("num_fewshot", 0)
+        lm.set_fewshot_seed(FEW_SHOT_SEED)
+        there = len(lm.eval_docs)
+    end = there if task.limit is None else min(there, task.first + task.limit)
+    items = range(task.first, end)
+    if not items:
+        raise UserError(
+            f"task {task.name}: no items (first={task.first}, limit={task.limit} of {there} in {path}); lower first "
+            "or raise limit"
+        )
+    names = ("perplexity",) if lm.OUTPUT_TYPE == "loglikelihood_rolling" else tuple(lm._metric_fn_list)
+    return LoadedTask(lm, items, names, (lm.config.metadata or {}).get("gold_continuation"))
+
+
+def _local(settings: dict[str, Any], folder: Path, cache: Path) -> dict[str, Any]:
+    """dataset_kwargs with data_files beside the YAML, and with our cache."""
+
+    def beside(files: Any) -> Any:
+        if isinstance(files, dict):
+            return {split: beside(part) for split, part in files.items()}
+        return [beside(file) for file in files] if isinstance(files, list) else str(folder / files)
+
+    found = {key: beside(value) if key == "data_files" else value for key, value in settings.items()}
+    return found | {"cache_dir": str(cache / "datasets")}
+
+
+def score_task(exam: "Examination", passes: Passes, task: Task, stage: str) -> list[Score]:
+    """Score a task of lm-eval with the model in place; collective.
+
+    Returns:
+        One Score per item, in order, on rank 0; an empty list elsewhere.
+
+    Raises:
+        UserError: lm-eval or the task's own functions stopped, or a metric's value cannot be used.
+    """
+    from halfbyte.training.evaluate import score_items
+
+    def score(items: list[Item]) -> list[Score]:
+        for item in items:
+            passes.check_vocabulary(f"task {task.name}, request {item.index}", item.tokens)
+        return score_items(exam, passes, task, items, stage)
+
+    crew = Crew(exam.runtime, {"score": score, "generate": passes.generate})
+    return crew.lead(lambda: _Session(exam, exam.harness[task.name], task, stage, crew).run()) or []
+
+
+@dataclass
+class _Session:
+    """One task and stage on rank 0."""
+
+    exam: "Examination"
+    loaded: LoadedTask
+    task: Task
+    stage: str
+    crew: Crew
+    gold: dict[int, int] = field(default_factory=dict)
+    """Instance.doc_id -> which of the item's requests holds the right answer."""
+
+    def run(self) -> list[Score]:
+        """All of it: lm-eval, then what only we measure."""
+        exam, lm = self.exam, self.loaded.lm
+        model = InPlace(
+            self.crew, exam.tokenizer, exam.max_length, compared=self._is_gold, seed=exam.recipe.train.seed
+        )
+        with _blamed(self.task, self.crew), quiet():
+            results = evaluator.evaluate(
+                model,
+                {"tasks": {self.task.name: lm}, "groups": {}},
+                samples={self.task.name: self.loaded.items},  # type: ignore[arg-type] - a range will do, and is fast
+                bootstrap_iters=0,
+            )
+            samples = sorted(results["samples"][self.task.name], key=lambda sample: sample["doc_id"])
+            scores = self._scores(model, samples)
+            if lm.OUTPUT_TYPE == "generate_until":
+                scores = self._with_gold(model, self._with_reference(model, scores))
+        if model.truncated:
+            exam.notes[self.task.name] = f"{model.truncated} requests cut on the left to {exam.max_length} tokens"
+        return scores
+
+    def _is_gold(self, request: Instance) -> bool:
+        if request.doc_id not in self.gold:
+            self.gold[request.doc_id] = _right_choice(self.loaded.lm, request)  # type: ignore[index]
+        return request.idx == self.gold[request.doc_id]  # type: ignore[index]
+
+    def _scores(self, model: InPlace, samples: list[dict[str, Any]]) -> list[Score]:
+        answers: dict[int, dict[int, Score | Output]] = {}
+        for request, answer in model.answers:  # of several outputs to one prompt the first is kept
+            answers.setdefault(request.doc_id, {}).setdefault(request.idx, answer)  # type: ignore[arg-type]
+        scores = []
+        for sample in samples:
+            mine = answers[sample["doc_id"] - self.loaded.items.start]
+            if self.loaded.lm.OUTPUT_TYPE == "generate_until":
+                score = self._generated(model, mine[0])
+            else:
+                gold = mine[self.gold[sample["doc_id"] - self.loaded.items.start]]
+                assert isinstance(gold, Score)
+                score = replace(gold, correct=None, output=self._choice(sample, mine, gold))
+            scores.append(replace(score, item=sample["doc_id"], metrics=self._metrics(sample, score)))
+        return scores
+
+    def _generated(self, model: InPlace, output: Any) -> Score:
+        text = model.text(model.prompts[output.index], output)
+        return Score(
+            item=output.index,
+            loglikelihood=None,
+            tokens=None,
+            bytes=None,
+            correct=None,
+            output=text,
+            output_tokens=len(output.tokens),
+            cut=output.cut,
+        )
+
+    def _choice(self, sample: dict[str, Any], mine: dict[int, Any], gold: Score) -> str | None:
+        """The text of the likeliest choice, per character where the task is judged so; else the greedy tokens."""
+        if self.loaded.lm.OUTPUT_TYPE != "multiple_choice":
+            return gold.output
+        texts = [str(arguments[1]) for arguments in sample["arguments"]]
+        lengths = [1] * len(texts)
+        if "acc_norm" in self.loaded.metrics and not self.loaded.lm.multiple_input:
+            lengths = [max(1, len(choice)) for choice in self.loaded.lm.doc_to_choice(sample["doc"])]
+        best = max(range(len(lengths)), key=lambda i: mine[i].loglikelihood / lengths[i])
+        return texts[best].strip()
+
+    def _metrics(self, sample: dict[str, Any], score: Score) -> dict[str, Value]:
+        if self.loaded.lm.OUTPUT_TYPE == "loglikelihood_rolling":
+            assert score.loglikelihood is not None
+            assert score.tokens
+            return {"perplexity": score.loglikelihood / score.tokens}
+        where = f"task {self.task.name}, item {sample['doc_id']}"
+        return {name: metric_value(name, sample[name], where) for name in self.loaded.metrics}
+
+    def _with_reference(self, model: InPlace, scores: list[Score]) -> list[Score]:
+        """KL and agreement on the BF16 model's outputs, which its own stage leaves in the cache folder."""
+        if not self.exam.recipe.evaluate.kl_positions:
+            return scores
+        path = self.exam.folder / "cache" / f"outputs.{self.task.name}.json"
+        first = {request.doc_id: answer for request, answer in reversed(model.answers)}
+        if self.stage == "bf16":
+            write_json(path, {str(self._place(i)): list(output.tokens) for i, output in first.items()})  # type: ignore
+        said = read_json(path)
+        items = []
+        for i, output in first.items():
+            prompt = model.prompts[output.index].tokens  # type: ignore[union-attr]
+            with damage(path):
+                tokens = tuple(int(token) for token in said[str(self._place(i))])
+            if tokens:  # a limit of 0 leaves nothing to compare
+                items.append(Item(self._place(i), (*prompt, *tokens), len(prompt), 0))
+        if not items:
+            return scores
+        compared = {score.item: score for score in self.crew.do("score", items)}
+        return [
+            replace(score, **{name: vars(compared[score.item])[name] for name in ("kl", "agreement", "kl_at")})
+            for score in scores
+        ]
+
+    def _with_gold(self, model: InPlace, scores: list[Score]) -> list[Score]:
+        """Log-likelihood of the right answer, if the task says which field of a document holds it."""
+        name = self.loaded.gold_field
+        if name is None:
+            return scores
+        items = []
+        for request in {request.doc_id: request for request, _ in model.answers}.values():
+            gold = request.doc[name]
+            context, continuation = model._encode_pair(request.args[0], gold)
+            place = self._place(request.doc_id)
+            where = f"task {self.task.name}, item {place}"
+            items.append(model._item(place, where, context, continuation, len(gold.encode()), False))
+        right = {score.item: score for score in self.crew.do("score", items)}
+        return [
+            replace(score, **{name: vars(right[score.item])[name] for name in ("loglikelihood", "tokens", "bytes")})
+            for score in scores
+        ]
+
+    def _place(self, doc_id: Any) -> int:
+        return self.loaded.items[doc_id]
+
+
+def _right_choice(lm: ConfigurableTask, request: Instance) -> int:
+    """Which request of an item holds the right answer: the only one, or a choice's (the first of several right ones).
+
+    Raises:
+        UserError: the target is none of the choices.
+    """
+    if lm.OUTPUT_TYPE != "multiple_choice":
+        return 0
+    choices = lm.doc_to_choice(request.doc)
+    gold: Any = lm.doc_to_text(request.doc) if lm.multiple_input else lm.doc_to_target(request.doc)
+    gold = gold[0] if isinstance(gold, list) and gold else gold
+    if isinstance(gold, str) and gold in choices:
+        gold = choices.index(gold)
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise UserError(
+            f"task {request.task_name}, item {request.doc_id}: its target {gold!r} is none of {len(choices)} choices; "
+            "fix the data or doc_to_target"
+        )
+    return gold
+
+
+def metric_value(name: str, value: Any, where: str) -> Value:
+    """An item's value of a metric as metrics.py wants it, from what lm-eval has per item.
+
+    Args:
+        name: One of METRICS.
+        value: A number (NumPy's too), or for bleu (reference, output).
+        where: The item, for the error.
+
+    Raises:
+        UserError: it is something else: a metric that only exists for the whole task.
+    """
+    if METRICS[name] is Statistic.bleu:
+        from sacrebleu.metrics import BLEU
+
+        reference, output = value
+        found = BLEU().sentence_score(str(output), [reference] if isinstance(reference, str) else list(reference))
+        return [float(n) for n in (found.sys_len, found.ref_len, *found.counts, *found.totals)]
+    if isinstance(value, (tuple, list, dict, str)):
+        raise UserError(f"{where}: metric {name} is {value!r}, not a number per item; choose another metric")
+    return float(value)
+
+
+@contextlib.contextmanager
+def _blamed(task: Task, crew: Crew | None = None) -> Iterator[None]:
+    """What goes wrong in lm-eval or the task's functions becomes one line; what goes wrong in a pass is no task's fault.
+
+    Raises:
+        UserError: Instead of BAD_TASK.
+    """
+    try:
+        yield
+    except BAD_TASK as error:
+        if crew is not None and crew.working:
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        line = (str(error).strip().splitlines() or ["no message"])[0]
+        raise UserError(
+            f"task {task.name}: {task.data}: lm-eval stopped ({type(error).__name__}: {line}, at "
+            f"{Path(frame.filename).name}:{frame.lineno}); fix the task file or its data"
+        ) from error
