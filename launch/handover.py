@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte.launch.pipeline import trained_name
 from halfbyte.training import gate, scoring, tasks
-from halfbyte.training.config import Method, Recipe
+from halfbyte.training.config import Method, Recipe, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.hf_map import HFWeight
@@ -173,6 +173,8 @@ def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
     stage = "ptq" if recipe.method == Method.ptq else trained_name(recipe)
     report: dict[str, Any] = {}
     for task in recipe.evaluate.tasks:
+        if task.kind == TaskKind.lm_eval:
+            continue  # lm-eval's prompts need its own code; the built-in kinds tell a wrong checkpoint as well
         items = tasks.load_items(task, tokenizer, item_limit(task, recipe, limit))[: recipe.verify.items]
         before = {row["item"]: row for row in scoring.read_scores(folder / "evaluate" / f"{stage}.{task.name}.jsonl")}
         scores = []

@@ -94,10 +94,10 @@ class Work:
                 self._load_trained()
             quantize.round_unquantized(self.gpt)  # score what ships; the checkpoint keeps what was trained
         with self.console.stage(f"evaluate {stage}") as notes, quantize.weights_once(self.gpt):
-            for task, scores in evaluate.evaluate(self.exam, self.gpt, stage).items():
-                shown = "accuracy" if "accuracy" in scores else "bits_per_byte"
-                notes.append(f"{task}: {shown} {scores[shown]:.4f}, perplexity {scores['perplexity']:.2f}")
-            notes.append(f"{sum(len(items) for items in self.exam.items.values())} items")
+            scored = evaluate.evaluate(self.exam, self.gpt, stage)
+            notes += [f"{task}: {evaluate.headline(scores)}" for task, scores in scored.items()]
+            notes += [f"{task}: {note}" for task, note in self.exam.notes.items()]
+            notes.append(f"{sum(int(scores['n']) for scores in scored.values())} items")
         self._mark(name, steps)
 
     def calibrate(self) -> None:

@@ -19,10 +19,11 @@ from halfbyte.training import scoring, tasks
 from halfbyte.training.config import Recipe, Task, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
+from halfbyte.training.metrics import METRICS
 from halfbyte.training.passes import GROUP, Passes, Rows, scores_here
 from halfbyte.training.runtime import Runtime, on_first_rank
 
-__all__ = ["GROUP", "Examination", "evaluate", "item_limit"]
+__all__ = ["GROUP", "Examination", "evaluate", "headline", "item_limit", "score_items"]
 
 
 @dataclass
@@ -169,6 +170,16 @@ def evaluate(exam: Examination, model: torch.nn.Module, stage: str) -> dict[str,
     if isinstance(summary[0], UserError):
         raise summary[0]
     return summary[0]
+
+
+def headline(scores: dict[str, float]) -> str:
+    """A task's two metrics that say most, for the console."""
+    own = [name for name in scores if name in METRICS and name != "perplexity"]
+    first = own[0] if own else "bits_per_byte"
+    second = [name for name in ("perplexity", *own[1:], "bits_per_byte", "output_tokens") if name in scores]
+    shown = [f"{first} {scores[first]:.4f}"] if first in scores else []
+    shown += [f"{name} {scores[name]:.{2 if name in ('perplexity', 'output_tokens') else 4}f}" for name in second[:1]]
+    return ", ".join(shown)
 
 
 def _write(exam: Examination, stage: str, scores: dict[str, list[scoring.Score]]) -> Any:

@@ -94,23 +94,22 @@ class Decoder:
     def _run(self, live: "list[_Row]") -> None:
         # A pipeline is filled by cutting the rows into as many micro-batches as it has stages.
         parts = parallel_state.get_pipeline_model_parallel_world_size()
-        live = _filled(live, parts)
-        length = max(len(row.prompt.tokens) for row in live)
-        pad = live[0].prompt.tokens[0]  # any token: causal attention keeps it from the row's own positions
-        tokens = [[*row.prompt.tokens, *[pad] * (length - len(row.prompt.tokens))] for row in live]
-        slots = length + max(row.prompt.limit for row in live)
-        caches = [Cache(slots, part) for part in _parts([len(row.prompt.tokens) for row in live], parts)]
+        slots = max(len(row.prompt.tokens) for row in live) + max(row.prompt.limit for row in live)
+        rows = _filled(live, parts)
+        tokens = _right_padded([row.prompt.tokens for row in rows])
+        caches = [Cache(slots, part) for part in _parts([len(row.prompt.tokens) for row in rows], parts)]
         while True:
-            chosen = self._step(torch.tensor(tokens, device=self.device), caches, live)
-            for row, token in zip(live, chosen, strict=True):
+            chosen = self._step(torch.tensor(tokens, device=self.device), caches, rows)
+            for row, token in zip(live, chosen, strict=False):  # what fills up the last part is not heard
                 row.add(token)
             going = [i for i, row in enumerate(live) if not row.done]
             if not going:
                 return
             if len(going) <= len(live) // 2:  # what has ended need not be computed along
-                kept = _filled(going, parts)
-                caches, live = Cache.select(caches, kept, parts), [live[i] for i in kept]
-            tokens = [[row.tokens[-1]] for row in live]
+                caches = Cache.select(caches, _filled(going, parts), parts)
+                live = [live[i] for i in going]
+                rows = _filled(live, parts)
+            tokens = [[row.tokens[-1]] for row in rows]
 
     def _step(self, tokens_BS: torch.Tensor, caches: "list[Cache]", rows: "list[_Row]") -> list[int]:
         """The next token of every row."""
@@ -244,6 +243,12 @@ class _Row:
 def _filled[X](rows: list[X], parts: int) -> list[X]:
     """The rows and, if they cannot be cut into `parts` equal ones, the last row again."""
     return rows + [rows[-1]] * (-len(rows) % parts)
+
+
+def _right_padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows of equal length; any token will do for padding: causal attention keeps it from the row's own positions."""
+    length = max(len(row) for row in rows)
+    return [[*row, *[0] * (length - len(row))] for row in rows]
 
 
 def _parts(values: list[int], parts: int) -> list[list[int]]:
