@@ -98,7 +98,12 @@ def _local(settings: dict[str, Any], folder: Path, cache: Path) -> dict[str, Any
     def beside(files: Any) -> Any:
         if isinstance(files, dict):
             return {split: beside(part) for split, part in files.items()}
-        return [beside(file) for file in files] if isinstance(files, list) else str(folder / files)
+        if isinstance(files, list):
+            return [beside(file) for file in files]
+        path = folder / files
+        if path.is_file() and not path.stat().st_size:
+            raise UserError(f"{path}: holds no records; write one JSON object per line")
+        return str(path)
 
     found = {key: beside(value) if key == "data_files" else value for key, value in settings.items()}
     return found | {"cache_dir": str(cache / "datasets")}
@@ -292,7 +297,8 @@ def metric_value(name: str, value: Any, where: str) -> Value:
         from sacrebleu.metrics import BLEU
 
         reference, output = value
-        found = BLEU().sentence_score(str(output), [reference] if isinstance(reference, str) else list(reference))
+        scorer = BLEU(effective_order=True)  # or it warns; the counts are the same
+        found = scorer.sentence_score(str(output), [reference] if isinstance(reference, str) else list(reference))
         return [float(n) for n in (found.sys_len, found.ref_len, *found.counts, *found.totals)]
     if isinstance(value, (tuple, list, dict, str)):
         raise UserError(f"{where}: metric {name} is {value!r}, not a number per item; choose another metric")
