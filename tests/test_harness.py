@@ -1,4 +1,4 @@
-"""Our adapter against lm-eval's own Hugging Face backend on the same weights, request by request, under every layout."""
+"""Our adapter against lm-eval's own Hugging Face backend on the same weights, request by request, in every layout."""
 
 import json
 import runpy

@@ -73,7 +73,7 @@ class Examination:
         exam = cls(recipe, runtime, folder, items, pad, tokenizer, max_length, ends)
         for task in recipe.evaluate.tasks:
             if task.kind == TaskKind.lm_eval:
-                from halfbyte.training import lm_tasks
+                from halfbyte.training import lm_tasks  # seconds, for those who need it
 
                 exam.harness[task.name] = on_first_rank_only(
                     runtime, lambda task=task: lm_tasks.load_task(task, folder / "cache")
@@ -199,7 +199,27 @@ def _score_task(exam: Examination, model: torch.nn.Module, task: Task, stage: st
     if task.kind == TaskKind.lm_eval:
         from halfbyte.training import lm_tasks
 
-        return lm_tasks.score_task(exam, exam.passes(model), task, stage)
+        passes = exam.passes(model)
+
+        def score(items: list[scoring.Item]) -> list[scoring.Score]:
+            for item in items:
+                passes.check_vocabulary(f"task {task.name}, request {item.index}", item.tokens)
+            return score_items(exam, passes, task, items, stage)
+
+        setting = lm_tasks.Setting(
+            runtime=exam.runtime,
+            folder=exam.folder,
+            tokenizer=exam.tokenizer,
+            max_length=exam.max_length,
+            compared=exam.recipe.evaluate.kl_positions > 0,
+            seed=exam.recipe.train.seed,
+            score=score,
+            generate=passes.generate,
+        )
+        scores, note = lm_tasks.score_task(exam.harness[task.name], task, stage, setting)
+        if note:
+            exam.notes[task.name] = note
+        return scores
     return score_items(exam, exam.passes(model), task, exam.items[task.name], stage)
 
 

@@ -7,7 +7,7 @@ Shapes: B rows, S prompt length, T cache slots, G key/value heads of this rank, 
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,17 +198,20 @@ class Cache:
             self.lengths = [length + 1 for length in self.lengths]
         self.filled = True
 
-    @classmethod
-    def select(cls, caches: "list[Cache]", rows: Sequence[int], parts: int) -> "list[Cache]":
+    @staticmethod
+    def select(caches: "list[Cache]", rows: Sequence[int], parts: int) -> "list[Cache]":
         """The caches of some rows (counted over all of `caches`), cut into `parts` again."""
         lengths = [length for cache in caches for length in cache.lengths]
-        chosen = [cls(caches[0].slots, part, True) for part in _parts([lengths[row] for row in rows], parts)]
+        chosen = [Cache(caches[0].slots, part, True) for part in _parts([lengths[row] for row in rows], parts)]
+        keep = torch.tensor(rows)
+
+        def pieces(layer: int, side: int) -> Iterable[torch.Tensor]:
+            whole = torch.cat([cache.layers[layer][side] for cache in caches])
+            return whole[keep.to(whole.device)].chunk(parts)
+
         for layer in caches[0].layers:
-            for side in (0, 1):
-                whole = torch.cat([cache.layers[layer][side] for cache in caches])
-                pieces = whole[torch.tensor(rows, device=whole.device)].chunk(parts)
-                for cache, piece in zip(chosen, pieces, strict=True):
-                    cache.layers[layer] = (piece,) if side == 0 else (*cache.layers[layer], piece)  # type: ignore
+            for cache, keys, values in zip(chosen, pieces(layer, 0), pieces(layer, 1), strict=True):
+                cache.layers[layer] = (keys, values)
         return chosen
 
 

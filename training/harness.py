@@ -54,7 +54,8 @@ class InPlace(TemplateLM):
         seed: int = 0,
     ):
         super().__init__()
-        self.crew, self.tokenizer, self.max_length, self.compared, self.seed = crew, tokenizer, max_length, compared, seed
+        self.crew, self.tokenizer, self.max_length = crew, tokenizer, max_length
+        self.compared, self.seed = compared, seed
         self.answers: list[tuple[Instance, Score | Output]] = []
         self.prompts: dict[int, Prompt] = {}
         self.truncated = 0
@@ -105,7 +106,7 @@ class InPlace(TemplateLM):
         self, index: int, name: str, context: list[int], continuation: list[int], size: int, compared: bool
     ) -> Item:
         if not continuation:
-            raise UserError(f"{name}: its continuation adds no token to the context; change the prompt or drop the item")
+            raise UserError(f"{name}: its continuation adds no token to the context; change the prompt or drop it")
         if len(continuation) > self.max_length:
             raise UserError(
                 f"{name}: its continuation has {len(continuation)} tokens, the model takes {self.max_length}; drop it"

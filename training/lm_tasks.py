@@ -7,10 +7,10 @@ is generated, on what the BF16 model said: every stage reads it along, token by 
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import jinja2
@@ -24,14 +24,11 @@ from halfbyte.training.config import Task
 from halfbyte.training.crew import Crew
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
-from halfbyte.training.generate import Output
+from halfbyte.training.generate import Output, Prompt
 from halfbyte.training.harness import InPlace, quiet
 from halfbyte.training.metrics import METRICS, Statistic, Value
-from halfbyte.training.passes import Passes
+from halfbyte.training.runtime import Runtime
 from halfbyte.training.scoring import Item, Score
-
-if TYPE_CHECKING:
-    from halfbyte.training.evaluate import Examination
 
 FEW_SHOT_SEED = 1234
 """Which examples lm-eval draws for a few-shot prompt (its own default)."""
@@ -109,44 +106,71 @@ def _local(settings: dict[str, Any], folder: Path, cache: Path) -> dict[str, Any
     return found | {"cache_dir": str(cache / "datasets")}
 
 
-def score_task(exam: "Examination", passes: Passes, task: Task, stage: str) -> list[Score]:
+@dataclass(frozen=True)
+class Setting:
+    """What a task of lm-eval is scored with, on every rank.
+
+    Attributes:
+        runtime: This process.
+        folder: Run folder.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens that the model takes.
+        compared: Whether KL and agreement with BF16 are wanted.
+        seed: Of sampling, for tasks that sample.
+        score: Items -> scores in their order; collective.
+        generate: Prompts -> outputs in their order; collective.
+    """
+
+    runtime: Runtime
+    folder: Path
+    tokenizer: Any
+    max_length: int
+    compared: bool
+    seed: int
+    score: Callable[[list[Item]], list[Score]]
+    generate: Callable[[list[Prompt]], list[Output]]
+
+
+def score_task(loaded: LoadedTask | None, task: Task, stage: str, setting: Setting) -> tuple[list[Score], str | None]:
     """Score a task of lm-eval with the model in place; collective.
 
+    Args:
+        loaded: The task, on rank 0.
+        task: Its entry in the recipe.
+        stage: "bf16" leaves its outputs for the later stages.
+        setting: The model.
+
     Returns:
-        One Score per item, in order, on rank 0; an empty list elsewhere.
+        One Score per item, in order, and a note for the console; empty on the ranks after the first.
 
     Raises:
         UserError: lm-eval or the task's own functions stopped, or a metric's value cannot be used.
     """
-    from halfbyte.training.evaluate import score_items
+    crew = Crew(setting.runtime, {"score": setting.score, "generate": setting.generate})
 
-    def score(items: list[Item]) -> list[Score]:
-        for item in items:
-            passes.check_vocabulary(f"task {task.name}, request {item.index}", item.tokens)
-        return score_items(exam, passes, task, items, stage)
+    def work() -> tuple[list[Score], str | None]:
+        assert loaded is not None
+        return _Session(loaded, task, stage, setting, crew).run()
 
-    crew = Crew(exam.runtime, {"score": score, "generate": passes.generate})
-    return crew.lead(lambda: _Session(exam, exam.harness[task.name], task, stage, crew).run()) or []
+    return crew.lead(work) or ([], None)
 
 
 @dataclass
 class _Session:
     """One task and stage on rank 0."""
 
-    exam: "Examination"
     loaded: LoadedTask
     task: Task
     stage: str
+    setting: Setting
     crew: Crew
     gold: dict[int, int] = field(default_factory=dict)
     """Instance.doc_id -> which of the item's requests holds the right answer."""
 
-    def run(self) -> list[Score]:
+    def run(self) -> tuple[list[Score], str | None]:
         """All of it: lm-eval, then what only we measure."""
-        exam, lm = self.exam, self.loaded.lm
-        model = InPlace(
-            self.crew, exam.tokenizer, exam.max_length, compared=self._is_gold, seed=exam.recipe.train.seed
-        )
+        lm, setting = self.loaded.lm, self.setting
+        model = InPlace(self.crew, setting.tokenizer, setting.max_length, compared=self._is_gold, seed=setting.seed)
         with _blamed(self.task, self.crew), quiet():
             results = evaluator.evaluate(
                 model,
@@ -158,9 +182,8 @@ class _Session:
             scores = self._scores(model, samples)
             if lm.OUTPUT_TYPE == "generate_until":
                 scores = self._with_gold(model, self._with_reference(model, scores))
-        if model.truncated:
-            exam.notes[self.task.name] = f"{model.truncated} requests cut on the left to {exam.max_length} tokens"
-        return scores
+        cut = f"{model.truncated} requests cut on the left to {setting.max_length} tokens"
+        return scores, cut if model.truncated else None
 
     def _is_gold(self, request: Instance) -> bool:
         if request.doc_id not in self.gold:
@@ -217,9 +240,9 @@ class _Session:
 
     def _with_reference(self, model: InPlace, scores: list[Score]) -> list[Score]:
         """KL and agreement on the BF16 model's outputs, which its own stage leaves in the cache folder."""
-        if not self.exam.recipe.evaluate.kl_positions:
+        if not self.setting.compared:
             return scores
-        path = self.exam.folder / "cache" / f"outputs.{self.task.name}.json"
+        path = self.setting.folder / "cache" / f"outputs.{self.task.name}.json"
         first = {request.doc_id: answer for request, answer in reversed(model.answers)}
         if self.stage == "bf16":
             write_json(path, {str(self._place(i)): list(output.tokens) for i, output in first.items()})  # type: ignore
@@ -307,7 +330,7 @@ def metric_value(name: str, value: Any, where: str) -> Value:
 
 @contextlib.contextmanager
 def _blamed(task: Task, crew: Crew | None = None) -> Iterator[None]:
-    """What goes wrong in lm-eval or the task's functions becomes one line; what goes wrong in a pass is no task's fault.
+    """What goes wrong in lm-eval or the task's functions becomes one line; a failing pass is not the task's fault.
 
     Raises:
         UserError: Instead of BAD_TASK.

@@ -18,7 +18,6 @@ from halfbyte.training.errors import UserError
 from halfbyte.training.jsonl import read_jsonl
 from halfbyte.training.metrics import aggregate
 
-
 OUTPUT_TOKENS = 64
 """Tokens of a model's own choices that are kept per item."""
 ROWS = 1024
@@ -94,9 +93,7 @@ def kl_rows(item: Item, kl_positions: int) -> list[int]:
     return [(2 * i + 1) * scored // (2 * count) for i in range(count)]
 
 
-def _rows(
-    logits_BSV: torch.Tensor, batch: Sequence[tuple[int, Item]], places: Sequence[Sequence[int]]
-) -> torch.Tensor:
+def _rows(logits_BSV: torch.Tensor, batch: Sequence[tuple[int, Item]], places: Sequence[Sequence[int]]) -> torch.Tensor:
     """FP32 [R, V]: the logits that predict some scored tokens (they stand one position before them).
 
     Args:
@@ -104,7 +101,9 @@ def _rows(
         batch: Rows of it, with their items.
         places: Per item, which of its scored tokens.
     """
-    at = [(row, item.first_target - 1 + place) for (row, item), part in zip(batch, places, strict=True) for place in part]
+    at = [
+        (row, item.first_target - 1 + place) for (row, item), part in zip(batch, places, strict=True) for place in part
+    ]
     rows, positions = torch.tensor(at, device=logits_BSV.device).reshape(-1, 2).unbind(dim=1)
     return logits_BSV[rows, positions].float()
 
@@ -163,7 +162,9 @@ def score_batch(
         flat = torch.tensor([token for target in targets for token in target], device=logits_BSV.device)
         picked = logprobs_RV.gather(-1, flat[:, None])[:, 0].double().tolist()
         choices = logprobs_RV.argmax(dim=-1).tolist()
-        compared = _compare(logprobs_RV, part, reference, kl_positions) if reference is not None and kl_positions else {}
+        compared = {}
+        if reference is not None and kl_positions:
+            compared = _compare(logprobs_RV, part, reference, kl_positions)
         start = 0
         for (_, item), target, size in zip(part, targets, sizes, strict=True):
             end, mine = start + size, choices[start : start + size]

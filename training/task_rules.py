@@ -86,7 +86,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """A task file with what it includes, as lm-eval merges them."""
     if path in seen:
         raise ValueError(f"{path} includes itself")
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no keys")
     includes = content.pop("include", [])

@@ -133,9 +133,9 @@ class Tokenized(Protocol):
     """What `bucketed` sorts: an Item or a generate.Prompt."""
 
     @property
-    def index(self) -> int: ...  # noqa: D102
+    def index(self) -> int: ...
     @property
-    def tokens(self) -> tuple[int, ...]: ...  # noqa: D102
+    def tokens(self) -> tuple[int, ...]: ...
 
 
 def bucketed[T: Tokenized](items: Sequence[T], tokens_per_batch: int, room: int = 0) -> list[list[T]]:
