@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.training import generate
+from halfbyte.training import generate, quantize
 from halfbyte.training.config import Recipe
 from halfbyte.training.generate import Decoder, Prompt
 from halfbyte.training.schedule import collect, token_batch
@@ -114,3 +114,17 @@ def test_decoding_leaves_the_model_as_it_was(gpt):
         Decoder(gpt, torch.device("cpu"), (), lambda tokens: letters([1 // 0]))(prompts(3, stops=("x",)))
     assert torch.equal(collect(gpt, tokens, lambda out, index: out)[0], before)
     assert all(layer.self_attention.core_attention.cache is None for layer in gpt.decoder.layers)
+
+
+def test_with_quantizers_on_the_cache_changes_nothing(opened):
+    recipe = Recipe()
+    shape = dataclasses.replace(WORLD["SHAPE"], max_positions=64)
+    gpt = WORLD["random_model"](opened, recipe, shape=shape).double().eval()
+    batch = prompts(7, 1, 19)
+    before = [without_cache(gpt, prompt) for prompt in batch]
+    windows = [token_batch(torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(2)))]
+    quantize.quantize(gpt, recipe, opened, lambda stage: collect(stage, windows, None))
+    with quantize.weights_once(gpt):
+        found = [list(output.tokens) for output in decoder(gpt)(batch)]
+    assert found == [without_cache(gpt, prompt) for prompt in batch]
+    assert found != before  # the quantizers are on

@@ -145,12 +145,14 @@ class Cache:
         lengths: Tokens of every row so far.
         filled: Whether the prompts have gone through.
         layers: Layer number -> keys and values, each [B, G, T, D].
+        step: Row numbers [B], their positions [B] and the mask [B, 1, 1, T'] of this step, the same in every layer.
     """
 
     slots: int
     lengths: list[int]
     filled: bool = False
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    step: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, layer: int, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor
@@ -164,12 +166,14 @@ class Cache:
             self.layers[layer] = (self._stored(k_BGSD), self._stored(v_BGSD))
             return k_BGSD, v_BGSD, None
         keys, values = self.layers[layer]
-        at = self._positions(k_BGSD.device)
-        rows = torch.arange(len(at), device=at.device)
+        if self.step is None:  # the first layer of this step
+            at = self._positions(k_BGSD.device)
+            rows = torch.arange(len(at), device=at.device)
+            seen = torch.arange(max(self.lengths) + 1, device=at.device)
+            self.step = (rows, at, (seen <= at[:, None])[:, None, None])
+        rows, at, mask = self.step
         keys[rows, :, at], values[rows, :, at] = k_BGSD[:, :, 0], v_BGSD[:, :, 0]
-        seen = max(self.lengths) + 1
-        mask = torch.arange(seen, device=at.device) <= at[:, None]
-        return keys[:, :, :seen], values[:, :, :seen], mask[:, None, None]
+        return keys[:, :, : mask.shape[3]], values[:, :, : mask.shape[3]], mask
 
     def _stored(self, x_BGSD: torch.Tensor) -> torch.Tensor:
         whole = x_BGSD.new_zeros(*x_BGSD.shape[:2], self.slots, x_BGSD.shape[3])
@@ -196,7 +200,7 @@ class Cache:
         """A step is over: its tokens are in the cache."""
         if self.filled:
             self.lengths = [length + 1 for length in self.lengths]
-        self.filled = True
+        self.filled, self.step = True, None
 
     @staticmethod
     def select(caches: "list[Cache]", rows: Sequence[int], parts: int) -> "list[Cache]":
