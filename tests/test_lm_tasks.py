@@ -259,6 +259,37 @@ def test_every_shipped_task_loads_and_makes_requests(path, tmp_path):
             assert request.doc[loaded.gold_field].startswith(" ")
 
 
+def help_page(*paragraphs: str) -> str:
+    marked = "".join(f'<p id="par_{i}" class="x">{text}</p>' for i, text in enumerate(paragraphs))
+    return f"<html><body><p>no id, so nobody's translation</p>{marked}</body></html>"
+
+
+def test_translations_are_paired_by_page_and_id(tmp_path):
+    from halfbyte.training.translation import fetch_pairs
+
+    root = tmp_path / "usr/share/libreoffice/help"
+    sentence, satz = "Choose <b>Insert</b> &amp; look at page number", "Wählen Sie <b>Einfügen</b> und die Seite"
+    for i in range(60):
+        for language, text in (("en-US", sentence), ("de", satz)):
+            page = root / language / "text" / f"p{i}.html"
+            page.parent.mkdir(parents=True, exist_ok=True)
+            page.write_text(help_page(f"{text} {'abcdefgh'[i % 8]}{'xyzuvwts'[i // 8]}", "=SUM(A1:A9)+1", f"{sentence} same"))
+    (root / "de" / "text" / "alone.html").write_text(help_page("Hier gibt es kein englisches Gegenstück"))
+    fetch_pairs(tmp_path)
+    test = [json.loads(line) for line in (tmp_path / "en_de.jsonl").read_text().splitlines()]
+    train = [json.loads(line) for line in (tmp_path / "en_de_train.jsonl").read_text().splitlines()]
+    assert len(test) + len(train) == 60
+    assert 0 < len(test) < 15
+    first = test[0]["source"].removeprefix("Choose Insert & look at page number ")
+    assert test[0]["target"] == f"Wählen Sie Einfügen und die Seite {first}"
+    assert not {pair["source"] for pair in test} & {row["text"].splitlines()[0].removeprefix("English: ") for row in train}
+    assert lm_tasks.load_task(
+        Task(name="en_de", kind=TaskKind.lm_eval, data=str(tmp_path / "en_de.yaml")), tmp_path
+    ).items == range(len(test))
+    with pytest.raises(UserError, match="apt-get download libreoffice-help-en-us"):
+        fetch_pairs(tmp_path / "empty")
+
+
 def test_twins_of_a_request_are_left_out(monkeypatch, tmp_path):
     from halfbyte.training import task_data
 
