@@ -13,25 +13,29 @@ METRIC = {"aggregation": "mean", "higher_is_better": True}
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    """tiny with two tasks of lm-eval over a file beside it, and few items of LAMBADA's place."""
+    """tiny with three tasks of lm-eval over a file beside it, in LAMBADA's place."""
     docs = [{"q": f"{i} and {i} is", "a": str(2 * i), "b": str(3 * i + 1)} for i in range(8)]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     base = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "docs.jsonl"}}, "test_split": "test"}
     files = {
         "sums": base
         | {"task": "sums", "output_type": "multiple_choice", "doc_to_text": "{{q}}"}
-        | {"doc_to_choice": ["{{a}}", "{{b}}"], "doc_to_target": 0, "metric_list": [{"metric": "acc"} | METRIC]},
+        | {"doc_to_choice": "{{[a, b]}}", "doc_to_target": 0, "metric_list": [{"metric": "acc"} | METRIC]},
         "words": base
         | {"task": "words", "output_type": "loglikelihood", "doc_to_text": "{{q}}", "doc_to_target": " {{a}}"}
         | {"metric_list": [{"metric": "acc"} | METRIC]},
+        "says": base
+        | {"task": "says", "output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}"}
+        | {"generation_kwargs": {"until": ["."], "max_gen_toks": 7}, "metadata": {"gold_continuation": "a"}}
+        | {"metric_list": [{"metric": "exact_match"} | METRIC]},
     }
-    files["sums"]["doc_to_choice"] = "{{[a, b]}}"
     for name, content in files.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
     content = yaml.safe_load(TINY.read_text())
     content["evaluate"]["tasks"] = [
         {"name": "sums", "kind": "lm_eval", "data": "sums.yaml", "limit": 6},
         {"name": "words", "kind": "lm_eval", "data": "words.yaml", "first": 1},
+        {"name": "says", "kind": "lm_eval", "data": "says.yaml"},
         *content["evaluate"]["tasks"][1:],
     ]
     content["data"]["train"] = str(TINY.parent / "data" / "english_sample.jsonl.gz")
@@ -46,7 +50,14 @@ def recipe(tmp_path) -> Path:
 @pytest.mark.slow
 def test_a_run_with_tasks_of_lm_eval(halfbyte, recipe, tmp_path):
     traces = tmp_path / "home"
-    options = ("run.dir=run", "run.wandb=disabled", "train.steps=2", "verify.items=2", "parallel.pipeline=2")
+    options = (
+        "run.dir=run",
+        "run.wandb=disabled",
+        "train.steps=2",
+        "verify.items=2",
+        "parallel.pipeline=2",
+        "parallel.data=2",
+    )
     done = halfbyte("run", recipe, *options, env={"HF_HOME": str(traces)})
     assert done.returncode in (0, 3, 4), done.stdout + done.stderr  # what the gate says is another test's matter
     assert "it/s" not in done.stdout + done.stderr
@@ -61,7 +72,10 @@ def test_a_run_with_tasks_of_lm_eval(halfbyte, recipe, tmp_path):
         assert [line["item"] for line in lines] == list(range(6))
         assert sum(line["metrics"]["acc"] for line in lines) == 6 * summary[stage]["sums"]["acc"]
         assert all(line["output"] for line in lines)
-    assert summary["ptq"]["sums"]["kl"] > 0
+        assert 0 < summary[stage]["says"]["output_tokens"] <= 7
+    assert all(summary["ptq"][task]["kl"] > 0 for task in ("sums", "words", "says"))
+    outputs = json.loads((run / "cache" / "outputs.says.json").read_text())
+    assert sorted(outputs, key=int) == [str(i) for i in range(8)]
     assert 0 <= summary["qat"]["words"]["agreement"] <= 1
 
 

@@ -166,6 +166,12 @@ def test_kl_is_taken_on_what_bf16_said(exam, gpt, opened, tiny_model):
     assert line["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), (1, 2), "high"])
+def test_a_metric_must_be_a_number_per_item(value):
+    with pytest.raises(UserError, match=r"task t, item 3: metric acc is .*, not a number per item"):
+        lm_tasks.metric_value("acc", value, "task t, item 3")
+
+
 def test_first_and_limit_choose_items_and_name_them_by_their_place(exam, gpt):
     whole = exam(**KINDS)
     evaluate(whole, gpt, "bf16")
@@ -273,7 +279,8 @@ def test_translations_are_paired_by_page_and_id(tmp_path):
         for language, text in (("en-US", sentence), ("de", satz)):
             page = root / language / "text" / f"p{i}.html"
             page.parent.mkdir(parents=True, exist_ok=True)
-            page.write_text(help_page(f"{text} {'abcdefgh'[i % 8]}{'xyzuvwts'[i // 8]}", "=SUM(A1:A9)+1", f"{sentence} same"))
+            name = "abcdefgh"[i % 8] + "xyzuvwts"[i // 8]
+            page.write_text(help_page(f"{text} {name}", "=SUM(A1:A9)+1", f"{sentence} same"))
     (root / "de" / "text" / "alone.html").write_text(help_page("Hier gibt es kein englisches Gegenstück"))
     fetch_pairs(tmp_path)
     test = [json.loads(line) for line in (tmp_path / "en_de.jsonl").read_text().splitlines()]
@@ -282,7 +289,8 @@ def test_translations_are_paired_by_page_and_id(tmp_path):
     assert 0 < len(test) < 15
     first = test[0]["source"].removeprefix("Choose Insert & look at page number ")
     assert test[0]["target"] == f"Wählen Sie Einfügen und die Seite {first}"
-    assert not {pair["source"] for pair in test} & {row["text"].splitlines()[0].removeprefix("English: ") for row in train}
+    learned = {row["text"].splitlines()[0].removeprefix("English: ") for row in train}
+    assert not {pair["source"] for pair in test} & learned
     assert lm_tasks.load_task(
         Task(name="en_de", kind=TaskKind.lm_eval, data=str(tmp_path / "en_de.yaml")), tmp_path
     ).items == range(len(test))

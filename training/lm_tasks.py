@@ -6,6 +6,7 @@ is generated, on what the BF16 model said: every stage reads it along, token by 
 """
 
 import contextlib
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -323,7 +324,7 @@ def metric_value(name: str, value: Any, where: str) -> Value:
         scorer = BLEU(effective_order=True)  # or it warns; the counts are the same
         found = scorer.sentence_score(str(output), [reference] if isinstance(reference, str) else list(reference))
         return [float(n) for n in (found.sys_len, found.ref_len, *found.counts, *found.totals)]
-    if isinstance(value, (tuple, list, dict, str)):
+    if isinstance(value, (tuple, list, dict, str)) or not math.isfinite(value):
         raise UserError(f"{where}: metric {name} is {value!r}, not a number per item; choose another metric")
     return float(value)
 
