@@ -201,6 +201,16 @@ def test_a_limit_of_0_says_nothing_and_long_prompts_are_cut_with_a_note(exam, gp
     }
 
 
+def test_a_prompt_of_spaces_is_the_first_token_and_the_spaces_are_scored(exam, gpt):
+    blank = BASE | {"output_type": "loglikelihood", "doc_to_text": "  ", "doc_to_target": "answer"}
+    blank["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    made = exam(DOCS[:1], blank=blank, empty=blank | {"doc_to_text": "", "doc_to_target": "  {{answer}}"})
+    evaluate(made, gpt, "bf16")
+    (spaces,), (nothing,) = (lines(made, "bf16", name) for name in ("blank", "empty"))
+    assert spaces["bytes"] == len("  It is 1")
+    assert {**spaces, "bytes": 0} == {**nothing, "bytes": 0}
+
+
 @pytest.mark.parametrize(
     ("docs", "file", "message"),
     [

@@ -111,6 +111,7 @@ class InPlace(TemplateLM):
             raise UserError(
                 f"{name}: its continuation has {len(continuation)} tokens, the model takes {self.max_length}; drop it"
             )
+        context = context or [self.prefix_token_id]  # of a context of spaces nothing is left; lm-eval's backend stops
         # The last token is a target only, so max_length + 1 fit.
         tokens = (context + continuation)[-(self.max_length + 1) :]
         self.truncated += len(tokens) < len(context) + len(continuation)
