@@ -172,6 +172,16 @@ def test_a_metric_must_be_a_number_per_item(value):
         lm_tasks.metric_value("acc", value, "task t, item 3")
 
 
+def test_every_stage_sees_the_same_examples(exam, gpt):
+    shots = CHOICE | {"num_fewshot": 2, "fewshot_split": "test"}
+    made = exam(shots=shots, plain=CHOICE)
+    evaluate(made, gpt, "bf16")
+    evaluate(made, gpt, "ptq")
+    first, second = (lines(made, stage, "shots") for stage in ("bf16", "ptq"))
+    assert [line["loglikelihood"] for line in first] == [line["loglikelihood"] for line in second]
+    assert [line["loglikelihood"] for line in first] != [line["loglikelihood"] for line in lines(made, "bf16", "plain")]
+
+
 def test_first_and_limit_choose_items_and_name_them_by_their_place(exam, gpt):
     whole = exam(**KINDS)
     evaluate(whole, gpt, "bf16")

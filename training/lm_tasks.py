@@ -77,7 +77,6 @@ def load_task(task: Task, cache: Path) -> LoadedTask:
         lm = ConfigurableTask(config=config)
         if lm.config.num_fewshot is None:
             lm.set_config("num_fewshot", 0)
-        lm.set_fewshot_seed(FEW_SHOT_SEED)
         there = len(lm.eval_docs)
     end = there if task.limit is None else min(there, task.first + task.limit)
     items = range(task.first, end)
@@ -87,6 +86,11 @@ def load_task(task: Task, cache: Path) -> LoadedTask:
             "or raise limit"
         )
     names = ("perplexity",) if lm.OUTPUT_TYPE == "loglikelihood_rolling" else tuple(lm._metric_fn_list)
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise UserError(
+            f"task {task.name}: {path}: metric {unknown[0]} cannot be judged; use one of {', '.join(METRICS)}"
+        )
     return LoadedTask(lm, items, names, (lm.config.metadata or {}).get("gold_continuation"))
 
 
@@ -172,6 +176,7 @@ class _Session:
         """All of it: lm-eval, then what only we measure."""
         lm, setting = self.loaded.lm, self.setting
         model = InPlace(self.crew, setting.tokenizer, setting.max_length, compared=self._is_gold, seed=setting.seed)
+        lm.set_fewshot_seed(FEW_SHOT_SEED)  # every stage draws the same examples
         with _blamed(self.task, self.crew), quiet():
             results = evaluator.evaluate(
                 model,

@@ -8,13 +8,8 @@ import yaml
 
 from halfbyte.training.metrics import METRICS
 
-KINDS = {
-    "loglikelihood": ("perplexity", "acc"),
-    "multiple_choice": ("acc", "acc_norm"),
-    "generate_until": ("exact_match",),
-    "loglikelihood_rolling": (),
-}
-"""output_type -> the metrics that lm-eval takes where a task names none."""
+KINDS = ("loglikelihood", "multiple_choice", "generate_until", "loglikelihood_rolling")
+"""What lm-eval has as output_type."""
 ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 """Metrics of whole texts; we report perplexity per token and bits per byte in their place."""
 
