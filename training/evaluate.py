@@ -39,7 +39,7 @@ class Examination:
         tokenizer: The model's tokenizer.
         max_length: Tokens that the model takes.
         ends: Token ids that end a generated text: the tokenizer's EOS and those of generation_config.json.
-        harness: Task name -> a task of lm-eval, on rank 0 (lm_tasks.LoadedTask).
+        harness: Task name -> a task of lm-eval, on rank 0 (lm_load.LoadedTask).
         references: Task name -> the BF16 model's distributions, as far as they are in memory.
         notes: Task name -> what its evaluation had to do to its items, for the console.
     """
@@ -73,10 +73,10 @@ class Examination:
         exam = cls(recipe, runtime, folder, items, pad, tokenizer, max_length, ends)
         for task in recipe.evaluate.tasks:
             if task.kind == TaskKind.lm_eval:
-                from halfbyte.training import lm_tasks  # seconds, for those who need it
+                from halfbyte.training import lm_load  # seconds, for those who need it
 
                 exam.harness[task.name] = on_first_rank_only(
-                    runtime, lambda task=task: lm_tasks.load_task(task, folder / "cache")
+                    runtime, lambda task=task: lm_load.load_task(task, folder / "cache")
                 )
         return exam
 

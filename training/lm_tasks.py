@@ -1,25 +1,19 @@
-"""A task of lm-evaluation-harness from its YAML file, and its items' scores for every stage.
+"""The items of a task of lm-evaluation-harness, and their scores for every stage.
 
 lm-eval builds the prompts and computes the metrics of each item; how the items become one score, with which interval,
 is metrics.py's and the gate's matter. KL and agreement with BF16 are taken on the right answer's tokens, or, where text
 is generated, on what the BF16 model said: every stage reads it along, token by token.
 """
 
-import contextlib
 import math
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-import jinja2
-import yaml
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from halfbyte.training.config import Task
 from halfbyte.training.crew import Crew
@@ -27,88 +21,13 @@ from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.generate import Output, Prompt
 from halfbyte.training.harness import InPlace, quiet
+from halfbyte.training.lm_load import LoadedTask, blamed
 from halfbyte.training.metrics import METRICS, Statistic, Value
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.scoring import Item, Score
 
 FEW_SHOT_SEED = 1234
 """Which examples lm-eval draws for a few-shot prompt (its own default)."""
-BAD_TASK = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError),
-    *(jinja2.TemplateError, yaml.YAMLError, datasets.exceptions.DatasetsError),
-)
-"""What lm-eval and a task's own functions raise on a wrong task file or data set."""
-
-
-@dataclass(frozen=True)
-class LoadedTask:
-    """A task with its data.
-
-    Attributes:
-        lm: lm-eval's task.
-        items: Places of the items in its data set.
-        metrics: Names of its metrics, as in metrics.py.
-        gold_field: Field of a document with the right answer as text, to be scored in bits per byte where a task
-            generates; from `metadata.gold_continuation`.
-    """
-
-    lm: ConfigurableTask
-    items: range
-    metrics: tuple[str, ...]
-    gold_field: str | None
-
-
-def load_task(task: Task, cache: Path) -> LoadedTask:
-    """Read a task's YAML and its data set.
-
-    Args:
-        task: `data` is the YAML; `first` and `limit` choose items.
-        cache: Folder for what the datasets library writes.
-
-    Raises:
-        UserError: lm-eval cannot make a task of it, or no items are left.
-    """
-    path = Path(task.data)
-    datasets.disable_progress_bars()
-    with _blamed(task), quiet():
-        config = load_yaml(path) | {"task": task.name}
-        if "dataset_path" in config:
-            config["dataset_kwargs"] = _local(config.get("dataset_kwargs") or {}, path.parent, cache)
-        lm = ConfigurableTask(config=config)
-        if lm.config.num_fewshot is None:
-            lm.set_config("num_fewshot", 0)
-        there = len(lm.eval_docs)
-    end = there if task.limit is None else min(there, task.first + task.limit)
-    items = range(task.first, end)
-    if not items:
-        raise UserError(
-            f"task {task.name}: no items (first={task.first}, limit={task.limit} of {there} in {path}); lower first "
-            "or raise limit"
-        )
-    names = ("perplexity",) if lm.OUTPUT_TYPE == "loglikelihood_rolling" else tuple(lm._metric_fn_list)
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise UserError(
-            f"task {task.name}: {path}: metric {unknown[0]} cannot be judged; use one of {', '.join(METRICS)}"
-        )
-    return LoadedTask(lm, items, names, (lm.config.metadata or {}).get("gold_continuation"))
-
-
-def _local(settings: dict[str, Any], folder: Path, cache: Path) -> dict[str, Any]:
-    """dataset_kwargs with data_files beside the YAML, and with our cache."""
-
-    def beside(files: Any) -> Any:
-        if isinstance(files, dict):
-            return {split: beside(part) for split, part in files.items()}
-        if isinstance(files, list):
-            return [beside(file) for file in files]
-        path = folder / files
-        if path.is_file() and not path.stat().st_size:
-            raise UserError(f"{path}: holds no records; write one JSON object per line")
-        return str(path)
-
-    found = {key: beside(value) if key == "data_files" else value for key, value in settings.items()}
-    return found | {"cache_dir": str(cache / "datasets")}
 
 
 @dataclass(frozen=True)
@@ -177,7 +96,7 @@ class _Session:
         lm, setting = self.loaded.lm, self.setting
         model = InPlace(self.crew, setting.tokenizer, setting.max_length, compared=self._is_gold, seed=setting.seed)
         lm.set_fewshot_seed(FEW_SHOT_SEED)  # every stage draws the same examples
-        with _blamed(self.task, self.crew), quiet():
+        with blamed(self.task, self.crew), quiet():
             results = evaluator.evaluate(
                 model,
                 {"tasks": {self.task.name: lm}, "groups": {}},
@@ -332,23 +251,3 @@ def metric_value(name: str, value: Any, where: str) -> Value:
     if isinstance(value, (tuple, list, dict, str)) or not math.isfinite(value):
         raise UserError(f"{where}: metric {name} is {value!r}, not a number per item; choose another metric")
     return float(value)
-
-
-@contextlib.contextmanager
-def _blamed(task: Task, crew: Crew | None = None) -> Iterator[None]:
-    """What goes wrong in lm-eval or the task's functions becomes one line; a failing pass is not the task's fault.
-
-    Raises:
-        UserError: Instead of BAD_TASK.
-    """
-    try:
-        yield
-    except BAD_TASK as error:
-        if crew is not None and crew.working:
-            raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        line = (str(error).strip().splitlines() or ["no message"])[0]
-        raise UserError(
-            f"task {task.name}: {task.data}: lm-eval stopped ({type(error).__name__}: {line}, at "
-            f"{Path(frame.filename).name}:{frame.lineno}); fix the task file or its data"
-        ) from error
