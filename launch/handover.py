@@ -18,7 +18,7 @@ from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
 from halfbyte.launch.scored import kinds, read_control, read_stages
 from halfbyte.training import gate, scoring, tasks
-from halfbyte.training.config import Method, Recipe
+from halfbyte.training.config import Method, Recipe, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.hf_map import HFWeight
@@ -267,6 +267,8 @@ def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
     stage = "ptq" if recipe.method == Method.ptq else trained_name(recipe)
     report: dict[str, Any] = {}
     for task in recipe.evaluate.tasks:
+        if task.kind == TaskKind.lm_eval:
+            continue  # lm-eval's prompts need its own code; the built-in kinds tell a wrong checkpoint as well
         items = tasks.load_items(task, tokenizer, item_limit(task, recipe, limit))[: recipe.verify.items]
         before = {row["item"]: row for row in scoring.read_scores(folder / "evaluate" / f"{stage}.{task.name}.jsonl")}
         scores = []

@@ -100,10 +100,10 @@ class Work:
 
     def _score(self, stage: str) -> None:
         with self.console.stage(f"evaluate {stage}") as notes, weights_once(self.gpt):
-            for task, scores in evaluate.evaluate(self.exam, self.gpt, stage).items():
-                shown = "accuracy" if "accuracy" in scores else "bits_per_byte"
-                notes.append(f"{task}: {shown} {scores[shown]:.4f}, perplexity {scores['perplexity']:.2f}")
-            notes.append(f"{sum(len(items) for items in self.exam.items.values())} items")
+            scored = evaluate.evaluate(self.exam, self.gpt, stage)
+            notes += [f"{task}: {evaluate.headline(scores)}" for task, scores in scored.items()]
+            notes += [f"{task}: {note}" for task, note in self.exam.notes.items()]
+            notes.append(f"{sum(int(scores['n']) for scores in scored.values())} items")
 
     def evaluate_exported(self, *, wanted: bool) -> None:
         """Export the newest checkpoint, verify it, and score on all tasks what its files decode to.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halfbyte.training import tasks
+from halfbyte.training import scoring, tasks
 from halfbyte.training.config import Task, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.tasks import Item, Score
@@ -284,3 +284,29 @@ def test_missing_scores_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         tasks.write_scores(tmp_path / "file" / "x.jsonl", [])
+
+
+def test_scores_do_not_depend_on_how_many_rows_are_computed_at_once(monkeypatch):
+    torch.manual_seed(5)
+    sizes = [(9, 1), (4, 3), (7, 2), (9, 8), (3, 1)]
+    batch = [Item(i, tuple(range(n)), first, n) for i, (n, first) in enumerate(sizes)]
+    logits, other = torch.randn(5, 9, 30), torch.randn(5, 9, 30)
+    found = []
+    for rows in (1, 6, 7, 1024):
+        monkeypatch.setattr(scoring, "ROWS", rows)
+        reference = tasks.reference_rows(other, batch, 4)
+        found.append(tasks.score_batch(logits, batch, reference=reference, kl_positions=4, decode=str))
+    assert all(scores == found[0] for scores in found)
+    assert [score.item for score in found[0]] == [0, 1, 2, 3, 4]
+
+
+def test_items_that_are_not_compared_have_no_kl():
+    torch.manual_seed(6)
+    batch = [Item(0, (1, 2, 3), 1, 1, compared=False), Item(1, (4, 5, 6), 1, 1), Item(2, (7, 8), 1, 1, compared=False)]
+    logits, other = torch.randn(3, 3, 30), torch.randn(3, 3, 30)
+    reference = tasks.reference_rows(other, batch, 4)
+    assert list(reference) == [1]
+    scores = tasks.score_batch(logits, batch, reference=reference, kl_positions=4)
+    assert [score.kl is None for score in scores] == [True, False, True]
+    (alone,) = tasks.score_batch(logits[1:2], batch[1:2], reference=reference, kl_positions=4)
+    assert scores[1] == alone

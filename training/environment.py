@@ -34,7 +34,8 @@ def set_process_environment() -> None:
 
 def quiet_libraries() -> None:
     """A run prints one line per stage: libraries may speak up from ERROR on."""
-    for name in ("megatron", "modelopt", "torch", "torch.utils.cpp_extension", "transformers", "lightning", "nemo"):
+    names = ("megatron", "modelopt", "torch", "torch.utils.cpp_extension", "transformers", "lightning", "nemo")
+    for name in (*names, "lm_eval", "datasets", "sacrebleu"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 

@@ -1,12 +1,12 @@
 """Scores per item of any stage's model, in place, under any layout; the same items for every stage.
 
-Every pipeline stage walks the same padded batches; on the last stage the vocabulary shards are gathered and the first
-tensor-parallel rank scores. The BF16 model's log-probabilities at the KL positions are kept on disk, so that later
-stages (and later starts of the run) compare with the very same reference.
+passes.py brings items through the model, harness.py the tasks of lm-eval. The BF16 model's log-probabilities at the KL
+positions are kept on disk, so that later stages (and later starts of the run) compare with the very same reference.
 """
 
+import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from halfbyte.training import scoring, tasks
-from halfbyte.training.config import Recipe, Task
-from halfbyte.training.data import MicroBatch
+from halfbyte.training.config import Recipe, Task, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
-from halfbyte.training.runtime import Runtime
-from halfbyte.training.schedule import collect, token_batch
+from halfbyte.training.metrics import METRICS
+from halfbyte.training.passes import GROUP, Passes, Rows, scores_here
+from halfbyte.training.runtime import Runtime, on_first_rank
 
-GROUP = 16
-"""Batches of equal padded size that go through the pipeline in one schedule, to fill it."""
+__all__ = ["GROUP", "Examination", "evaluate", "headline", "item_limit", "score_items"]
 
 
 @dataclass
@@ -39,6 +37,11 @@ class Examination:
         items: Task name -> items.
         pad_id: Token that fills the right end of short rows.
         tokenizer: The model's tokenizer.
+        max_length: Tokens that the model takes.
+        ends: Token ids that end a generated text: the tokenizer's EOS and those of generation_config.json.
+        harness: Task name -> a task of lm-eval, on rank 0 (lm_load.LoadedTask).
+        references: Task name -> the BF16 model's distributions, as far as they are in memory.
+        notes: Task name -> what its evaluation had to do to its items, for the console.
     """
 
     recipe: Recipe
@@ -47,11 +50,15 @@ class Examination:
     items: dict[str, list[scoring.Item]]
     pad_id: int
     tokenizer: Any
-    references: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    max_length: int
+    ends: frozenset[int]
+    harness: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, Rows] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, recipe: Recipe, runtime: Runtime, folder: Path, tokenizer: Any, max_length: int) -> "Examination":
-        """Read and tokenize every task's items (each rank by itself: they are few).
+        """Read and tokenize every task's items (each rank by itself: they are few; lm-eval's are rank 0's).
 
         Raises:
             UserError: a task has no items, a bad line, or an item longer than `max_length` tokens.
@@ -59,9 +66,19 @@ class Examination:
         items = {
             task.name: tasks.load_items(task, tokenizer, item_limit(task, recipe, max_length))
             for task in recipe.evaluate.tasks
+            if task.kind != TaskKind.lm_eval
         }
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return cls(recipe, runtime, folder, items, pad, tokenizer)
+        ends = frozenset([tokenizer.eos_token_id, *_more_ends(Path(recipe.model.path))])
+        exam = cls(recipe, runtime, folder, items, pad, tokenizer, max_length, ends)
+        for task in recipe.evaluate.tasks:
+            if task.kind == TaskKind.lm_eval:
+                from halfbyte.training import lm_load  # seconds, for those who need it
+
+                exam.harness[task.name] = on_first_rank_only(
+                    runtime, lambda task=task: lm_load.load_task(task, folder / "cache")
+                )
+        return exam
 
     def check_vocabulary(self, vocab: int) -> None:
         """Refuse token ids that the model has no embedding for.
@@ -79,10 +96,41 @@ class Examination:
                 if max(item.tokens) >= vocab:
                     raise UserError(f"task {task}, item {item.index}: token id {max(item.tokens)} is {remedy}")
 
-    @property
-    def scores_here(self) -> bool:
-        """Whether this rank holds complete logits and scores them: last pipeline stage, first tensor-parallel rank."""
-        return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    def passes(self, model: Any) -> Passes:
+        """How items go through a model of this run."""
+        parallel, evaluate = self.recipe.parallel, self.recipe.evaluate
+        return Passes(
+            model=model,
+            device=self.runtime.device,
+            tokenizer=self.tokenizer,
+            pad_id=self.pad_id,
+            multiple=parallel.tensor if parallel.sequence else 1,
+            tokens_per_batch=evaluate.tokens_per_batch,
+            kl_positions=evaluate.kl_positions,
+            ends=self.ends,
+            vocab=model.vocab_size,
+        )
+
+
+def _more_ends(model_dir: Path) -> list[int]:
+    """eos_token_id of generation_config.json: chat models have several."""
+    path = model_dir / "generation_config.json"
+    if not path.exists():
+        return []
+    with damage(path):
+        found = json.loads(path.read_text()).get("eos_token_id") or []
+        return [int(token) for token in (found if isinstance(found, list) else [found])]
+
+
+def on_first_rank_only[T](runtime: Runtime, work: Callable[[], T]) -> T | None:
+    """Run `work` on rank 0 and keep its result there.
+
+    Raises:
+        UserError: on every rank, when `work` raised one.
+    """
+    kept: list[T] = []
+    on_first_rank(runtime, lambda: kept.append(work()))
+    return kept[0] if kept else None
 
 
 def item_limit(task: Task, recipe: Recipe, max_length: int) -> int:
@@ -107,7 +155,7 @@ def evaluate(exam: Examination, model: torch.nn.Module, stage: str) -> dict[str,
     Raises:
         UserError: no items, or a score that is not finite.
     """
-    if not exam.items:
+    if not exam.recipe.evaluate.tasks:
         raise UserError("evaluate.tasks is empty: name at least one data set; a gate needs scores")
     was_training = model.training
     model.eval()
@@ -124,6 +172,16 @@ def evaluate(exam: Examination, model: torch.nn.Module, stage: str) -> dict[str,
     return summary[0]
 
 
+def headline(scores: dict[str, float]) -> str:
+    """A task's two metrics that say most, for the console."""
+    own = [name for name in scores if name in METRICS and name != "perplexity"]
+    first = own[0] if own else "bits_per_byte"
+    second = [name for name in ("perplexity", *own[1:], "bits_per_byte", "output_tokens") if name in scores]
+    shown = [f"{first} {scores[first]:.4f}"] if first in scores else []
+    shown += [f"{name} {scores[name]:.{2 if name in ('perplexity', 'output_tokens') else 4}f}" for name in second[:1]]
+    return ", ".join(shown)
+
+
 def _write(exam: Examination, stage: str, scores: dict[str, list[scoring.Score]]) -> Any:
     try:
         summary = {task.name: scoring.summarize(task, scores[task.name]) for task in exam.recipe.evaluate.tasks}
@@ -137,48 +195,49 @@ def _write(exam: Examination, stage: str, scores: dict[str, list[scoring.Score]]
 
 
 def _score_task(exam: Examination, model: torch.nn.Module, task: Task, stage: str) -> list[scoring.Score]:
-    """Scores of all items on rank 0 (an empty list elsewhere), in item order."""
-    positions = exam.recipe.evaluate.kl_positions
-    batches = tasks.bucketed(exam.items[task.name], exam.recipe.evaluate.tokens_per_batch)
-    mine = batches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
-    reference = None if stage == "bf16" or not positions else _reference(exam, task)
-    kept: dict[int, torch.Tensor] = {}
-    scores: list[scoring.Score] = []
-    for start in range(0, len(mine), GROUP):
-        group = mine[start : start + GROUP]
+    """Scores of all items, in item order; of lm-eval's tasks on rank 0 only."""
+    if task.kind == TaskKind.lm_eval:
+        from halfbyte.training import lm_tasks
 
-        def take(logits: torch.Tensor, index: int, group: list = group) -> None:
-            whole = gather_from_tensor_model_parallel_region(logits)
-            if exam.scores_here:
-                rows = whole[: len(group[index])]
-                decode = exam.tokenizer.decode
-                scores.extend(
-                    scoring.score_batch(rows, group[index], reference=reference, kl_positions=positions, decode=decode)
-                )
-                if stage == "bf16" and positions:
-                    kept.update(scoring.reference_rows(rows, group[index], positions))
+        passes = exam.passes(model)
 
-        collect(model, _pad(exam, group), take)
+        def score(items: list[scoring.Item]) -> list[scoring.Score]:
+            for item in items:
+                passes.check_vocabulary(f"task {task.name}, request {item.index}", item.tokens)
+            return score_items(exam, passes, task, items, stage)
+
+        setting = lm_tasks.Setting(
+            runtime=exam.runtime,
+            folder=exam.folder,
+            tokenizer=exam.tokenizer,
+            max_length=exam.max_length,
+            compared=exam.recipe.evaluate.kl_positions > 0,
+            seed=exam.recipe.train.seed,
+            score=score,
+            generate=passes.generate,
+        )
+        scores, note = lm_tasks.score_task(exam.harness[task.name], task, stage, setting)
+        if note:
+            exam.notes[task.name] = note
+        return scores
+    return score_items(exam, exam.passes(model), task, exam.items[task.name], stage)
+
+
+def score_items(
+    exam: Examination, passes: Passes, task: Task, items: list[scoring.Item], stage: str
+) -> list[scoring.Score]:
+    """Score items and compare them with the BF16 model, whose own stage leaves the reference; collective.
+
+    Returns:
+        One Score per item, by Item.index, on every rank.
+    """
+    compared = exam.recipe.evaluate.kl_positions > 0
+    reference = _reference(exam, task, items) if compared and stage != "bf16" else None
+    scores, kept = passes.score(items, reference=reference, keep=compared and stage == "bf16")
     if kept:
         exam.references[task.name] = kept
         _save_reference(exam, task, kept)
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, scores)
-    return sorted((score for part in parts for score in part), key=lambda score: score.item)
-
-
-def _pad(exam: Examination, group: Sequence[list[scoring.Item]]) -> list[MicroBatch]:
-    """Equal [B, S] for all batches of a group: pipeline stages exchange tensors of one size per schedule."""
-    rows = max(len(batch) for batch in group)
-    multiple = exam.recipe.parallel.tensor if exam.recipe.parallel.sequence else 1
-    padded = [tasks.pad(batch, exam.pad_id, multiple) for batch in group]
-    length = max(tokens.shape[1] for tokens in padded)
-    out = []
-    for tokens in padded:
-        full = torch.full((rows, length), exam.pad_id, dtype=torch.int64)
-        full[: tokens.shape[0], : tokens.shape[1]] = tokens
-        out.append(token_batch(full.to(exam.runtime.device)))
-    return out
+    return scores
 
 
 def _reference_file(exam: Examination, task: Task, rank: int) -> Path:
@@ -197,11 +256,11 @@ def _save_reference(exam: Examination, task: Task, rows: dict[int, torch.Tensor]
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another run.dir") from error
 
 
-def _reference(exam: Examination, task: Task) -> dict[int, torch.Tensor]:
+def _reference(exam: Examination, task: Task, items: list[scoring.Item]) -> Rows:
     """The BF16 rows of this task: from memory, or from the files of an earlier start (whatever its layout was)."""
-    wanted = {item.index for item in exam.items[task.name]}
+    wanted = {item.index for item in items if item.compared}
     if task.name not in exam.references:
-        rows: dict[int, torch.Tensor] = {}
+        rows: Rows = {}
         for file in sorted((exam.folder / "cache").glob(f"reference.{task.name}.*.pt")):
             with damage(file):
                 try:
@@ -209,7 +268,7 @@ def _reference(exam: Examination, task: Task) -> dict[int, torch.Tensor]:
                 except (EOFError, OSError, pickle.UnpicklingError) as error:
                     raise ValueError(error) from error
         exam.references[task.name] = rows
-    if exam.scores_here and parallel_state.get_data_parallel_world_size() == 1:
+    if scores_here() and parallel_state.get_data_parallel_world_size() == 1:
         missing = wanted - exam.references[task.name].keys()
         if missing:
             raise UserError(

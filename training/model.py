@@ -8,7 +8,7 @@ Neither TransformerEngine nor Apex is needed. Shapes: S sequence, B batch, N hea
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -53,13 +53,27 @@ class RMSNorm(torch.nn.Module):
         return functional.rms_norm(x_SBH, (x_SBH.shape[-1],), self.weight, self.eps)
 
 
+class KeyValues(Protocol):
+    """Keys and values of earlier tokens; generate.py has the one implementation."""
+
+    def update(
+        self, layer: int, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Add a step's keys and values; return all to attend to, and where (None: causal)."""
+        ...
+
+
 class Attention(MegatronModule):
-    """Causal grouped-query attention through torch's fused kernels: no [S, S] tensor unless documents are isolated."""
+    """Causal grouped-query attention through torch's fused kernels: no [S, S] tensor unless documents are isolated.
+
+    `cache` is set only while text is generated.
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.scale = softmax_scale
+        self.cache: KeyValues | None = None
 
     def forward(
         self,
@@ -81,6 +95,8 @@ class Attention(MegatronModule):
             [S, B, N/tp * D], dtype of query.
         """
         q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.cache is not None:
+            k_BGSD, v_BGSD, attention_mask = self.cache.update(self.layer_number, k_BGSD, v_BGSD)
         out = functional.scaled_dot_product_attention(
             q_BNSD,
             k_BGSD,

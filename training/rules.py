@@ -11,8 +11,10 @@ from halfbyte.training.config import GateRule, Method, Recipe, TaskKind
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.shape import ModelShape, read_shape
+from halfbyte.training.task_rules import task_file_problems
 
 FETCHABLE = ("smollm2", "tiny")
+LM_EVAL = TaskKind.lm_eval
 
 POSITIVE = (
     "parallel.tensor",
@@ -148,9 +150,11 @@ def _files(recipe: Recipe) -> Iterator[str]:
         yield "quantize.calibration_data = null: calibration needs text; give a JSONL file here or as data.train"
     files = {"data.train": train, "quantize.calibration_data": calibration}
     files |= {f"evaluate.tasks.{i}.data": task.data for i, task in enumerate(recipe.evaluate.tasks)}
+    lm_eval = {f"evaluate.tasks.{i}.data" for i, task in enumerate(recipe.evaluate.tasks) if task.kind == LM_EVAL}
     for key, path in files.items():
         if path and not Path(path).is_file():
-            yield f"{key} = {path}: no such file; give a JSONL or JSONL.gz file"
+            wanted = "the YAML file of a task of lm-eval" if key in lm_eval else "a JSONL or JSONL.gz file"
+            yield f"{key} = {path}: no such file; give {wanted}"
 
 
 def _tasks(recipe: Recipe) -> Iterator[str]:
@@ -164,6 +168,8 @@ def _tasks(recipe: Recipe) -> Iterator[str]:
             yield f"{key}.name = {task.name}: used twice; give every task its own name"
         elif not re.fullmatch(r"[\w-]+", task.name) and task.name:
             yield f"{key}.name = {task.name}: becomes a file name; use letters, digits, _ and -"
+        if task.kind == LM_EVAL and Path(task.data).is_file():
+            yield from task_file_problems(key, task.data)
         if task.first < 0:
             yield f"{key}.first = {task.first}: must not be negative; 0 starts at the first item"
         for field, value, least in (("limit", task.limit, 1), ("max_tokens", task.max_tokens, 2)):

@@ -17,6 +17,8 @@ from halfbyte.training.data import MicroBatch
 
 Loss = Callable[[torch.Tensor, MicroBatch, int], torch.Tensor]
 """(model output, its micro-batch, its index) -> loss per token [B, S]."""
+Forward = Callable[[torch.nn.Module, MicroBatch, int], torch.Tensor]
+"""(pipeline stage, micro-batch, its index) -> the stage's output."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,10 @@ def train_batch(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Los
 
 
 def collect(
-    model: torch.nn.Module, batches: Sequence[MicroBatch], take: Callable[[torch.Tensor, int], Any] | None
+    model: torch.nn.Module,
+    batches: Sequence[MicroBatch],
+    take: Callable[[torch.Tensor, int], Any] | None,
+    forward: Forward | None = None,
 ) -> list[Any]:
     """Forward pass only; the last stage's logits go through `take`.
 
@@ -96,6 +101,7 @@ def collect(
         model: The pipeline stage, wrapped or not.
         batches: Micro-batches of equal shapes.
         take: (logits [B, S, V/tp], index of the micro-batch) -> anything; None drops the logits.
+        forward: How a stage is called, where plain calls will not do (decoding with a cache).
 
     Returns:
         What `take` returned, in order, on the last pipeline stage; an empty list elsewhere.
@@ -103,7 +109,7 @@ def collect(
 
     def forward_step(data: Any, stage: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         index, batch = next(data)
-        out = _forward(stage, batch, None)
+        out = forward(stage, batch, index) if forward else _forward(stage, batch, None)
         return out, lambda logits, non_loss_data=True: take(logits, index) if take else None
 
     with torch.no_grad():

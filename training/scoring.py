@@ -20,6 +20,8 @@ from halfbyte.training.metrics import aggregate
 
 OUTPUT_TOKENS = 64
 """Tokens of a model's own choices that are kept per item."""
+ROWS = 1024
+"""Distributions over the vocabulary that are computed at a time: 0.5 GB in FP32 for 128k tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class Item:
         tokens: Everything the model reads, the scored tokens last.
         first_target: Index into `tokens` of the first scored token; at least 1.
         bytes: UTF-8 bytes of the scored text.
+        compared: Whether it is compared with the reference model (of a question's choices only the right one is).
     """
 
     index: int
     tokens: tuple[int, ...]
     first_target: int
     bytes: int
+    compared: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,19 @@ def kl_rows(item: Item, kl_positions: int) -> list[int]:
     return [(2 * i + 1) * scored // (2 * count) for i in range(count)]
 
 
-def _scored_logits(logits_BSV: torch.Tensor, row: int, item: Item) -> torch.Tensor:
-    """FP32 [T, V]: the logits that predict the scored tokens stand one position before them."""
-    return logits_BSV[row, item.first_target - 1 : len(item.tokens) - 1].float()
+def _rows(logits_BSV: torch.Tensor, batch: Sequence[tuple[int, Item]], places: Sequence[Sequence[int]]) -> torch.Tensor:
+    """FP32 [R, V]: the logits that predict some scored tokens (they stand one position before them).
+
+    Args:
+        logits_BSV: Of the padded batch.
+        batch: Rows of it, with their items.
+        places: Per item, which of its scored tokens.
+    """
+    at = [
+        (row, item.first_target - 1 + place) for (row, item), part in zip(batch, places, strict=True) for place in part
+    ]
+    rows, positions = torch.tensor(at, device=logits_BSV.device).reshape(-1, 2).unbind(dim=1)
+    return logits_BSV[rows, positions].float()
 
 
 def reference_rows(logits_BSV: torch.Tensor, batch: Sequence[Item], kl_positions: int) -> dict[int, torch.Tensor]:
@@ -99,7 +113,7 @@ def reference_rows(logits_BSV: torch.Tensor, batch: Sequence[Item], kl_positions
 
     Args:
         logits_BSV: Float [B, S, V] of `pad(batch, ...)`.
-        batch: The items.
+        batch: The items; those not to be compared are left out.
         kl_positions: As in `kl_rows`.
 
     Returns:
@@ -107,9 +121,13 @@ def reference_rows(logits_BSV: torch.Tensor, batch: Sequence[Item], kl_positions
         keep the most digits and the first choice stays the first choice. `score_batch` normalises.
     """
     rows = {}
-    for row, item in enumerate(batch):
-        logits = _scored_logits(logits_BSV, row, item)[kl_rows(item, kl_positions)]
-        rows[item.index] = (logits - logits.amax(dim=-1, keepdim=True)).half().cpu()
+    compared = [(row, item) for row, item in enumerate(batch) if item.compared]
+    for part in _pieces(compared):
+        places = [kl_rows(item, kl_positions) for _, item in part]
+        logits = _rows(logits_BSV, part, places)
+        kept = (logits - logits.amax(dim=-1, keepdim=True)).half().cpu()
+        for (_, item), piece in zip(part, kept.split([len(place) for place in places]), strict=True):
+            rows[item.index] = piece
     return rows
 
 
@@ -121,7 +139,7 @@ def score_batch(
     kl_positions: int,
     decode: Callable[[list[int]], str] | None = None,
 ) -> list[Score]:
-    """Score items from logits; softmax in FP32, on one item's scored rows at a time.
+    """Score items from logits; softmax in FP32, on the scored rows of a few items at a time.
 
     Args:
         logits_BSV: Float [B, S, V] of `pad(batch, ...)`.
@@ -137,39 +155,82 @@ def score_batch(
         UserError: the reference lacks an item or was made with other kl_positions or another vocabulary.
     """
     scores = []
-    for row, item in enumerate(batch):
-        logprobs_TV = _scored_logits(logits_BSV, row, item).log_softmax(dim=-1)
-        targets = torch.tensor(item.tokens[item.first_target :], device=logits_BSV.device)
-        picked = logprobs_TV.gather(-1, targets[:, None])
-        choices = logprobs_TV.argmax(dim=-1)
-        kl_at = agreement = None
+    for part in _pieces(list(enumerate(batch))):
+        targets = [item.tokens[item.first_target :] for _, item in part]
+        sizes = [len(target) for target in targets]
+        logprobs_RV = _rows(logits_BSV, part, [range(size) for size in sizes]).log_softmax(dim=-1)
+        flat = torch.tensor([token for target in targets for token in target], device=logits_BSV.device)
+        picked = logprobs_RV.gather(-1, flat[:, None])[:, 0].double().tolist()
+        choices = logprobs_RV.argmax(dim=-1).tolist()
+        compared = {}
         if reference is not None and kl_positions:
-            kl_at, agreement = _compare(logprobs_TV[kl_rows(item, kl_positions)], reference, item)
-        scores.append(
-            Score(
-                item=item.index,
-                loglikelihood=float(picked.double().sum()),
-                tokens=len(targets),
-                bytes=item.bytes,
-                correct=bool((choices == targets).all()),
-                kl=None if kl_at is None else math.fsum(kl_at) / len(kl_at),
-                agreement=agreement,
-                kl_at=kl_at,
-                output=decode(choices[:OUTPUT_TOKENS].tolist()) if decode else None,
+            compared = _compare(logprobs_RV, part, reference, kl_positions)
+        start = 0
+        for (_, item), target, size in zip(part, targets, sizes, strict=True):
+            end, mine = start + size, choices[start : start + size]
+            kl_at, agreement = compared.get(item.index, (None, None))
+            scores.append(
+                Score(
+                    item=item.index,
+                    loglikelihood=math.fsum(picked[start:end]),
+                    tokens=size,
+                    bytes=item.bytes,
+                    correct=tuple(mine) == target,
+                    kl=None if kl_at is None else math.fsum(kl_at) / len(kl_at),
+                    agreement=agreement,
+                    kl_at=kl_at,
+                    output=decode(mine[:OUTPUT_TOKENS]) if decode else None,
+                )
             )
-        )
+            start = end
     return scores
 
 
-def _compare(logprobs_PV: torch.Tensor, reference: dict[int, torch.Tensor], item: Item) -> tuple[list[float], float]:
-    rows = reference.get(item.index)
-    if rows is None or rows.shape != logprobs_PV.shape:
-        kept = "missing" if rows is None else f"of shape {tuple(rows.shape)}, not {tuple(logprobs_PV.shape)}"
-        raise UserError(f"item {item.index}: its BF16 reference is {kept}; evaluate stage bf16 again")
-    expected = rows.to(logprobs_PV.device).float().log_softmax(dim=-1)
-    kl = (expected.exp() * (expected - logprobs_PV)).double().sum(dim=-1)
-    agreement = (expected.argmax(dim=-1) == logprobs_PV.argmax(dim=-1)).double().mean()
-    return kl.tolist(), float(agreement)
+def _pieces(batch: Sequence[tuple[int, Item]]) -> list[list[tuple[int, Item]]]:
+    """Items in groups of at most ROWS scored tokens, or of one."""
+    pieces: list[list[tuple[int, Item]]] = []
+    room = 0
+    for row, item in batch:
+        scored = len(item.tokens) - item.first_target
+        if not pieces or scored > room:
+            pieces.append([])
+            room = ROWS
+        pieces[-1].append((row, item))
+        room -= scored
+    return pieces
+
+
+def _compare(
+    logprobs_RV: torch.Tensor,
+    batch: Sequence[tuple[int, Item]],
+    reference: dict[int, torch.Tensor],
+    kl_positions: int,
+) -> dict[int, tuple[list[float], float]]:
+    """Item.index -> KL at each KL position in nats, and the share of equal first choices."""
+    at, expected, items, start = [], [], [], 0
+    for _, item in batch:
+        if item.compared:
+            places = kl_rows(item, kl_positions)
+            rows, shape = reference.get(item.index), (len(places), logprobs_RV.shape[1])
+            if rows is None or rows.shape != shape:
+                kept = "missing" if rows is None else f"of shape {tuple(rows.shape)}, not {shape}"
+                raise UserError(f"item {item.index}: its BF16 reference is {kept}; evaluate stage bf16 again")
+            at += [start + place for place in places]
+            expected.append(rows)
+            items.append((item.index, len(places)))
+        start += len(item.tokens) - item.first_target
+    if not items:
+        return {}
+    mine_PV = logprobs_RV[torch.tensor(at, device=logprobs_RV.device)]
+    expected_PV = torch.cat(expected).to(mine_PV.device).float().log_softmax(dim=-1)
+    kl = (expected_PV.exp() * (expected_PV - mine_PV)).double().sum(dim=-1).tolist()
+    same = (expected_PV.argmax(dim=-1) == mine_PV.argmax(dim=-1)).tolist()
+    compared, start = {}, 0
+    for index, size in items:
+        end = start + size
+        compared[index] = (kl[start:end], sum(same[start:end]) / size)
+        start = end
+    return compared
 
 
 def summarize(task: Task, scores: Sequence[Score]) -> dict[str, float]:

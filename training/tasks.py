@@ -6,7 +6,7 @@ Shapes: B = rows of a batch, S = padded length in tokens.
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -129,20 +129,30 @@ def _prefix(tokenizer: "PreTrainedTokenizerFast") -> int:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def bucketed(items: Sequence[Item], tokens_per_batch: int) -> list[list[Item]]:
+class Tokenized(Protocol):
+    """What `bucketed` sorts: an Item or a generate.Prompt."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def tokens(self) -> tuple[int, ...]: ...
+
+
+def bucketed[T: Tokenized](items: Sequence[T], tokens_per_batch: int, room: int = 0) -> list[list[T]]:
     """Group items of like length, longest first (what does not fit in memory shows at once).
 
     Args:
         items: Any order.
         tokens_per_batch: Largest B x S of a batch; an item longer than it makes a batch of its own.
+        room: Tokens that every row may grow by.
 
     Returns:
         Every item once.
     """
-    batches: list[list[Item]] = []
+    batches: list[list[T]] = []
     for item in sorted(items, key=lambda item: (-len(item.tokens), item.index)):
         # The first item of a batch is its longest, so it sets S.
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].tokens) <= tokens_per_batch:
+        if batches and (len(batches[-1]) + 1) * (len(batches[-1][0].tokens) + room) <= tokens_per_batch:
             batches[-1].append(item)
         else:
             batches.append([item])
