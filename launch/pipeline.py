@@ -104,7 +104,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
     Returns:
         0, or the gate's exit code.
     """
-    from halfbyte.launch import handover
+    from halfbyte.launch import handover, report
 
     console, folder = Console(True), Path(recipe.run.dir)
     if "gate" in stages:
@@ -129,6 +129,8 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
             notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
         if not report["ok"]:
             raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
+    with console.stage("report") as notes:
+        notes.append(report.summary(report.write(recipe, folder)))
     if "gate" in stages or "verify" in stages:
         from halfbyte.launch.summary import summary_text
 
