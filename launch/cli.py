@@ -217,7 +217,9 @@ def _of_run(args: argparse.Namespace, *, need_model: bool):
 
 def _report(args: argparse.Namespace) -> int:
     from halfbyte.launch import report
+    from halfbyte.training.environment import quiet_libraries
 
+    quiet_libraries()
     recipe, _ = _of_run(args, need_model=False)
     missing = report.write(recipe, Path(recipe.run.dir))
     print(f"{Path(recipe.run.dir) / 'report.html'}: {report.summary(missing)}")

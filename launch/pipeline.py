@@ -104,7 +104,8 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
     Returns:
         0, or the gate's exit code.
     """
-    from halfbyte.launch import handover, report
+    from halfbyte.launch import handover
+    from halfbyte.launch import report as written
 
     console, folder = Console(True), Path(recipe.run.dir)
     if "gate" in stages:
@@ -130,7 +131,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
         if not report["ok"]:
             raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
     with console.stage("report") as notes:
-        notes.append(report.summary(report.write(recipe, folder)))
+        notes.append(written.summary(written.write(recipe, folder)))
     if "gate" in stages or "verify" in stages:
         from halfbyte.launch.summary import summary_text
 

@@ -80,8 +80,14 @@ def build(files: RunFiles) -> Report:
         before = sections[title].blocks if title in sections else []
         sections[title] = Section(title, [*before, *blocks])
     recipe = files.recipe
-    method = "BF16 control" if recipe.method is Method.bf16 else f"{stage_name(recipe.method.value)}, {recipe.quantize.format.value}"
-    return Report(recipe.run.name, f"{method} from {Path(recipe.model.path).name}", head(files), list(sections.values()))
+    method = (
+        "BF16 control"
+        if recipe.method is Method.bf16
+        else f"{stage_name(recipe.method.value)}, {recipe.quantize.format.value}"
+    )
+    return Report(
+        recipe.run.name, f"{method} from {Path(recipe.model.path).name}", head(files), list(sections.values())
+    )
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -99,7 +105,9 @@ def _log(recipe: Recipe, folder: Path, report: Report) -> None:
     from halfbyte.training.experiment import log_report
 
     scores = next((block for block in _section(report, "Scores").blocks if isinstance(block, Table)), None)
-    rows = [[group.title, *(cell.text for cell in row)] for group in scores.groups for row in group.rows] if scores else []
+    rows = (
+        [[group.title, *(cell.text for cell in row)] for group in scores.groups for row in group.rows] if scores else []
+    )
     summary: dict[str, str | float] = {"gate/verdict": report.head.verdict}
     summary |= {f"report/{label}": f"{value} ({small})" for label, value, small in report.head.tiles}
     log_report(

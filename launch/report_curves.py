@@ -14,6 +14,7 @@ from halfbyte.launch.report_numbers import stage_name
 from halfbyte.launch.report_plots import Plot, Series, draw, moving_mean
 from halfbyte.launch.report_run import Absent, RunFiles
 from halfbyte.training.config import Method
+from halfbyte.training.errors import UserError
 from halfbyte.training.scoring import kl_places
 
 BINS = 16
@@ -67,7 +68,9 @@ def weight_errors(files: RunFiles) -> list[Block]:
         series = [_errors("before training" if after else "", places, names, before, "before" if after else "after")]
         series += [_errors("after", places, names, after, "after")] if after else []
         described = f"Weight error of {kind} by layer."
-        plots.append(Plot(f"weight error {kind}", kind, described, "layer", "relative RMS error, %", series, limits=limits))
+        plots.append(
+            Plot(f"weight error {kind}", kind, described, "layer", "relative RMS error, %", series, limits=limits)
+        )
     text = (
         f"|quantized − original| / |original| of each weight, {len(before)} layers: {100 * min(before.values()):.2f} % to "
         f"{100 * max(before.values()):.2f} % before training"
@@ -93,7 +96,7 @@ def _errors_after(files: RunFiles) -> tuple[dict[str, float], str]:
     """Errors after training by layer, and what to say if there are none."""
     try:
         train = files.train()
-    except Absent as error:
+    except UserError as error:  # if it is damaged, the loss curve says so
         return {}, f"After training: not shown, {files.local(str(error))}."
     if not train.get("weight_relative_rms_error"):
         return {}, "After training: not shown, train.json does not hold the errors (weight_relative_rms_error)."
@@ -153,7 +156,9 @@ def _block_plot(counts: np.ndarray, values: np.ndarray, text: str) -> Plot:
     there = np.flatnonzero(share)
     first, last = max(0, there[0] - 1), min(len(share), there[-1] + 2)
     series = Series("", edges[first : last + 1].tolist(), share[first:last].tolist(), style="steps")
-    return Plot("block scales", "Block scales of the weights", text, "block scale", "blocks, % per octave", [series], True)
+    return Plot(
+        "block scales", "Block scales of the weights", text, "block scale", "blocks, % per octave", [series], True
+    )
 
 
 def _second_plot(second: dict[str, list[float]]) -> Plot:

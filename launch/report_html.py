@@ -16,10 +16,15 @@ def html(report: Report) -> str:
     folder = Path(__file__).parent
     # Whatever the template prints is escaped: only the style sheet and matplotlib's drawings are marked as safe.
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
     environment.filters["shown"] = lambda text: escape(visible(text))
     environment.filters["svg"] = Markup
     style = Markup((folder / "report.css").read_text())
     template = environment.get_template("report.html.j2")
-    return template.render(report=report, head=report.head, style=style, open_examples=OPEN_EXAMPLES)
+    page = template.render(report=report, head=report.head, style=style, open_examples=OPEN_EXAMPLES)
+    return page.lstrip() + "\n"

@@ -110,7 +110,9 @@ def _texts(task: Task, wanted: set[int]) -> dict[int, list[tuple[str, str]]]:
         return {}  # the harness makes those prompts
     try:
         records = islice(enumerate(read_jsonl(Path(task.data))), max(wanted) + 1)
-        return {index: _record(task, record, f"{task.data}:{line}") for index, (line, record) in records if index in wanted}
+        return {
+            index: _record(task, record, f"{task.data}:{line}") for index, (line, record) in records if index in wanted
+        }
     except UserError as error:
         return dict.fromkeys(wanted, [("Prompt", f"(not to be had: {error})")])
 

@@ -45,7 +45,9 @@ def markdown(report: Report, pictures: str) -> str:
     if head.missing:
         lines.append(_missing(head.missing))
     lines.append("\n".join(f"- {label}: {inline(text)}" for label, text in head.facts))
-    lines.append("\n".join(f"- {inline(label)}: **{inline(value)}** ({inline(small)})" for label, value, small in head.tiles))
+    lines.append(
+        "\n".join(f"- {inline(label)}: **{inline(value)}** ({inline(small)})" for label, value, small in head.tiles)
+    )
     for ruling in head.rulings:
         lines.append(f"## {ruling.title}: {ruling.verdict.upper().replace('_', ' ')}")
         lines.append("\n".join(f"- {inline(line)}" for line, _ in ruling.reasons))

@@ -108,7 +108,13 @@ class RunFiles:
         Raises:
             UserError: The file is missing or damaged.
         """
-        return read_scores(self.folder / "evaluate" / f"{stage}.{task}.jsonl")
+        path = self.folder / "evaluate" / f"{stage}.{task}.jsonl"
+        rows = read_scores(path)
+        for row in rows:
+            lacking = {"item", "loglikelihood", "tokens", "kl"} - row.keys()
+            if lacking:
+                raise UserError(f"{path}: damaged (a score lacks {', '.join(sorted(lacking))}); evaluate again")
+        return rows
 
     def judged(self) -> str:
         """The stage of evaluate.json that the gate judges, or would judge: exported files before the trained model.

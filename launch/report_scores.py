@@ -48,9 +48,7 @@ def _facts(files: RunFiles, gate: dict[str, Any]) -> list[tuple[str, str]]:
     if "checkpoint" in gate:
         judged += f" (checkpoint {gate['checkpoint']})"
     facts.append(("Judged", judged))
-    limits = files.recipe.gate
-    correction = f", {limits.correction.value} over all measures" if limits.correction.value != "none" else ""
-    facts.append(("Intervals", f"paired, {100 * limits.confidence:g} %{correction}"))
+    facts.append(("Intervals", f"paired, {100 * files.recipe.gate.confidence:g} %"))
     return facts
 
 
@@ -85,18 +83,20 @@ def _accuracy_tile(files: RunFiles) -> tuple[str, str, str]:
         raise Absent("no task has an accuracy")
     worst = min(drops, key=lambda name: drops[name]["delta_pp"])
     low, high = drops[worst]["interval_pp"]
-    change = metric_text("accuracy", drops[worst]["delta_pp"] / 100)
-    sign = "+" if drops[worst]["delta_pp"] > 0 else ""
-    ends = interval_text(0, [low, high], "{:.2f}").partition(" ")[2]
+    change, _, ends = interval_text(drops[worst]["delta_pp"], [low, high], "{:+.2f}", " pp").partition(" [")
     label = "Accuracy against BF16" if len(drops) == 1 else "Largest accuracy change"
-    return label, f"{sign}{change} pp", f"{worst} {ends}"
+    return label, change, f"{worst} [{ends}"
 
 
 def _kl_tile(files: RunFiles) -> tuple[str, str, str]:
     scores = files.evaluate()[files.judged()]
     found = {name: task["kl"] for name, task in scores.items() if "kl" in task}
     worst = max(found, key=lambda name: found[name])
-    return ("KL to BF16" if len(found) == 1 else "Largest KL to BF16"), f"{found[worst]:.3f} nats", f"per token, {worst}"
+    return (
+        ("KL to BF16" if len(found) == 1 else "Largest KL to BF16"),
+        f"{found[worst]:.3f} nats",
+        f"per token, {worst}",
+    )
 
 
 def _size_tile(files: RunFiles) -> tuple[str, str, str]:
@@ -128,6 +128,8 @@ def score_blocks(files: RunFiles) -> list[Block]:
         UserError: evaluate.json or gate.json is damaged.
     """
     scores = dict(files.evaluate())
+    if not scores:
+        raise ValueError("no stage")
     notes: list[Block] = []
     comparisons: dict[str, dict[str, Any]] = {}
     try:
