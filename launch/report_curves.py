@@ -72,8 +72,8 @@ def weight_errors(files: RunFiles) -> list[Block]:
             Plot(f"weight error {kind}", kind, described, "layer", "relative RMS error, %", series, limits=limits)
         )
     text = (
-        f"|quantized − original| / |original| of each weight, {len(before)} layers: {100 * min(before.values()):.2f} % to "
-        f"{100 * max(before.values()):.2f} % before training"
+        f"|quantized − original| / |original| of each weight, {len(before)} layers: "
+        f"{100 * min(before.values()):.2f} % to {100 * max(before.values()):.2f} % before training"
     )
     if after:
         text += f", {100 * min(after.values()):.2f} % to {100 * max(after.values()):.2f} % after"

@@ -65,7 +65,7 @@ def throughput(files: RunFiles) -> list[Block]:
     seconds, tokens = [float(value) for value in train["seconds_per_step"]], train["tokens_per_step"]
     peak = train["peak_gpu_bytes_rank0"]
     median = statistics.median(seconds)
-    rows = [
+    rows: list[tuple[str, str, float | None]] = [
         ("steps", f"{train['steps']:,}", train["steps"]),
         ("tokens per step", f"{tokens:,}", tokens),
         ("seconds per step, median", f"{median:.3f}", median),
@@ -87,7 +87,7 @@ def recipe(files: RunFiles) -> list[Block]:
 def versions(files: RunFiles) -> list[Block]:
     """Packages that made the files, the code's revision, SHA-256 of every file."""
     record = files.record()
-    rows = [(name, str(version), None) for name, version in record["versions"].items()]
+    rows: list[tuple[str, str, float | None]] = [(name, str(v), None) for name, v in record["versions"].items()]
     rows.append(("git revision of halfbyte", str(record.get("revision") or "not recorded"), None))
     rows.append(("SHA-256 of the recipe", str(record["recipe_sha256"]), None))
     hashes = [

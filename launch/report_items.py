@@ -114,7 +114,7 @@ def _texts(task: Task, wanted: set[int]) -> dict[int, list[tuple[str, str]]]:
             index: _record(task, record, f"{task.data}:{line}") for index, (line, record) in records if index in wanted
         }
     except UserError as error:
-        return dict.fromkeys(wanted, [("Prompt", f"(not to be had: {error})")])
+        return {index: [("Prompt", f"(not to be had: {error})")] for index in wanted}
 
 
 def _record(task: Task, record: dict[str, Any], where: str) -> list[tuple[str, str]]:

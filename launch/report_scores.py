@@ -37,8 +37,8 @@ def head(files: RunFiles) -> Head:
 
 
 def _facts(files: RunFiles, gate: dict[str, Any]) -> list[tuple[str, str]]:
-    rule = str(gate["rule"])
-    facts = [("Rule", f"{rule}: {RULES.get(GateRule(rule), '')}")]
+    rule = GateRule(gate["rule"])
+    facts = [("Rule", f"{rule}: {RULES[rule]}")]
     judged = stage_name(str(gate["candidate"]))
     where = gate.get("judges")
     if where == Judges.exported:
@@ -48,27 +48,43 @@ def _facts(files: RunFiles, gate: dict[str, Any]) -> list[tuple[str, str]]:
     if "checkpoint" in gate:
         judged += f" (checkpoint {gate['checkpoint']})"
     facts.append(("Judged", judged))
-    facts.append(("Intervals", f"paired, {100 * files.recipe.gate.confidence:g} %"))
+    level = f"paired, {100 * gate.get('confidence', files.recipe.gate.confidence):g} %"
+    if gate.get("intervals", 1) > 1 and gate["corrected_confidence"] != gate["confidence"]:
+        level += f" for all {gate['intervals']} together, {100 * gate['corrected_confidence']:.3f} % each"
+    facts.append(("Intervals", level))
+    if gate["verdict"] == "inconclusive" and gate.get("release"):
+        facts.append(("Released", "although inconclusive (gate.inconclusive = release)"))
+    control = gate.get("control")
+    if control:
+        otherwise = f"; trained otherwise: {', '.join(control['differs'])}" if control["differs"] else ""
+        facts.append(("Control", f"{control['run']}{otherwise}"))
     return facts
 
 
 def _rulings(gate: dict[str, Any]) -> Iterator[Ruling]:
     yield Ruling("Why", gate["verdict"], [_reason(line) for line in gate["reasons"]])
-    beside = gate.get("against_bf16")
-    if beside and gate["rule"] != GateRule.bf16:
-        reasons = [_reason(line) for line in beside["reasons"]]
-        yield Ruling("Within the thresholds of BF16", beside["verdict"], reasons)
+    for baseline, name in (("control", "the BF16 control"), ("bf16", "BF16")):
+        beside = gate.get(f"against_{baseline}")
+        if beside and _baseline(gate) != baseline:
+            reasons = [_reason(line) for line in beside["reasons"]]
+            yield Ruling(f"Within the thresholds of {name}", beside["verdict"], reasons)
+
+
+def _baseline(gate: dict[str, Any]) -> str:
+    """Which model the verdict compares with: bf16, control or ptq."""
+    return gate.get("baseline", "ptq" if gate["rule"] == GateRule.better_than_ptq else "bf16")
 
 
 def _reason(line: str) -> tuple[str, str]:
     """A reason and the verdict at its end; a reason without one carries none."""
     found = re.findall(r": (pass|fail|inconclusive|(?:not )?significantly lower)\b", line)
     words = {"significantly lower": "fail", "not significantly lower": "pass"}
-    return line, words.get(found[-1], found[-1]) if found else ""
+    last = str(found[-1]) if found else ""
+    return line, words.get(last, last)
 
 
 def _tiles(files: RunFiles) -> Iterator[tuple[str, str, str]]:
-    for build in (_accuracy_tile, _kl_tile, _size_tile, _verified_tile):
+    for build in (_change_tile, _kl_tile, _size_tile, _verified_tile):
         try:
             with damage(files.folder):
                 yield build(files)
@@ -76,16 +92,20 @@ def _tiles(files: RunFiles) -> Iterator[tuple[str, str, str]]:
             continue  # its section says what is wrong with the file; a tile only repeats what stands there
 
 
-def _accuracy_tile(files: RunFiles) -> tuple[str, str, str]:
-    tasks = against_bf16(files.gate())
-    drops = {name: task for name, task in tasks.items() if "delta_pp" in task}
-    if not drops:
-        raise Absent("no task has an accuracy")
-    worst = min(drops, key=lambda name: drops[name]["delta_pp"])
-    low, high = drops[worst]["interval_pp"]
-    change, _, ends = interval_text(drops[worst]["delta_pp"], [low, high], "{:+.2f}", " pp").partition(" [")
-    label = "Accuracy against BF16" if len(drops) == 1 else "Largest accuracy change"
-    return label, change, f"{worst} [{ends}"
+def _change_tile(files: RunFiles) -> tuple[str, str, str]:
+    tasks = (files.gate().get("against_bf16") or {}).get("tasks", {})
+    found = [
+        (float(numbers["delta"]), task, metric, numbers)
+        for task, content in tasks.items()
+        for metric, numbers in content["numbers"].items()
+        if numbers["unit"] == "pp"
+    ]
+    if not found:
+        raise Absent("no score in percentage points")
+    _, task, metric, numbers = min(found, key=lambda entry: entry[:3])
+    change, _, ends = _change_text(numbers).partition(" [")
+    label = f"{metric.capitalize()} against BF16" if len(found) == 1 else "Worst score against BF16"
+    return label, change, f"{task if len(found) == 1 else f'{task} {metric}'} [{ends}"
 
 
 def _kl_tile(files: RunFiles) -> tuple[str, str, str]:
@@ -114,13 +134,6 @@ def _verified_tile(files: RunFiles) -> tuple[str, str, str]:
 # Scores -----------------------------------------------------------------------------------------------------------
 
 
-def against_bf16(gate: dict[str, Any]) -> dict[str, Any]:
-    """The gate's numbers per task against BF16, whatever its rule; empty if it judged nothing."""
-    if gate["rule"] == GateRule.bf16:
-        return gate["tasks"]
-    return (gate.get("against_bf16") or {}).get("tasks", {})
-
-
 def score_blocks(files: RunFiles) -> list[Block]:
     """The table of all scores: a column per stage, then the gate's paired comparisons.
 
@@ -137,15 +150,15 @@ def score_blocks(files: RunFiles) -> list[Block]:
     except Absent:
         gate = {}
     if gate:
-        comparisons["against BF16"] = against_bf16(gate)
-        if gate["rule"] == GateRule.better_than_ptq:
+        for baseline, name in (("bf16", "against BF16"), ("control", "against the control")):
+            comparisons[name] = (gate.get(f"against_{baseline}") or {}).get("tasks", {})
+        if _baseline(gate) == "ptq":
             comparisons["against PTQ"] = gate["tasks"]
-        notes += _control(files, gate, scores)
+        notes += _control(gate, scores)
     comparisons = {name: tasks for name, tasks in comparisons.items() if tasks}
     stages = list(scores)
-    level = f"{100 * files.recipe.gate.confidence:g} %"
     table = Table(
-        f"Scores of every stage on the same items; in brackets the paired {level} interval of a change",
+        "Scores of every stage on the same items; in brackets the gate's paired intervals",
         ["score", *map(stage_name, stages), *comparisons],
         [group for task in scores[stages[0]] for group in _task_rows(task, scores, comparisons)],
         strong=1 + stages.index(files.judged()) if len(stages) > 1 else None,
@@ -169,35 +182,38 @@ def _task_rows(task: str, scores: dict[str, Any], comparisons: dict[str, dict[st
     yield Group(f"{task} ({' or '.join(f'{count:,}' for count in counts)} items)", rows)
 
 
-CHANGES = {
-    "accuracy": ("delta_pp", "interval_pp", "{:+.2f}", " pp"),
-    "perplexity": ("perplexity_ratio", "perplexity_interval", "{:.4f}", " ×"),
-    "kl": ("kl_delta", "kl_interval", "{:+.4f}", ""),
-}
-"""Metric -> where gate.json keeps the estimate and its interval, and how they are written."""
+FORMS = {"pp": ("{:+.2f}", " pp", 1.0), "ratio": ("{:.4f}", " ×", 1.0), "share": ("{:.2f}", " %", 100.0)}
+"""Unit in gate.json -> format, how the unit is written, factor."""
 
 
-def _change(numbers: dict[str, Any], metric: str) -> Cell:
-    """The gate's comparison of one metric of a task."""
-    if metric not in CHANGES or CHANGES[metric][0] not in numbers:
-        return Cell("")
-    estimate, ends, pattern, unit = CHANGES[metric]
-    verdict = numbers.get("measures", {}).get(metric, "")
-    value = numbers[estimate]
-    shown = "∞" if value is None else interval_text(value, numbers[ends], pattern, unit)
-    return Cell(shown, value, verdict)
+def _change(content: dict[str, Any], metric: str) -> Cell:
+    """The gate's comparison of one metric of a task, or the bound that the gate holds it to."""
+    for name in (metric, f"{metric}_bound"):
+        if name in content.get("numbers", {}):
+            numbers = content["numbers"][name]
+            return Cell(_change_text(numbers), numbers["delta"], content["measures"][name])
+    return Cell("")
 
 
-def _control(files: RunFiles, gate: dict[str, Any], scores: dict[str, Any]) -> list[Block]:
+def _change_text(numbers: dict[str, Any]) -> str:
+    if numbers["delta"] is None:
+        return "∞"
+    signed = "{:+.4f}" if numbers["baseline"] is not None else "{:.4f}"
+    pattern, unit, factor = FORMS.get(numbers["unit"], (signed, "", 1.0))
+    ends = [None if end is None else factor * end for end in numbers["interval"]]
+    return interval_text(factor * numbers["delta"], ends, pattern, unit)
+
+
+def _control(gate: dict[str, Any], scores: dict[str, Any]) -> list[Block]:
     """Put the scores of a BF16 model trained on the same data beside the others, if the gate names such a run."""
-    control = gate.get("control") or files.recipe.gate.control
-    if not control or "bf16_trained" in scores:
+    if not gate.get("control") or "bf16_trained" in scores:
         return []
-    path = Path(str(control)) / "evaluate.json"
+    run = str(gate["control"]["run"])
+    path = Path(run) / "evaluate.json"
     try:
         with damage(path):
             trained = read_json(path)["bf16_trained"]
             scores["bf16_trained"] = {task: trained[task] for task in scores["bf16"] if task in trained}
     except UserError as error:
         return [Missing("Scores of the BF16 control", str(error), damaged=True)]
-    return [Text(f"BF16 trained is the control: {control}, trained on the same data and not quantized.")]
+    return [Text(f"BF16 trained is the control: {run}, trained on the same data and not quantized.")]

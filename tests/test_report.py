@@ -135,18 +135,48 @@ def test_every_score_is_the_one_in_evaluate_json(run):
 
 
 def test_the_gates_intervals_are_the_ones_in_gate_json(run):
-    gate = read(run / "gate.json")
-    numbers = gate["tasks"]["english"] | {"perplexity_interval": [0.8125, None], "measures": {"perplexity": "fail"}}
-    gate["tasks"]["english"] = numbers
+    entry = {"statistic": "perplexity", "unit": "ratio", "candidate": 7.0, "baseline": 6.0, "bound": 1.01}
+    ratio = entry | {"delta": 1.1640625, "interval": [0.8125, None]}
+    loss = {"unit": "pp", "baseline": 0.25, "delta": -1.25, "interval": [-3.5, 0.75], "bound": -0.2}
+    bound = {"unit": "nats", "baseline": None, "delta": 0.3, "interval": [0.2, 0.4], "bound": 0.5}
+    share = {"unit": "share", "baseline": None, "delta": 0.875, "interval": [0.75, 1.0], "bound": 0.5}
+    english = {
+        "measures": {"perplexity": "fail", "kl_bound": "pass"},
+        "numbers": {"perplexity": ratio, "kl_bound": bound},
+    }
+    lambada = {"accuracy": "inconclusive", "agreement_bound": "pass"}
+    lambada = {"measures": lambada, "numbers": {"accuracy": loss, "agreement_bound": share}}
+    ruling = {"verdict": "fail", "reasons": ["one: fail"], "tasks": {"english": english, "lambada": lambada}}
+    ptq = {"english": {"measures": {"kl": "pass"}, "numbers": {"kl": bound | {"baseline": 0.5, "delta": -0.2}}}}
+    gate = read(run / "gate.json") | {
+        "rule": "better_than_ptq",
+        "baseline": "ptq",
+        "tasks": ptq,
+        "against_bf16": ruling,
+    }
+    gate |= {"judges": "exported", "confidence": 0.95, "corrected_confidence": 0.99, "intervals": 5}
     put(run / "gate.json", gate)
     write(run)
-    cells = {body.all("tr")[0].text(): body for body in section(page(run), "scores").all("table")[0].all("tbody")}
-    (line,) = [row for row in cells["english (8 items)"].all("tr") if row.text().startswith("perplexity")]
-    cell = line.all("td")[-1]
-    assert float(cell.all("data")[0].attributes["value"]) == numbers["perplexity_ratio"]
-    assert cell.text() == f"{numbers['perplexity_ratio']:.4f} × [0.8125, ∞] ✕fail"
-    for reason in gate["reasons"]:
-        assert reason in page(run).text()
+    table = section(page(run), "scores").all("table")[0]
+    assert [node.text() for node in table.all("thead")[0].all("th")][-2:] == ["against BF16", "against PTQ"]
+    cells = {
+        (body.all("tr")[0].text().partition(" (")[0], row.all("th")[0].text()): [cell.text() for cell in row.all("td")]
+        for body in table.all("tbody")
+        for row in body.all("tr")[1:]
+    }
+    assert cells["english", "perplexity"][-2:] == ["1.1641 × [0.8125, ∞] ✕fail", ""]
+    assert cells["english", "KL to BF16, nats"][-2:] == [
+        "0.3000 [0.2000, 0.4000] ✓pass",
+        "−0.2000 [+0.2000, +0.4000] ✓pass",
+    ]
+    assert cells["lambada", "accuracy, %"][-2:] == ["−1.25 pp [−3.50, +0.75] ?inconclusive", ""]
+    assert cells["lambada", "top-1 agreement, %"][-2:] == ["87.50 % [75.00, 100.00] ✓pass", ""]
+    assert {"1.1640625", "-1.25", "0.3", "0.875", "-0.2"} <= {data.attributes["value"] for data in table.all("data")}
+    text = page(run).text()
+    for shown in ("Accuracy against BF16−1.25 pp lambada", "95 % for all 5 together, 99.000 % each", "exported files"):
+        assert shown in text
+    for reason in (*gate["reasons"], "one: fail"):
+        assert reason in text
 
 
 def test_the_worst_items_are_the_worst(run):
@@ -172,7 +202,8 @@ def test_worst_by_loss_of_log_likelihood_where_nothing_has_kl(run):
 
 def test_an_example_shows_its_prompt_gold_answer_and_both_outputs(run):
     task = load(run / "resolved.yaml").evaluate.tasks[0]
-    requests = [json.loads(line)["request"] for line in gzip.open(task.data, "rt")]
+    with gzip.open(task.data, "rt") as file:
+        requests = [json.loads(line)["request"] for line in file]
     kept = {stage: {row["item"]: row["output"] for row in rows(run, stage, "lambada")} for stage in ("bf16", "qat")}
     found = 0
     for article in section(page(run), "worst-items").all("article"):
@@ -226,7 +257,7 @@ def test_kl_by_position_is_the_mean_over_items_in_each_bin(run):
 
 def test_weight_errors_before_and_after_training(run):
     train, layers = read(run / "train.json"), read(run / "quantize.json")["layers"]
-    train["weight_relative_rms_error"] = {name: 0.25 for name in layers}
+    train["weight_relative_rms_error"] = dict.fromkeys(layers, 0.25)
     put(run / "train.json", train)
     write(run)
     assert "25.00 % to 25.00 % after" in section(page(run), "quantization").text()
@@ -240,8 +271,9 @@ def test_a_control_stands_beside_the_others_only_if_it_is_named(run, tmp_path):
     control.mkdir()
     trained = {"lambada": {"n": 16, "accuracy": 0.123456}}
     put(control / "evaluate.json", {"bf16": {}, "bf16_trained": trained})
-    put(run / "gate.json", read(run / "gate.json") | {"control": str(control)})
+    put(run / "gate.json", read(run / "gate.json") | {"control": {"run": str(control), "differs": ["x = 1"]}})
     assert write(run) == []
+    assert "trained otherwise: x = 1" in page(run).text()
     assert "0.123456" in {node.attributes["value"] for node in page(run).all("data")}
     (control / "evaluate.json").unlink()
     assert [part.what for part in write(run)] == ["Scores of the BF16 control"]

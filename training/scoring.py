@@ -18,7 +18,6 @@ from halfbyte.training.errors import UserError
 from halfbyte.training.jsonl import read_jsonl
 from halfbyte.training.metrics import aggregate
 
-
 OUTPUT_TOKENS = 64
 """Tokens of a model's own choices that are kept per item."""
 
