@@ -13,7 +13,7 @@ from halfbyte.launch.report_blocks import Block, Figures, Text
 from halfbyte.launch.report_numbers import stage_name
 from halfbyte.launch.report_plots import Plot, Series, draw, moving_mean
 from halfbyte.launch.report_run import Absent, RunFiles
-from halfbyte.training.config import Method
+from halfbyte.training.config import Method, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.scoring import kl_places
 
@@ -208,32 +208,53 @@ def kl_by_position(files: RunFiles) -> list[Block]:
 
 def _positions(files: RunFiles, stage: str, task: str, tone: str) -> Series | None:
     rows = [row for row in files.rows(stage, task) if row.get("kl_at")]
-    if not rows:
-        return None
-    places = [_places(row, files.recipe.evaluate.kl_positions) for row in rows]
-    longest = 1 + max(max(at) for at in places)
-    width = math.ceil(longest / BINS)
+    kind = next((entry.kind for entry in files.recipe.evaluate.tasks if entry.name == task), None)
+    said = {}
+    if kind is TaskKind.lm_eval:  # what was generated is compared along BF16's output
+        said = {row["item"]: row.get("output_tokens") for row in files.rows("bf16", task)}
     bins: dict[int, list[float]] = defaultdict(list)
-    for row, at in zip(rows, places, strict=True):
+    placed = []
+    for row in rows:
+        places = _places(row, said.get(row["item"]), files.recipe.evaluate.kl_positions)
+        if len(places) == len(row["kl_at"]):
+            placed.append((places, row["kl_at"]))
+        elif kind is not TaskKind.lm_eval:  # a text of several windows is compared in each of them
+            raise ValueError(f"item {row['item']} has {len(row['kl_at'])} KL values for {len(places)} positions")
+    if not placed:
+        return None
+    longest = 1 + max(max(places) for places, _ in placed)
+    width = math.ceil(longest / BINS)
+    for places, values in placed:
         mine: dict[int, list[float]] = defaultdict(list)
-        for place, kl in zip(at, row["kl_at"], strict=True):
+        for place, kl in zip(places, values, strict=True):
             mine[place // width].append(float(kl))
-        for number, values in mine.items():
-            bins[number].append(math.fsum(values) / len(values))  # an item counts once per bin
-    x, y, error = [], [], []
+        for number, inside in mine.items():
+            bins[number].append(math.fsum(inside) / len(inside))  # an item counts once per bin
+    return _means(bins, width, stage_name(stage), tone)
+
+
+def _means(bins: dict[int, list[float]], width: int, label: str, tone: str) -> Series:
+    """Means of bins of `width` tokens, with a band of 1.96 standard errors."""
+    x, y, low, high = [], [], [], []
     for number in sorted(bins):
         values = bins[number]
         mean = math.fsum(values) / len(values)
-        spread = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+        variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+        error = 1.96 * math.sqrt(variance / len(values))
         x.append(number * width + (width + 1) / 2)
         y.append(mean)
-        error.append(1.96 * math.sqrt(spread / len(values)))
-    low, high = zip(*((max(0.0, v - e), v + e) for v, e in zip(y, error, strict=True)), strict=True)
-    return Series(stage_name(stage), x, y, tone=tone, low=low, high=high)
+        low.append(max(0.0, mean - error))
+        high.append(mean + error)
+    return Series(label, x, y, tone=tone, low=low, high=high)
 
 
-def _places(row: dict[str, Any], kl_positions: int) -> list[int]:
-    places = kl_places(int(row["tokens"]), kl_positions)
-    if len(places) != len(row["kl_at"]):
-        raise ValueError(f"item {row['item']} has {len(row['kl_at'])} KL values for {len(places)} positions")
-    return places
+def _places(row: dict[str, Any], said: int | None, kl_positions: int) -> list[int]:
+    """Where an item was compared, counted in scored tokens from 0.
+
+    Args:
+        row: Fields of scoring.Score.
+        said: Tokens that BF16 generated for the item; None if nothing is generated.
+        kl_positions: evaluate.kl_positions.
+    """
+    scored = row["tokens"] if said is None else said
+    return kl_places(int(scored), kl_positions)

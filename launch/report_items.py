@@ -97,7 +97,13 @@ def _example(harm: Harm, judged: str, texts: dict[int, list[tuple[str, str]]]) -
         words = {True: "right", False: "wrong"}
         states = [words[bool(row["correct"])] for row in (harm.before, harm.after)]
         facts.append(("whole answer", f"BF16 {states[0]}, {stage_name(judged)} {states[1]}"))
-    shown = list(texts.get(harm.item, [("Prompt", "(not to be had: see the task's data)")]))
+    for name, value in (harm.after.get("metrics") or {}).items():
+        first = (harm.before.get("metrics") or {}).get(name)
+        if isinstance(value, int | float) and isinstance(first, int | float):
+            facts.append((name, f"BF16 {number(first, '{:.4g}')}, {stage_name(judged)} {number(value, '{:.4g}')}"))
+    if harm.after.get("cut"):
+        facts.append(("output", "cut at the limit"))
+    shown = list(texts.get(harm.item, [("Prompt", "(made by lm-eval from the task's data)")]))
     for name, row in (("BF16", harm.before), (stage_name(judged), harm.after)):
         output = row.get("output")
         shown.append((name, "(not kept)" if output is None else _start(str(output))))
