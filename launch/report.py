@@ -80,14 +80,11 @@ def build(files: RunFiles) -> Report:
         before = sections[title].blocks if title in sections else []
         sections[title] = Section(title, [*before, *blocks])
     recipe = files.recipe
-    method = (
-        "BF16 control"
-        if recipe.method is Method.bf16
-        else f"{stage_name(recipe.method.value)}, {recipe.quantize.format.value}"
-    )
-    return Report(
-        recipe.run.name, f"{method} from {Path(recipe.model.path).name}", head(files), list(sections.values())
-    )
+    method = f"{stage_name(recipe.method.value)}, {recipe.quantize.format.value}"
+    if recipe.method is Method.bf16:
+        method = "BF16 control"
+    subtitle = f"{method} from {Path(recipe.model.path).name}"
+    return Report(recipe.run.name, subtitle, head(files), list(sections.values()))
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -105,17 +102,21 @@ def _log(recipe: Recipe, folder: Path, report: Report) -> None:
     from halfbyte.training.experiment import log_report
 
     scores = next((block for block in _section(report, "Scores").blocks if isinstance(block, Table)), None)
-    rows = (
-        [[group.title, *(cell.text for cell in row)] for group in scores.groups for row in group.rows] if scores else []
-    )
-    summary: dict[str, str | float] = {"gate/verdict": report.head.verdict}
-    summary |= {f"report/{label}": f"{value} ({small})" for label, value, small in report.head.tiles}
+    groups = scores.groups if scores else []
+    columns = ["task", *(scores.head if scores else [])]
+    figures: dict[str, str | float] = {"report/verdict": report.head.verdict}
+    figures |= {f"report/{label}": f"{value} ({small})" for label, value, small in report.head.tiles}
+    for group in groups:
+        for row in group.rows:
+            for column, cell in zip(columns[1:], row, strict=True):
+                if cell.value is not None:
+                    figures[f"report/{group.title.partition(' (')[0]}/{row[0].text}/{column}"] = cell.value
     log_report(
         recipe,
-        columns=["task", *(scores.head if scores else [])],
-        rows=rows,
+        columns=columns,
+        rows=[[group.title, *(cell.text for cell in row)] for group in groups for row in group.rows],
         images=[(figure.name, figure.title, figure.png) for figure in report.figures()],
-        summary=summary,
+        summary=figures,
     )
     write_json(mark, {"report_md_sha256": digest})
 

@@ -143,19 +143,16 @@ def score_blocks(files: RunFiles) -> list[Block]:
     scores = dict(files.evaluate())
     if not scores:
         raise ValueError("no stage")
-    notes: list[Block] = []
     comparisons: dict[str, dict[str, Any]] = {}
+    notes: list[Block] = []
     try:
         gate = files.gate()
-    except Absent:
-        gate = {}
-    if gate:
-        for baseline, name in (("bf16", "against BF16"), ("control", "against the control")):
-            comparisons[name] = (gate.get(f"against_{baseline}") or {}).get("tasks", {})
-        if _baseline(gate) == "ptq":
-            comparisons["against PTQ"] = gate["tasks"]
-        notes += _control(gate, scores)
-    comparisons = {name: tasks for name, tasks in comparisons.items() if tasks}
+        with damage(files.folder / "gate.json"):
+            comparisons = _comparisons(gate)
+            notes += _control(gate, scores)
+    except UserError as error:
+        damaged = not isinstance(error, Absent)
+        notes.append(Missing("The gate's intervals", files.local(str(error)), damaged=damaged))
     stages = list(scores)
     table = Table(
         "Scores of every stage on the same items; in brackets the gate's paired intervals",
@@ -163,9 +160,20 @@ def score_blocks(files: RunFiles) -> list[Block]:
         [group for task in scores[stages[0]] for group in _task_rows(task, scores, comparisons)],
         strong=1 + stages.index(files.judged()) if len(stages) > 1 else None,
     )
-    if not comparisons:
-        notes.append(Text("No intervals: the gate compared nothing."))
     return [table, *notes]
+
+
+def _comparisons(gate: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Heading of a column -> the gate's content per task, every cell of which can be shown."""
+    found = {"against BF16": gate.get("against_bf16"), "against the control": gate.get("against_control")}
+    if _baseline(gate) == "ptq":
+        found["against PTQ"] = gate
+    comparisons = {name: ruling["tasks"] for name, ruling in found.items() if ruling and ruling["tasks"]}
+    for tasks in comparisons.values():
+        for content in tasks.values():
+            for name in content.get("numbers", {}):
+                _change(content, name)
+    return comparisons
 
 
 def _task_rows(task: str, scores: dict[str, Any], comparisons: dict[str, dict[str, Any]]) -> Iterator[Group]:

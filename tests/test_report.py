@@ -305,7 +305,7 @@ def test_a_control_stands_beside_the_others_only_if_it_is_named(run, tmp_path):
 # Parts that are missing or damaged --------------------------------------------------------------------------------
 
 GONE = {
-    "gate.json": ["Verdict"],
+    "gate.json": ["Verdict", "The gate's intervals"],
     "evaluate.json": ["The table of scores", "KL by position", "The worst items"],
     "train.json": ["The loss curve", "Throughput"],
     "quantize.json": ["The weight errors"],
@@ -356,7 +356,7 @@ def test_an_empty_run_folder_has_a_report(run, tmp_path):
     (tmp_path / "empty").mkdir()
     shutil.copy(run / "resolved.yaml", tmp_path / "empty")
     missing = write(tmp_path / "empty")
-    assert len(missing) == 11
+    assert len(missing) == 11  # the intervals belong to the table of scores
     assert not any(part.damaged for part in missing)
     page(tmp_path / "empty")
 
@@ -495,7 +495,20 @@ def test_wandb_gets_the_same_in_the_runs_own_run(run, halfbyte):
     (table,) = (new / "files" / "media" / "table" / "report").glob("scores*.json")
     accuracy = next(line for line in read(table)["data"] if line[1] == "accuracy, %")
     assert accuracy[0] == "lambada (16 items)"
-    assert b"gate/verdict" in (new / "run-abcd1234.wandb").read_bytes()
+    assert b"report/verdict" in (new / "run-abcd1234.wandb").read_bytes()
     folders = sorted((run / "wandb").iterdir())
     assert write(run, "run.wandb=offline") == []
     assert sorted((run / "wandb").iterdir()) == folders  # the same content is not logged twice
+
+
+def test_wandb_out_of_reach_is_one_line(run, monkeypatch):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.CommError("no route\nto host")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"run.wandb = online: W&B refused the report \(no route\); use offline"):
+        write(run, "run.wandb=online")
+    assert (run / "report.html").exists()
+    assert not (run / "report" / "wandb.json").exists()

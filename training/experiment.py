@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from halfbyte.training import checkpoint
 from halfbyte.training.config import Recipe, Wandb
+from halfbyte.training.errors import UserError
 from halfbyte.training.interrupt import Interrupted, Stop
 from halfbyte.training.module import Training
 from halfbyte.training.runtime import Runtime, agree
@@ -203,6 +204,9 @@ def log_report(
         rows: Its cells; no rows, no table.
         images: (name, caption, PNG) of every plot.
         summary: Figures for the run's summary.
+
+    Raises:
+        UserError: W&B cannot be reached or refuses.
     """
     if recipe.run.wandb is Wandb.disabled:
         return
@@ -211,24 +215,28 @@ def log_report(
 
     folder = Path(recipe.run.dir)
     online = recipe.run.wandb is Wandb.online
-    with quiet():
-        run = wandb.init(
-            project=recipe.run.project,
-            name=recipe.run.name,
-            dir=str(folder),
-            id=wandb_id(folder),
-            resume="allow" if online else None,
-            mode=recipe.run.wandb.value,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        content: dict[str, Any] = {
-            f"report/{name}": wandb.Image(Image.open(io.BytesIO(png)), caption=caption) for name, caption, png in images
-        }
-        if rows:
-            content["report/scores"] = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        run.log(content)
-        run.summary.update(dict(summary))
-        run.finish()
+    content: dict[str, Any] = {
+        f"report/{name}": wandb.Image(Image.open(io.BytesIO(png)), caption=caption) for name, caption, png in images
+    }
+    if rows:
+        content["report/scores"] = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+    try:
+        with quiet():
+            run = wandb.init(
+                project=recipe.run.project,
+                name=recipe.run.name,
+                dir=str(folder),
+                id=wandb_id(folder),
+                resume="allow" if online else None,
+                mode=recipe.run.wandb.value,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            run.log(content)
+            run.summary.update(dict(summary))
+            run.finish()
+    except wandb.Error as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise UserError(f"run.wandb = {recipe.run.wandb}: W&B refused the report ({reason}); use offline") from error
 
 
 def wandb_id(folder: Path) -> str | None:
