@@ -1,5 +1,6 @@
 """The plain parts of a report: sizes, verification, throughput, recipe, versions, hashes, and how to repeat the run."""
 
+import re
 import shlex
 import statistics
 from typing import Any
@@ -88,7 +89,7 @@ def versions(files: RunFiles) -> list[Block]:
     """Packages that made the files, the code's revision, SHA-256 of every file."""
     record = files.record()
     rows: list[tuple[str, str, float | None]] = [(name, str(v), None) for name, v in record["versions"].items()]
-    rows.append(("git revision of halfbyte", str(record.get("revision") or "not recorded"), None))
+    rows.append(("git revision of the folder it ran in", _revision(files), None))
     rows.append(("SHA-256 of the recipe", str(record["recipe_sha256"]), None))
     hashes = [
         [Cell(name), Cell(f"{entry['bytes']:,}", entry["bytes"]), Cell(str(entry["sha256"]))]
@@ -98,6 +99,13 @@ def versions(files: RunFiles) -> list[Block]:
         _facts("Versions", rows, numbers=False),
         Table("Files of the checkpoint", ["file", "bytes", "SHA-256"], [Group("", hashes)], numbers=False),
     ]
+
+
+def _revision(files: RunFiles) -> str:
+    """The commit that NeMo found at the start of training (of several, the last); its diff follows without a break."""
+    path = files.folder / "experiment" / "git-info.log"
+    found = re.findall(r"commit hash: ([0-9a-f]{40})", path.read_text(errors="replace")) if path.exists() else []
+    return found[-1] if found else "not recorded (no git repository, or nothing was trained)"
 
 
 def reproduce(files: RunFiles) -> list[Block]:

@@ -29,8 +29,8 @@ def inline(text: str) -> str:
     text = _SPECIAL.sub(r"\\\1", text.replace("&", "&amp;"))
     text = text.replace("://", ":\\/\\/").replace("@", "\\@")
     text = re.sub(r"(?i)\bwww\.", lambda match: f"{match[0][:-1]}\\.", text)
-    text = re.sub(r"^(\s*)([-+=])", r"\1\\\2", text)  # a list or a heading at the start of a line
-    return re.sub(r"^(\s*\d+)([.)])", r"\1\\\2", text).strip()
+    text = re.sub(r"^(\s*)([-+=])(?=[-+=\s]|$)", r"\1\\\2", text)  # a list or a rule at the start of a line
+    return re.sub(r"^(\s*\d+)([.)])(?=\s|$)", r"\1\\\2", text).strip()
 
 
 def markdown(report: Report, pictures: str) -> str:

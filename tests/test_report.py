@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from halfbyte.launch import cli, report, report_curves
 from halfbyte.launch.report_blocks import visible
+from halfbyte.launch.report_markdown import inline
 from halfbyte.launch.report_plots import Figure
 from halfbyte.launch.report_run import RunFiles
 from halfbyte.training.config import TaskKind
@@ -78,6 +79,7 @@ def test_the_pipeline_ends_with_a_complete_report(reported_run):
     text = (reported_run / "report.md").read_text()
     assert "missing" not in text.lower()
     assert "<script" not in (reported_run / "report.html").read_text()
+    assert not (reported_run / "wandb").exists()  # disabled
     pictures = re.findall(r"\]\((report/[^)]+\.png)\)", text)
     assert len(pictures) == len(set(pictures)) == 9  # loss, 4 kinds of linears, 2 of scales, 2 tasks
     for picture in pictures:
@@ -94,6 +96,16 @@ def test_the_same_run_gives_the_same_bytes(reported_run, run, monkeypatch):
             (run / name).unlink()
         assert write(Path("run")) == []
         assert there == {name: (run / name).read_bytes() for name in names}
+
+
+def test_the_revision_is_the_one_that_was_found_last(run):
+    log = run / "experiment" / "git-info.log"
+    log.write_text("".join(f"commit hash: {digit * 40}diff --git a/x b/x\n" for digit in "abc"))
+    write(run)
+    assert "c" * 40 in section(page(run), "versions-and-hashes").text()
+    log.unlink()
+    write(run)
+    assert "not recorded" in section(page(run), "versions-and-hashes").text()
 
 
 def test_the_verdict_comes_first(run):
@@ -453,6 +465,19 @@ def test_nasty_texts_survive_in_both_files(run):
 def _expected(text: str) -> str:
     text = text.strip(" ")
     return visible(text if len(text) <= 400 else f"{text[:400]}…")
+
+
+@pytest.mark.parametrize(
+    "text", ["1. one", "2) two", "- a", "+ b", "--- ", "===", "# h", "    code", "-1.5 pp", "0.25"]
+)
+def test_a_line_means_only_itself_in_markdown(text):
+    (line,) = parse(MarkdownIt("commonmark").enable("table").render(inline(text))).children[:1]
+    assert (line.tag, line.text()) == ("p", text.strip())
+
+
+def test_numbers_stay_readable_in_markdown():
+    assert inline("0.25 nats") == "0.25 nats"
+    assert inline("+1.5") == "+1.5"
 
 
 def test_visible_hides_nothing_and_changes_nothing_else():
