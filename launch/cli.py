@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("run_b", metavar="RUN_B", help="the run that is judged, within its recipe's thresholds")
     compare.add_argument("overrides", metavar="key=value", nargs="*", help="gate.* only, e.g. gate.threshold_pp=0.5")
     compare.add_argument("--json", metavar="FILE", help="write the verdict with all numbers there")
+    add("report", _report, "write report.html and report.md of what the run holds", run_dir=True)
     return parser
 
 
@@ -225,8 +226,23 @@ def _stage(args: argparse.Namespace) -> int:
     if args.against is not None:
         return _gate_against(args)
     from halfbyte.launch.pipeline import TOGETHER
-    from halfbyte.launch.start import RESOLVED, launch, run_here
-    from halfbyte.training.resolve import load, resume_problems, save
+    from halfbyte.launch.start import launch, run_here
+    from halfbyte.training.resolve import save
+
+    together = args.stage in TOGETHER
+    recipe, resolved = _of_run(args, need_model=together)
+    save(recipe, resolved)
+    start = launch if together else run_here
+    return start(recipe, [args.stage], allow_failed_gate=args.allow_failed_gate)
+
+
+def _of_run(args: argparse.Namespace, *, need_model: bool):
+    """The recipe of an existing run with the overrides, and where it is kept.
+
+    Without `need_model` neither weights nor training text are asked for, only sane values in what was overridden.
+    """
+    from halfbyte.launch.start import RESOLVED
+    from halfbyte.training.resolve import load, resume_problems
     from halfbyte.training.rules import problems
 
     resolved = Path(args.run_dir) / RESOLVED
@@ -234,16 +250,27 @@ def _stage(args: argparse.Namespace) -> int:
         raise UserError(f"{args.run_dir}: holds no {RESOLVED}; give the folder of a run (run.dir)", USAGE)
     moved = f"run.dir={args.run_dir}"  # the folder may have been moved since
     old, recipe = load(resolved, [moved]), load(resolved, [*args.overrides, moved])
-    together = args.stage in TOGETHER
-    found = problems(recipe, need_weights=together)
-    if not together:  # these need neither the weights nor the training text, only sane values in what was asked for
+    found = problems(recipe, need_weights=need_model)
+    if not need_model:
         found = [line for line in found if line.startswith(tuple(word.partition("=")[0] for word in args.overrides))]
     found = resume_problems(old, recipe) + found
     if found:
         raise RecipeError(found)
-    save(recipe, resolved)
-    start = launch if together else run_here
-    return start(recipe, [args.stage], allow_failed_gate=args.allow_failed_gate)
+    return recipe, resolved
+
+
+def _report(args: argparse.Namespace) -> int:
+    from halfbyte.launch import report
+    from halfbyte.training.environment import quiet_libraries
+
+    quiet_libraries()
+    recipe, _ = _of_run(args, need_model=False)
+    missing = report.write(recipe, Path(recipe.run.dir))
+    print(f"{Path(recipe.run.dir) / 'report.html'}: {report.summary(missing)}")
+    damaged = [part for part in missing if part.damaged]
+    for part in damaged:
+        print(f"error: {part.what.lower()}: {part.reason}", file=sys.stderr)
+    return FAILED if damaged else OK
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
         0, or the gate's exit code.
     """
     from halfbyte.launch import handover
+    from halfbyte.launch import report as written
     from halfbyte.launch.summary import summary_text
     from halfbyte.training.gate import exit_code
 
@@ -140,7 +141,10 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
             report = handover.check_again(recipe, folder)
             notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
         handover.raise_problems(report, folder)
-    console.say(summary_text(recipe, folder))
+    with console.stage("report") as notes:
+        notes.append(written.summary(written.write(recipe, folder)))
+    if (folder / "gate.json").exists():
+        console.say(summary_text(recipe, folder))
     return code
 
 

@@ -59,6 +59,7 @@ def summary_text(recipe: Recipe, folder: Path) -> str:
         lines += _beside(verdict)
     with damage(folder / "export" / "export.json"):
         lines += _shipped(folder)
+    lines.append(f"  report:     {folder / 'report.html'}")
     return "\n".join(lines)
 
 

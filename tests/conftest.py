@@ -47,3 +47,21 @@ def tiny_model(tmp_path_factory) -> Path:
     from halfbyte.training.fetch import fetch
 
     return fetch("tiny", tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def reported_run(command, environment, tmp_path_factory) -> Path:
+    """A finished run of the tiny recipe with its report; copy it before changing it."""
+    place = tmp_path_factory.mktemp("reported")
+    options = ("train.steps=3", "evaluate.tasks.english.limit=8", "verify.items=2", "gate.judges=trained")
+    done = subprocess.run(
+        [*command, "run", "tiny", *options, "run.wandb=disabled", "run.dir=run", "--allow-failed-gate"],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place / "run"

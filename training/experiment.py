@@ -4,9 +4,11 @@ NeMo's exp_manager keeps <run.dir>/experiment (its logs, the command, the commit
 the trainer at the checkpoint that the link <run.dir>/checkpoints/last names.
 """
 
+import io
 import logging
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from halfbyte.training import checkpoint
 from halfbyte.training.config import Recipe, Wandb
+from halfbyte.training.errors import UserError
 from halfbyte.training.interrupt import Interrupted, Stop
 from halfbyte.training.module import Training
 from halfbyte.training.runtime import Runtime, agree
@@ -191,3 +194,67 @@ def finish_logging(trainer: pl.Trainer) -> None:
     except ConnectionError:
         with suppress(ConnectionError):
             wandb.teardown()  # which also takes back its exit hook
+
+
+def log_report(
+    recipe: Recipe,
+    *,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    images: Sequence[tuple[str, str, bytes]],
+    summary: Mapping[str, str | float],
+) -> None:
+    """Put a report's table, plots and main figures into the run's own W&B run, or into a new one if it has none.
+
+    Offline, W&B cannot reopen a run: what is logged lands in a second folder with the run's id, which `wandb sync
+    --append` adds to it.
+
+    Args:
+        recipe: run.wandb says where to; disabled logs nothing.
+        columns: Headings of the table of scores.
+        rows: Its cells; no rows, no table.
+        images: (name, caption, PNG) of every plot.
+        summary: Figures for the run's summary.
+
+    Raises:
+        UserError: W&B cannot be reached or refuses.
+    """
+    if recipe.run.wandb is Wandb.disabled:
+        return
+    import wandb
+    from PIL import Image
+
+    folder = Path(recipe.run.dir)
+    online = recipe.run.wandb is Wandb.online
+    content: dict[str, Any] = {
+        f"report/{name}": wandb.Image(Image.open(io.BytesIO(png)), caption=caption) for name, caption, png in images
+    }
+    if rows:
+        content["report/scores"] = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+    try:
+        with quiet():
+            run = wandb.init(
+                project=recipe.run.project,
+                name=recipe.run.name,
+                dir=str(folder),
+                id=wandb_id(folder),
+                resume="allow" if online else None,
+                mode=recipe.run.wandb.value,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            run.log(content)
+            run.summary.update(dict(summary))
+            run.finish()
+    except wandb.Error as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise UserError(f"run.wandb = {recipe.run.wandb}: W&B refused the report ({reason}); use offline") from error
+
+
+def wandb_id(folder: Path) -> str | None:
+    """Id of the W&B run that a run folder holds, the oldest one: it is the one that training opened."""
+    runs = sorted((path.name for path in (folder / "wandb").glob("*run-*-*") if path.is_dir()), key=_started)
+    return runs[0].rpartition("-")[2] if runs else None
+
+
+def _started(name: str) -> str:
+    return name.partition("run-")[2]  # date and time, after `offline-` or nothing

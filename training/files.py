@@ -57,11 +57,12 @@ def damage(path: Path) -> Iterator[None]:
     """Around code that takes a file's content apart: what is not as it was written makes one line.
 
     Raises:
-        UserError: Instead of KeyError, TypeError, AttributeError, ValueError and RuntimeError.
+        UserError: Instead of KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError and what
+            arithmetic raises.
     """
     try:
         yield
     except KeyError as error:
         raise UserError(f"{path}: damaged (no {error}); {AGAIN}") from error
-    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (IndexError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{path}: damaged ({(str(error).splitlines() or ['?'])[0]}); {AGAIN}") from error

@@ -88,7 +88,11 @@ def kl_rows(item: Item, kl_positions: int) -> list[int]:
     Returns:
         min(T, kl_positions) increasing positions, each in the middle of an equal share of the T tokens.
     """
-    scored = len(item.tokens) - item.first_target
+    return kl_places(len(item.tokens) - item.first_target, kl_positions)
+
+
+def kl_places(scored: int, kl_positions: int) -> list[int]:
+    """As `kl_rows`, for an item of which only the number of scored tokens is known."""
     count = min(scored, kl_positions)
     return [(2 * i + 1) * scored // (2 * count) for i in range(count)]
 
