@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte.launch.pipeline import trained_name
 from halfbyte.training import gate, scoring, tasks
-from halfbyte.training.config import Method, Recipe
+from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.hf_map import HFWeight
@@ -80,9 +80,12 @@ def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
     from halfbyte.training import checkpoint
 
     last = newest_checkpoint(folder)
-    shape = read_shape(Path(recipe.model.path) / "config.json")
-    planned = {} if recipe.method == Method.bf16 else planned_linears(shape, recipe)
-    return checkpoint.read_weights(last, shape, planned)
+    return checkpoint.read_weights(last, read_shape(Path(recipe.model.path) / "config.json"), _formats(recipe))
+
+
+def _formats(recipe: Recipe) -> dict[str, Format]:
+    """Module name -> format of every quantized linear."""
+    return planned_linears(read_shape(Path(recipe.model.path) / "config.json"), recipe)
 
 
 def out_folder(folder: Path) -> Path:
@@ -119,7 +122,7 @@ def export(recipe: Recipe, folder: Path, verdict: dict[str, Any], *, resume: boo
         verdict=verdict,
         versions=versions(),
     )
-    handoff.write_handoff(out, recipe, verdict, sizes, versions())
+    handoff.write_handoff(out, recipe, _formats(recipe).values(), verdict, sizes, versions())
     write_json(record, {"made_for": made_for, "sizes": sizes})
     return sizes
 

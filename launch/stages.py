@@ -1,6 +1,8 @@
 """The stages that hold the model in memory, each a method of `Work`, with what they share between them."""
 
 import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,10 +114,7 @@ class Work:
                 on_first_rank(self.runtime, lambda: write_json(path, report))
             layers = report["layers"].values()
             errors = [layer["weight_relative_rms_error"] for layer in layers]
-            notes.append(
-                f"{sum(len(layer['hf']) for layer in layers)} linears in {report['format']}, "
-                f"weight error {min(errors):.3f} to {max(errors):.3f} relative RMS"
-            )
+            notes.append(f"{_counted(layers)}, weight error {min(errors):.3f} to {max(errors):.3f} relative RMS")
 
     def _run_calibration(self, stage: Any) -> None:
         recipe = self.recipe
@@ -195,3 +194,11 @@ class Work:
         if self.recipe.method != Method.bf16:
             quantize.refresh_scales(self.gpt, self.recipe.quantize)
         self.current = True
+
+
+def _counted(layers: Iterable[dict[str, Any]]) -> str:
+    """How many Hugging Face linears quantize.json has in each format."""
+    linears: Counter[str] = Counter()
+    for layer in layers:
+        linears[layer["format"]] += len(layer["hf"])
+    return ", ".join(f"{count} linears in {name}" for name, count in sorted(linears.items()))

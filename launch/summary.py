@@ -48,7 +48,7 @@ def summary_text(recipe: Recipe, folder: Path) -> str:
         recipe: The recipe.
         folder: The run folder, with evaluate.json and gate.json; export.json and verify.json where they exist.
     """
-    lines = ["", f"{recipe.run.name}: {recipe.method.value}, {recipe.quantize.format.value}", ""]
+    lines = ["", f"{recipe.run.name}: {recipe.method.value}, {_formats(recipe)}", ""]
     if (folder / "evaluate.json").exists():
         with damage(folder / "evaluate.json"):
             lines += [*columns(score_rows(read_json(folder / "evaluate.json"))), ""]
@@ -60,6 +60,11 @@ def summary_text(recipe: Recipe, folder: Path) -> str:
     with damage(folder / "export" / "export.json"):
         lines += _shipped(folder)
     return "\n".join(lines)
+
+
+def _formats(recipe: Recipe) -> str:
+    others = sorted({*recipe.quantize.layers.values()} - {recipe.quantize.format})
+    return recipe.quantize.format.value + (f" with {', '.join(others)} layers" if others else "")
 
 
 def _against_bf16(verdict: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -130,7 +130,7 @@ def _from_overrides(overrides: list[str], merged: Merged) -> Iterator[tuple[str,
             continue
         task_key = TASK_KEY.fullmatch(key)
         hint = TASK_HINTS.get(task_key[2]) if task_key else HINTS.get(key)
-        if str in (hint, *get_args(hint)) and get_args(hint) != (str,):
+        if hint is str or (NoneType in get_args(hint) and str in get_args(hint)):
             value: Any = None if raw in ("", "null") else raw  # a path may hold what YAML would read as syntax
         else:
             try:
@@ -199,7 +199,8 @@ def _apply(config: Any, key: str, value: Any) -> None:
     try:
         if hint is bool and not isinstance(value, bool | str):  # OmegaConf takes any number for true
             raise _Wrong(f"must be {_expected(hint)}")
-        OmegaConf.update(config, key, value, force_add=False)
+        # A mapping takes the place of the one below it, as a list does: its order may matter (quantize.layers).
+        OmegaConf.update(config, key, value, merge=not isinstance(value, dict), force_add=False)
     except OmegaConfBaseException as error:
         raise _Wrong(f"must be {_expected(hint)}") from error
 
@@ -260,6 +261,8 @@ def _expected(hint: Any) -> str:
     inner = [part for part in get_args(hint) if part is not NoneType] if NoneType in get_args(hint) else [hint]
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     words |= {list[str]: "a list of texts, [a,b]", list[Task]: "a list of tasks"}
+    if get_origin(hint) is dict:
+        return f"a mapping, {{name: value}}, each value {_expected(get_args(hint)[1])}"
     if isinstance(inner[0], type) and issubclass(inner[0], Enum):
         word = f"one of {', '.join(str(member) for member in inner[0])}"
     else:

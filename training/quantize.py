@@ -1,13 +1,12 @@
 """THE quantization hook: plan layers, let ModelOpt insert quantizers, calibrate, report; planned != converted stops.
 
 ModelOpt decides where a quantizer sits and collects the absolute maxima; the arithmetic is ours (numerics.py), given
-to ModelOpt as the backend "halfbyte". Two-level NVFP4 scaling: the second-level scale comes from the calibrated
-maximum and stays frozen, the block scales follow the tensor at every step. q/k/v and gate/up are one fused linear
-here, so they share one second-level scale from the start and nothing has to be re-quantized at export.
+to ModelOpt as the backend "halfbyte". The scale per tensor (NVFP4's second level, FP8's only one) comes from the
+calibrated maximum and stays frozen, the block scales follow the tensor at every step. q/k/v and gate/up are one fused
+linear here, so they share one format and one scale from the start and nothing has to be re-quantized at export.
 """
 
 import contextlib
-import fnmatch
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.hf_map import FUSED
 from halfbyte.training.runtime import Runtime
+from halfbyte.training.shape import excluded, layer_format
 
 SCALE_BITS = {Format.nvfp4: (4, 3), Format.w4a16_nvfp4: (4, 3), Format.mxfp4: (8, 0)}
 """(exponent, mantissa) bits of the block scale: E4M3 or E8M0, in ModelOpt's notation."""
@@ -38,11 +38,19 @@ class Planned:
         module: Its name in this rank's model (layer numbers count from this pipeline stage).
         key: Its name in the whole model, e.g. `decoder.layers.7.mlp.linear_fc1`.
         hf: Hugging Face module names of the linears it holds.
+        format: Its number format.
     """
 
     module: str
     key: str
     hf: tuple[str, ...]
+    format: Format
+
+    @property
+    def quantizers(self) -> list[str]:
+        """Names of its quantizers in this rank's model."""
+        sides = ("weight",) if self.format is Format.w4a16_nvfp4 else ("weight", "input")
+        return [f"{self.module}.{side}_quantizer" for side in sides]
 
 
 @dataclass
@@ -50,44 +58,55 @@ class Arithmetic:
     """What our backend needs at a quantizer; kept in the slot that ModelOpt reserves for backends and never saves.
 
     Attributes:
-        format: The FP4 format.
-        scale_2: FP32 [] second-level scale; None for MXFP4.
+        format: The number format.
+        scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; None for MXFP4.
         kept: None, or, inside `weights_once`, the fake-quantized weight after its first use.
     """
 
     format: Format
-    scale_2: torch.Tensor | None
+    scale: torch.Tensor | None
     kept: list[torch.Tensor] | None = None
 
 
 def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
-    """This pipeline stage's linears to quantize: all of them but those that `quantize.exclude` names.
+    """This pipeline stage's linears to quantize, each with its format, by shape.layer_format.
 
     Raises:
-        UserError: an exclusion would split a fused linear (q/k/v or gate/up).
+        UserError: the recipe would split a fused linear (q/k/v or gate/up).
     """
     planned = []
     for local, layer in enumerate(model.decoder.layers):  # type: ignore[union-attr]
         number = layer.layer_number - 1
         for name, parts in FUSED.items():
             hf = tuple(f"model.layers.{number}.{part}" for part in parts)
-            out = [any(fnmatch.fnmatchcase(module, pattern) for pattern in quantize.exclude) for module in hf]
-            if any(out) and not all(out):
+            out = {excluded(module, quantize.exclude) for module in hf}
+            if len(out) > 1:
                 raise UserError(f"quantize.exclude splits {', '.join(hf)}: they are one layer; exclude all or none")
-            if not any(out):
-                planned.append(Planned(f"decoder.layers.{local}.{name}", f"decoder.layers.{number}.{name}", hf))
+            chosen = {layer_format(module, quantize) for module in hf}
+            if len(chosen) > 1:
+                raise UserError(f"quantize.layers splits {', '.join(hf)}: they are one layer; give them one format")
+            (number_format,) = chosen
+            if number_format is not None:
+                key = f"decoder.layers.{number}.{name}"
+                planned.append(Planned(f"decoder.layers.{local}.{name}", key, hf, number_format))
     return planned
 
 
-def modelopt_config(planned: list[Planned], quantize: Quantize) -> dict[str, Any]:
+def quantizer_config(number_format: Format) -> dict[str, Any]:
+    """ModelOpt's settings of one quantizer of a format, with our arithmetic."""
+    if number_format is Format.fp8:
+        return {"num_bits": (4, 3), "axis": None, "backend": "halfbyte"}
+    block = {-1: BLOCK[number_format], "type": "dynamic", "scale_bits": SCALE_BITS[number_format]}
+    return {"num_bits": (2, 1), "block_sizes": block, "backend": "halfbyte"}
+
+
+def modelopt_config(planned: list[Planned]) -> dict[str, Any]:
     """ModelOpt's configuration that quantizes exactly `planned`, each named, with our arithmetic."""
-    block = {-1: BLOCK[quantize.format], "type": "dynamic", "scale_bits": SCALE_BITS[quantize.format]}
-    fp4 = {"num_bits": (2, 1), "block_sizes": block, "backend": "halfbyte"}
-    sides = ["weight"] if quantize.format == Format.w4a16_nvfp4 else ["weight", "input"]
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for layer in planned:
-        entries += [{"quantizer_name": f"{layer.module}.{side}_quantizer", "cfg": dict(fp4)} for side in sides]
-    return {"quant_cfg": entries, "algorithm": None if quantize.format == Format.mxfp4 else "max"}
+        entries += [{"quantizer_name": name, "cfg": quantizer_config(layer.format)} for name in layer.quantizers]
+    needs_maxima = any(layer.format is not Format.mxfp4 for layer in planned)
+    return {"quant_cfg": entries, "algorithm": "max" if needs_maxima else None}
 
 
 def quantize(
@@ -102,8 +121,8 @@ def quantize(
         calibrate: Runs the calibration windows through the model it is given (not called for MXFP4, which needs none).
 
     Returns:
-        The content of quantize.json: format, scale_2 mode, and per Hugging Face linear its format, second-level scales
-        and the relative RMS error of its weight. The same on every rank.
+        The content of quantize.json: the default format, scale_2 mode, and per layer its own format, maxima, scales
+        (scale_2 of NVFP4, scale of FP8) and the relative RMS error of its weight. The same on every rank.
 
     Raises:
         UserError: a planned layer was not converted, another one was, a weight or a calibrated maximum is not finite.
@@ -112,12 +131,12 @@ def quantize(
     for layer in planned:
         if not torch.isfinite(model.get_submodule(layer.module).weight).all():
             raise UserError(f"quantize: {layer.key}.weight holds NaN or Inf; check the weights")
-    _insert(model, planned, recipe.quantize, calibrate)
+    _insert(model, planned, calibrate)
     refresh_scales(model, recipe.quantize)
     return {
         "format": recipe.quantize.format.value,
         "scale_2": recipe.quantize.scale_2.value,
-        "layers": _gather({layer.key: _describe(model, layer, recipe.quantize) for layer in planned}),
+        "layers": _gather({layer.key: _describe(model, layer) for layer in planned}),
     }
 
 
@@ -129,7 +148,7 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
     """
     content = read_json(report)
     planned = plan(model, recipe.quantize)
-    _insert(model, planned, recipe.quantize, lambda stage: None)
+    _insert(model, planned, lambda stage: None)
     with damage(report):
         _same_plan(content, model, planned, recipe.quantize, report)
         for layer in planned:
@@ -145,8 +164,8 @@ def _same_plan(
     content: dict[str, Any], model: torch.nn.Module, planned: list[Planned], quantize: Quantize, report: Path
 ) -> None:
     here = {layer.layer_number - 1 for layer in model.decoder.layers}  # type: ignore[union-attr]
-    listed = {key for key in content["layers"] if int(key.split(".")[2]) in here}
-    differing = sorted(listed ^ {layer.key for layer in planned})
+    listed = {(key, entry["format"]) for key, entry in content["layers"].items() if int(key.split(".")[2]) in here}
+    differing = sorted({key for key, _ in listed ^ {(layer.key, layer.format.value) for layer in planned}})
     if (content["format"], content["scale_2"]) != (quantize.format.value, quantize.scale_2.value):
         differing.append(f"{content['format']} with scale_2 {content['scale_2']}")
     if differing:
@@ -155,18 +174,17 @@ def _same_plan(
         )
 
 
-def _insert(model: torch.nn.Module, planned: list[Planned], quantize: Quantize, calibrate: Callable) -> None:
+def _insert(model: torch.nn.Module, planned: list[Planned], calibrate: Callable) -> None:
     if not tensor_quantizer.is_registered_quant_backend("halfbyte"):
         tensor_quantizer.register_quant_backend("halfbyte", _fake_quantize)
     with contextlib.redirect_stdout(None):  # ModelOpt prints a count; ours is the stage's line
         try:
-            mtq.quantize(model, modelopt_config(planned, quantize), calibrate)
+            mtq.quantize(model, modelopt_config(planned), calibrate)
         except AssertionError as error:  # ModelOpt's calibrator asserts that every maximum is finite
             reason = f"quantize: calibration failed ({error}); check the weights and the calibration data"
             raise UserError(reason) from error
-    sides = 1 if quantize.format == Format.w4a16_nvfp4 else 2
     converted = sorted(name for name, _ in enabled_quantizers(model))
-    expected = sorted(f"{layer.module}.{side}_quantizer" for layer in planned for side in ("weight", "input")[:sides])
+    expected = sorted(name for layer in planned for name in layer.quantizers)
     if converted != expected:
         missing, extra = sorted(set(expected) - set(converted)), sorted(set(converted) - set(expected))
         raise UserError(
@@ -182,21 +200,22 @@ def enabled_quantizers(model: torch.nn.Module) -> Iterator[tuple[str, TensorQuan
 
 
 def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
-    """Derive every second-level scale from its calibrated maximum: after calibration and after every checkpoint load.
+    """Derive every scale per tensor from its calibrated maximum: after calibration and after every checkpoint load.
 
     Raises:
         UserError: a maximum is missing or not finite.
     """
+    format_of = {name: layer.format for layer in plan(model, quantize) for name in layer.quantizers}
     for name, quantizer in enabled_quantizers(model):
-        if quantize.format == Format.mxfp4:
-            quantizer._quantizer_cache = Arithmetic(quantize.format, None)
+        if format_of[name] is Format.mxfp4:
+            quantizer._quantizer_cache = Arithmetic(format_of[name], None)
             continue
         amax = quantizer.amax
         if amax is None or not torch.isfinite(amax).all():
             found = "nothing" if amax is None else amax.item()
             raise UserError(f"quantize: {name} was calibrated to {found}; check the weights and the calibration data")
-        scale_2 = numerics.second_scale(amax.float(), quantize.scale_2)
-        quantizer._quantizer_cache = Arithmetic(quantize.format, scale_2)
+        scale = numerics.tensor_scale(amax.float(), format_of[name], quantize.scale_2)
+        quantizer._quantizer_cache = Arithmetic(format_of[name], scale)
 
 
 class _Instead(torch.autograd.Function):
@@ -212,13 +231,13 @@ class _Instead(torch.autograd.Function):
 
 
 def _fake_quantize(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
-    """ModelOpt's backend entry: x -> x on the FP4 grid, gradient passed straight through."""
+    """ModelOpt's backend entry: x -> x on the format's grid, gradient passed straight through."""
     rule: Arithmetic = quantizer._quantizer_cache
     if rule.kept is None:
-        return numerics.fake_quantize(x, rule.format, rule.scale_2)
+        return numerics.fake_quantize(x, rule.format, rule.scale)
     if not rule.kept:
         with torch.no_grad():
-            rule.kept.append(numerics.fake_quantize(x, rule.format, rule.scale_2))
+            rule.kept.append(numerics.fake_quantize(x, rule.format, rule.scale))
     return _Instead.apply(x, rule.kept[0])
 
 
@@ -251,7 +270,7 @@ def round_unquantized(model: torch.nn.Module) -> None:
                 parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def _describe(model: torch.nn.Module, layer: Planned, quantize: Quantize) -> dict[str, Any]:
+def _describe(model: torch.nn.Module, layer: Planned) -> dict[str, Any]:
     linear = model.get_submodule(layer.module)
     with torch.no_grad():
         weight = linear.weight.float()
@@ -263,16 +282,17 @@ def _describe(model: torch.nn.Module, layer: Planned, quantize: Quantize) -> dic
     dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
     entry: dict[str, Any] = {
         "hf": list(layer.hf),
-        "format": quantize.format.value,
+        "format": layer.format.value,
         "weight_relative_rms_error": float((sums[0] / sums[1].clamp(min=1e-30)).sqrt()),
         "amax": {},
         "scale_2": {},
     }
+    scales = entry.setdefault("scale" if layer.format is Format.fp8 else "scale_2", {})
     for side in ("weight", "input"):
         quantizer = linear.get_submodule(f"{side}_quantizer")
-        if quantizer.is_enabled and quantizer._quantizer_cache.scale_2 is not None:
+        if quantizer.is_enabled and quantizer._quantizer_cache.scale is not None:
             entry["amax"][side] = float(quantizer.amax)
-            entry["scale_2"][side] = float(quantizer._quantizer_cache.scale_2)
+            scales[side] = float(quantizer._quantizer_cache.scale)
     return entry
 
 

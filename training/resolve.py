@@ -8,6 +8,7 @@ import importlib.resources
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -129,5 +130,10 @@ def resume_problems(old: Recipe, new: Recipe) -> list[str]:
     return [
         f"{key} = {value}: the run at {old.run.dir} has {before[key]}; keep that value or choose a new run.dir"
         for key, value in leaves(new)
-        if value != before[key] and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        if _ordered(value) != _ordered(before[key]) and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
     ]
+
+
+def _ordered(value: Any) -> Any:
+    """A mapping as its pairs: the order of quantize.layers decides."""
+    return list(value.items()) if isinstance(value, dict) else value
