@@ -188,7 +188,7 @@ def _quantize(recipe: Recipe, shape: ModelShape) -> list[str]:
         ),
         f"{len(planned)} of {len(sizes)} linears; not quantized: {', '.join(quantize.exclude) or 'none'}"
         + (f" ({left} linears)" if left else ""),
-        f"{bits_per_weight(shape, planned):.3f} bits per weight of the decoder's linears",
+        f"{bits_per_weight(shape, recipe):.3f} bits per weight of the linears that quantize.exclude leaves",
     ]
 
 

@@ -110,13 +110,14 @@ class Work:
                 report = quantize.restore(self.gpt, self.recipe, path)
                 notes.append("as in quantize.json")
             else:
-                report = quantize.quantize(self.gpt, self.recipe, self.runtime, self._run_calibration)
+                report = quantize.quantize(self.gpt, self.recipe, self.runtime, self.run_calibration)
                 on_first_rank(self.runtime, lambda: write_json(path, report))
             layers = report["layers"].values()
             errors = [layer["weight_relative_rms_error"] for layer in layers]
             notes.append(f"{_counted(layers)}, weight error {min(errors):.3f} to {max(errors):.3f} relative RMS")
 
-    def _run_calibration(self, stage: Any) -> None:
+    def run_calibration(self, stage: Any) -> None:
+        """Run the calibration windows through a pipeline stage's model."""
         recipe = self.recipe
         length = recipe.quantize.calibration_length or recipe.train.sequence_length
         source = Path(recipe.quantize.calibration_data or recipe.data.train or "")

@@ -353,9 +353,8 @@ def test_planned_linears_follow_the_patterns():
 def test_the_first_pattern_that_matches_decides_and_exclude_comes_before():
     shape = read_shape(RECIPES / "shapes/tiny.json")
     layers = "{'model.layers.0.*': fp8, '*.down_proj': bf16, 'model.layers.3.mlp.*': w4a16_nvfp4}"
-    planned = planned_linears(
-        shape, resolve("tiny", [f"quantize.layers={layers}", "quantize.exclude=['*.0.*.o_proj']"])
-    )
+    recipe = resolve("tiny", [f"quantize.layers={layers}", "quantize.exclude=['*.0.*.o_proj']"])
+    planned = planned_linears(shape, recipe)
     expected = dict.fromkeys(linear_sizes(shape), Format.nvfp4)
     expected |= {name: Format.w4a16_nvfp4 for name in expected if ".3.mlp." in name}
     expected = {name: chosen for name, chosen in expected.items() if "down_proj" not in name}
@@ -363,9 +362,9 @@ def test_the_first_pattern_that_matches_decides_and_exclude_comes_before():
     del expected["model.layers.0.self_attn.o_proj"]
     assert planned == expected
     bits = {"nvfp4": 4.5, "w4a16_nvfp4": 4.5, "fp8": 8}
-    sizes = {name: n * k for name, (n, k) in linear_sizes(shape).items()}
+    sizes = {name: n * k for name, (n, k) in linear_sizes(shape).items() if ".0.self_attn.o_proj" not in name}
     total = sum(size * (bits[planned[name]] if name in planned else 16) for name, size in sizes.items())
-    assert bits_per_weight(shape, planned) == total / sum(sizes.values())
+    assert bits_per_weight(shape, recipe) == total / sum(sizes.values())
 
 
 def test_a_mapping_replaces_the_one_below_it_and_its_order_is_kept(tmp_path):
@@ -382,6 +381,23 @@ def test_a_mapping_replaces_the_one_below_it_and_its_order_is_kept(tmp_path):
     turned = resolve(str(file), ["quantize.layers={'*.down_proj': bf16, 'model.layers.1.*': fp8}"])
     assert "quantize.layers" in resume_problems(recipe, turned)[0]
     assert resume_problems(recipe, load(tmp_path / "resolved.yaml")) == []
+
+
+def test_a_yaml_file_among_the_overrides_is_merged_in_its_place(tmp_path):
+    fragment = tmp_path / "plan.yaml"
+    fragment.write_text(
+        "quantize:\n  format: fp8\n  layers:\n    '*.o_proj': nvfp4\ndata:\n  train: ${recipe:x.jsonl}\n"
+    )
+    (tmp_path / "x.jsonl").touch()
+    recipe = resolve("tiny", ["quantize.format=mxfp4", "train.steps=9", str(fragment), "train.steps=8"])
+    assert (recipe.quantize.format, recipe.quantize.layers) == (Format.fp8, {"*.o_proj": LayerFormat.nvfp4})
+    assert recipe.train.steps == 8
+    assert recipe.data.train == str(tmp_path / "x.jsonl")  # beside the fragment, not beside the recipe
+    fragment.write_text("quantize:\n  formatt: fp8\n")
+    assert "quantize.formatt = fp8 (plan.yaml line 2): no such key" in problems(str(fragment))[0]
+    fragment.write_text("[")
+    assert "not valid YAML" in problems(str(fragment))[0]
+    assert "no such file, and not of the form key=value" in problems(str(tmp_path / "gone.yaml"))[0]
 
 
 def test_weights_are_asked_for_only_when_needed(tmp_path):
@@ -414,7 +430,7 @@ def test_resume_allows_what_does_not_touch_the_past():
     free = {"description", "run.dir", "run.name", "run.project", "run.wandb", "model.fetch", "model.config"}
     free |= {"train.steps", "train.micro_batch", "train.recompute", "train.distributed_optimizer"}
     free |= {"evaluate.tokens_per_batch"}
-    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "launch.")
+    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "sensitivity.", "launch.")
     old = resolve("tiny", [])
     for key, value in rules.leaves(old):
         new = copy.deepcopy(old)

@@ -315,6 +315,19 @@ class Verify:
 
 
 @dataclass
+class Sensitivity:
+    """What `halfbyte sensitivity` measures; a run does not read it."""
+
+    data: str | None = None
+    """JSONL of text that nothing is trained on; none means the first evaluation task of kind text."""
+    tokens: int = 4096
+    """Positions at which every variant of the model is compared with the BF16 model, at least."""
+    bits: float | None = None
+    """Budget of the mixed plan, bits per weight with block scales, over the linears that quantize.exclude leaves.
+    None chooses no plan."""
+
+
+@dataclass
 class Launch:
     """How processes start. World size comes from `parallel`."""
 
@@ -349,6 +362,7 @@ class Recipe:
     gate: Gate = field(default_factory=Gate)
     export: Export = field(default_factory=Export)
     verify: Verify = field(default_factory=Verify)
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
     launch: Launch = field(default_factory=Launch)
 
     @property

@@ -131,7 +131,7 @@ def quantize(
     for layer in planned:
         if not torch.isfinite(model.get_submodule(layer.module).weight).all():
             raise UserError(f"quantize: {layer.key}.weight holds NaN or Inf; check the weights")
-    _insert(model, planned, calibrate)
+    insert(model, planned, calibrate)
     refresh_scales(model, recipe.quantize)
     return {
         "format": recipe.quantize.format.value,
@@ -148,7 +148,7 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
     """
     content = read_json(report)
     planned = plan(model, recipe.quantize)
-    _insert(model, planned, lambda stage: None)
+    insert(model, planned, lambda stage: None)
     with damage(report):
         _same_plan(content, model, planned, recipe.quantize, report)
         for layer in planned:
@@ -174,7 +174,17 @@ def _same_plan(
         )
 
 
-def _insert(model: torch.nn.Module, planned: list[Planned], calibrate: Callable) -> None:
+def insert(model: torch.nn.Module, planned: list[Planned], calibrate: Callable[[torch.nn.Module], None]) -> None:
+    """Insert the quantizers of `planned`, calibrate them, prove that they and no others are there.
+
+    Args:
+        model: This rank's GPTModel; changed in place.
+        planned: The layers and their formats.
+        calibrate: As in `quantize`.
+
+    Raises:
+        UserError: a planned layer was not converted, another one was, a calibrated maximum is not finite.
+    """
     if not tensor_quantizer.is_registered_quant_backend("halfbyte"):
         tensor_quantizer.register_quant_backend("halfbyte", _fake_quantize)
     with contextlib.redirect_stdout(None):  # ModelOpt prints a count; ours is the stage's line

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "gate.*",
     "export.*",
     "verify.*",
+    "sensitivity.*",
     "launch.*",
 )
 """Keys that an existing run may change: they do not touch what was calibrated, trained or scored so far."""
@@ -46,7 +47,8 @@ def resolve(recipe: str, overrides: list[str], *, need_weights: bool = False) ->
     Args:
         recipe: Path of a YAML file, or the name of a shipped recipe (see `shipped`).
         overrides: `key=value` strings with dotted keys; a task is addressed by number or name
-            (evaluate.tasks.lambada.limit=100).
+            (evaluate.tasks.lambada.limit=100). A YAML file among them is merged in its place: some keys of a recipe,
+            such as the sensitivity.yaml of a run folder.
         need_weights: Whether the weights and tokenizer must already be at model.path.
 
     Returns:

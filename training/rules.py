@@ -24,6 +24,8 @@ POSITIVE = (
     "train.learning_rate",
     "train.eps",
     "quantize.calibration_length",
+    "sensitivity.tokens",
+    "sensitivity.bits",
     "distill.temperature",
     "checkpoint.keep",
     "evaluate.tokens_per_batch",
@@ -145,7 +147,7 @@ def _files(recipe: Recipe) -> Iterator[str]:
         yield f"data.train = null: method {recipe.method} trains; give a JSONL file"
     elif recipe.method == Method.ptq and not train and not calibration:
         yield "quantize.calibration_data = null: calibration needs text; give a JSONL file here or as data.train"
-    files = {"data.train": train, "quantize.calibration_data": calibration}
+    files = {"data.train": train, "quantize.calibration_data": calibration, "sensitivity.data": recipe.sensitivity.data}
     files |= {f"evaluate.tasks.{i}.data": task.data for i, task in enumerate(recipe.evaluate.tasks)}
     for key, path in files.items():
         if path and not Path(path).is_file():

@@ -1,6 +1,7 @@
 """The facts of a Llama-family model that planning needs, read from its Hugging Face config.json. Torch-free."""
 
 import json
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -112,15 +113,16 @@ def planned_linears(shape: ModelShape, recipe: Recipe) -> dict[str, Format]:
     return {name: number_format for name, number_format in chosen.items() if number_format is not None}
 
 
-def bits_per_weight(shape: ModelShape, planned: dict[str, Format]) -> float:
-    """Mean bits per weight over all linears of the decoder layers, block scales included; the rest is not counted.
+def bits_per_weight(shape: ModelShape, recipe: Recipe) -> float:
+    """Mean bits per weight of the recipe's plan, block scales included, over the linears that quantize.exclude leaves.
 
-    Args:
-        shape: The model's sizes.
-        planned: Module name -> format; linears that it does not name are BF16.
+    Layers that quantize.layers keeps in BF16 count with 16 bits. NaN if quantize.exclude leaves nothing.
     """
-    sizes = {name: n * k for name, (n, k) in linear_sizes(shape).items()}
-    return sum(BITS[planned.get(name)] * size for name, size in sizes.items()) / sum(sizes.values())
+    planned = planned_linears(shape, recipe)
+    linears = linear_sizes(shape).items()
+    sizes = {name: n * k for name, (n, k) in linears if not excluded(name, recipe.quantize.exclude)}
+    bits = sum(BITS[planned.get(name)] * size for name, size in sizes.items())
+    return bits / sum(sizes.values()) if sizes else math.nan
 
 
 def read_shape(config_json: str | Path) -> ModelShape:
