@@ -30,8 +30,8 @@ _HARDWARE = {
 - TensorRT-LLM and SGLang have no established reader for dense MXFP4 weights.""",
     Format.fp8: """\
 - Ada (SM89), Hopper, Blackwell: FP8 tensor cores, the arithmetic that was trained and evaluated.
-- Older GPUs: vLLM runs the checkpoint weight-only (Marlin kernels, BF16 activations), so results differ from the ones
-  evaluated here.""",
+- Older GPUs: vLLM asks for SM89; only FP8 layers of a mixed checkpoint run there, weight-only (Marlin kernels, BF16
+  activations), so results differ from the ones evaluated here.""",
 }
 
 _MIXED = """\

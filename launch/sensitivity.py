@@ -178,7 +178,6 @@ def _write(content: dict[str, Any], folder: Path) -> None:
     write_json(folder / "sensitivity.json", content)
     path = folder / "sensitivity.yaml"
     if "plan" not in content:
-        path.unlink(missing_ok=True)  # of an earlier call with a budget
         return
     plan = content["variants"]["plan"]
     quantize = {"format": content["format"], "layers": content["plan"]["layers"]}
