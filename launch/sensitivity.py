@@ -30,6 +30,8 @@ ROWS = 40
 def prepare(recipe: Recipe) -> Recipe:
     """The measurement's own recipe: the model as it is before training, and one text as the only task. Torch-free.
 
+    What quantize.layers says is not used: that is what is looked for.
+
     Raises:
         RecipeError: nothing to quantize, no text, or a budget that no plan keeps.
     """

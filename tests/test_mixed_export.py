@@ -15,6 +15,7 @@ from halfbyte.export import hf, reader
 from halfbyte.export.pack import fake, module_name
 from halfbyte.export.quantization_config import quantization_configs
 from halfbyte.export.verify import decoded_model, verify
+from halfbyte.launch.plan import export_bytes
 from halfbyte.training import numerics
 from halfbyte.training.config import Format, LayerFormat, Quantize, Recipe
 from halfbyte.training.hf_map import HFWeight, expected_shapes
@@ -155,6 +156,8 @@ def test_a_mix_is_written_as_each_format_is(exported: Path, model_dir: Path):
     for weight in mixed_weights(model_dir):
         trained = fake(weight, mixed().quantize) if weight.quantized else weight.tensor.bfloat16().float()
         assert np.array_equal(checkpoint.decode(module_name(weight.name)), trained.numpy())
+    shape = read_shape(model_dir / "config.json")
+    assert export_bytes(mixed(), shape) == sum(checkpoint.raw(name).nbytes for name in checkpoint.names())
     record = json.loads((exported / "halfbyte.json").read_text())
     assert (record["format"], record["scale_2"]) == ("fp8+nvfp4+w4a16_nvfp4", "pow2")
     assert problems(exported, model_dir, rehash=False) == ""

@@ -384,7 +384,7 @@ def test_a_mapping_replaces_the_one_below_it_and_its_order_is_kept(tmp_path):
 
 
 def test_a_yaml_file_among_the_overrides_is_merged_in_its_place(tmp_path):
-    fragment = tmp_path / "plan.yaml"
+    fragment = tmp_path / "lr=3.yaml"
     fragment.write_text(
         "quantize:\n  format: fp8\n  layers:\n    '*.o_proj': nvfp4\ndata:\n  train: ${recipe:x.jsonl}\n"
     )
@@ -394,7 +394,7 @@ def test_a_yaml_file_among_the_overrides_is_merged_in_its_place(tmp_path):
     assert recipe.train.steps == 8
     assert recipe.data.train == str(tmp_path / "x.jsonl")  # beside the fragment, not beside the recipe
     fragment.write_text("quantize:\n  formatt: fp8\n")
-    assert "quantize.formatt = fp8 (plan.yaml line 2): no such key" in problems(str(fragment))[0]
+    assert "quantize.formatt = fp8 (lr=3.yaml line 2): no such key" in problems(str(fragment))[0]
     fragment.write_text("[")
     assert "not valid YAML" in problems(str(fragment))[0]
     assert "no such file, and not of the form key=value" in problems(str(tmp_path / "gone.yaml"))[0]

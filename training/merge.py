@@ -74,7 +74,7 @@ def merge(path: Path, overrides: list[str]) -> tuple[Recipe, Merged]:
     entries = [(path, *entry) for entry in _from_yaml(path)]
     for override in overrides:
         fragment = Path(override).expanduser()
-        if "=" not in override and fragment.suffix in (".yaml", ".yml") and fragment.is_file():
+        if fragment.suffix in (".yaml", ".yml") and fragment.is_file():  # a folder's name may hold a =
             entries += [(fragment, *entry) for entry in _from_yaml(fragment)]
         else:
             entries += [(path, *entry) for entry in _from_override(override, merged)]
