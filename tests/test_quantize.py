@@ -429,3 +429,22 @@ def test_a_mixed_plan_is_restored_and_another_is_refused(world, hook, tmp_path):
 def test_a_format_for_a_part_of_a_fused_layer_is_refused(world):
     with pytest.raises(UserError, match=r"quantize\.layers splits .*give them one format"):
         make(world, layers={"*.q_proj": LayerFormat.fp8})
+
+
+@pytest.mark.parametrize(
+    ("settings", "algorithm"),
+    [
+        ({}, "max"),
+        ({"format": Format.fp8}, "max"),
+        ({"format": Format.mxfp4}, None),
+        ({"format": Format.mxfp4, "layers": {"*.o_proj": LayerFormat.bf16}}, None),
+        ({"format": Format.nvfp4, "layers": {"*": LayerFormat.mxfp4}}, "max"),
+    ],
+)
+def test_a_pipeline_stage_with_nothing_to_quantize_calibrates_as_the_others_do(world, hook, settings, algorithm):
+    """Otherwise the others would wait for it for ever."""
+    settings = Quantize(**settings)
+    build, _ = world
+    planned = hook.plan(build(Recipe(quantize=settings)), settings)
+    assert hook.modelopt_config(planned, settings)["algorithm"] == algorithm
+    assert hook.modelopt_config([], settings)["algorithm"] == algorithm

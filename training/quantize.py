@@ -100,13 +100,17 @@ def quantizer_config(number_format: Format) -> dict[str, Any]:
     return {"num_bits": (2, 1), "block_sizes": block, "backend": "halfbyte"}
 
 
-def modelopt_config(planned: list[Planned]) -> dict[str, Any]:
-    """ModelOpt's configuration that quantizes exactly `planned`, each named, with our arithmetic."""
+def modelopt_config(planned: list[Planned], quantize: Quantize) -> dict[str, Any]:
+    """ModelOpt's configuration that quantizes exactly `planned`, each named, with our arithmetic.
+
+    Whether there is a calibration follows from the recipe alone: the stages of a pipeline calibrate together, also one
+    that has nothing to quantize.
+    """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for layer in planned:
         entries += [{"quantizer_name": name, "cfg": quantizer_config(layer.format)} for name in layer.quantizers]
-    needs_maxima = any(layer.format is not Format.mxfp4 for layer in planned)
-    return {"quant_cfg": entries, "algorithm": "max" if needs_maxima else None}
+    needs_none = {quantize.format.value, *(chosen.value for chosen in quantize.layers.values())} <= {"mxfp4", "bf16"}
+    return {"quant_cfg": entries, "algorithm": None if needs_none else "max"}
 
 
 def quantize(
@@ -131,7 +135,7 @@ def quantize(
     for layer in planned:
         if not torch.isfinite(model.get_submodule(layer.module).weight).all():
             raise UserError(f"quantize: {layer.key}.weight holds NaN or Inf; check the weights")
-    insert(model, planned, calibrate)
+    insert(model, planned, recipe.quantize, calibrate)
     refresh_scales(model, recipe.quantize)
     return {
         "format": recipe.quantize.format.value,
@@ -148,7 +152,7 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
     """
     content = read_json(report)
     planned = plan(model, recipe.quantize)
-    insert(model, planned, lambda stage: None)
+    insert(model, planned, recipe.quantize, lambda stage: None)
     with damage(report):
         _same_plan(content, model, planned, recipe.quantize, report)
         for layer in planned:
@@ -174,12 +178,18 @@ def _same_plan(
         )
 
 
-def insert(model: torch.nn.Module, planned: list[Planned], calibrate: Callable[[torch.nn.Module], None]) -> None:
+def insert(
+    model: torch.nn.Module,
+    planned: list[Planned],
+    quantize: Quantize,
+    calibrate: Callable[[torch.nn.Module], None],
+) -> None:
     """Insert the quantizers of `planned`, calibrate them, prove that they and no others are there.
 
     Args:
         model: This rank's GPTModel; changed in place.
-        planned: The layers and their formats.
+        planned: The layers and their formats, by `plan`.
+        quantize: The recipe's section that `planned` follows from.
         calibrate: As in `quantize`.
 
     Raises:
@@ -189,7 +199,7 @@ def insert(model: torch.nn.Module, planned: list[Planned], calibrate: Callable[[
         tensor_quantizer.register_quant_backend("halfbyte", _fake_quantize)
     with contextlib.redirect_stdout(None):  # ModelOpt prints a count; ours is the stage's line
         try:
-            mtq.quantize(model, modelopt_config(planned), calibrate)
+            mtq.quantize(model, modelopt_config(planned, quantize), calibrate)
         except AssertionError as error:  # ModelOpt's calibrator asserts that every maximum is finite
             reason = f"quantize: calibration failed ({error}); check the weights and the calibration data"
             raise UserError(reason) from error

@@ -42,7 +42,7 @@ class Variants:
         for layer in planned:
             if not torch.isfinite(model.get_submodule(layer.module).weight).all():
                 raise UserError(f"sensitivity: {layer.key}.weight holds NaN or Inf; check the weights")
-        quantize.insert(model, planned, calibrate)
+        quantize.insert(model, planned, everything, calibrate)
         quantize.refresh_scales(model, everything)
         self.here = {layer.hf: layer for layer in planned}
 
