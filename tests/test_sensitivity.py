@@ -146,6 +146,9 @@ def test_texts_are_taken_until_there_are_enough_positions(world):
 
     items = [Item(i, (0,) * 11, 1, 1) for i in range(9)]
     assert [len(enough(items, tokens)) for tokens in (1, 20, 21, 1000)] == [2, 2, 3, 9]
+    long = [Item(i, (i,) * 1000, 1, 1) for i in range(99)]
+    for tokens, texts, length in ((100, 4, 33), (1600, 16, 101), (99 * 999, 99, 1000)):
+        assert [len(item.tokens) for item in enough(long, tokens)] == [length] * texts
     with pytest.raises(UserError, match="fewer than two texts"):
         enough(items[:1], 5)
 

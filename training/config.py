@@ -321,7 +321,8 @@ class Sensitivity:
     data: str | None = None
     """JSONL of text that nothing is trained on; none means the first evaluation task of kind text."""
     tokens: int = 4096
-    """Positions at which every variant is compared with the BF16 model: whole texts until there are as many."""
+    """Positions at which every variant is compared with the BF16 model: texts, cut to a sixteenth of it (or 32 tokens),
+    until there are as many."""
     bits: float | None = None
     """Budget of the mixed plan, bits per weight with block scales, over the linears that quantize.exclude leaves.
     None chooses no plan."""

@@ -29,6 +29,8 @@ from halfbyte.training.statistics import Interval, paired_ratio
 CONFIDENCE = 0.95
 ROWS = 64
 """Positions whose distributions are held in FP64 at a time."""
+TEXTS, SHORTEST = 16, 32
+"""Texts that a measurement should have at least, and the positions below which none is cut for that."""
 
 
 class Variants:
@@ -131,7 +133,8 @@ class Comparison:
         """
         if not all(map(math.isfinite, sums)):
             raise UserError("sensitivity: a quantized layer gives non-finite logits; check the weights")
-        return paired_ratio(sums, [len(item.tokens) - 1 for item in self.items], CONFIDENCE)
+        found = paired_ratio(sums, [len(item.tokens) - 1 for item in self.items], CONFIDENCE)
+        return replace(found, low=max(0.0, found.low))  # a divergence is not negative
 
 
 def divergence(expected_TV: torch.Tensor, found_TV: torch.Tensor) -> float:
@@ -151,14 +154,17 @@ def divergence(expected_TV: torch.Tensor, found_TV: torch.Tensor) -> float:
 def enough(items: Sequence[Item], tokens: int) -> list[Item]:
     """The first texts that have `tokens` compared positions together, at least two of them.
 
+    Long texts are cut, so that there are about TEXTS of them: an interval over a few texts would say nothing.
+
     Raises:
         UserError: there are fewer than two texts, so that nothing could be said about the uncertainty.
     """
+    longest = 1 + max(SHORTEST, tokens // TEXTS)
     taken: list[Item] = []
     for item in items:
         if len(taken) >= 2 and sum(len(t.tokens) - 1 for t in taken) >= tokens:
             break
-        taken.append(item)
+        taken.append(replace(item, tokens=item.tokens[:longest]))
     if len(taken) < 2:
         raise UserError("sensitivity: the data holds fewer than two texts; give more lines (sensitivity.data)")
     return taken
