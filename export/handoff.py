@@ -1,6 +1,8 @@
 """HANDOFF.md: what the person who serves the checkpoint needs to know, beside the checkpoint."""
 
 import shlex
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ _FORMAT = {
     Format.nvfp4: "NVFP4, W4A4: weights and activations in FP4 (E2M1, blocks of 16 with an E4M3 scale)",
     Format.w4a16_nvfp4: "NVFP4, W4A16: weights in FP4 (E2M1, blocks of 16 with an E4M3 scale), activations in BF16",
     Format.mxfp4: "MXFP4, W4A4: weights and activations in FP4 (E2M1, blocks of 32 with a power-of-two scale)",
+    Format.fp8: "FP8, W8A8: weights and activations in FP8 (E4M3, one static scale per tensor)",
 }
 
 _HARDWARE = {
@@ -25,17 +28,33 @@ _HARDWARE = {
 - vLLM only (its compressed-tensors W4A4 MXFP4 scheme). FP4 tensor cores need Blackwell; elsewhere the weights are
   unpacked and results may differ from the ones evaluated here.
 - TensorRT-LLM and SGLang have no established reader for dense MXFP4 weights.""",
+    Format.fp8: """\
+- Ada (SM89), Hopper, Blackwell: FP8 tensor cores, the arithmetic that was trained and evaluated.
+- Older GPUs: vLLM asks for SM89; only FP8 layers of a mixed checkpoint run there, weight-only (Marlin kernels, BF16
+  activations), so results differ from the ones evaluated here.""",
 }
+
+_MIXED = """\
+- The formats of the layers are in `quantized_layers` of `hf_quant_config.json` and of `config.json` (quant_algo
+  MIXED_PRECISION). TensorRT-LLM needs a release that reads them there; older ones ask for a `quant_cfg.json`.
+- SGLang is not listed: it has read MIXED_PRECISION for other architectures only.
+- A GPU must run every format that is used; what each needs follows."""
 
 
 def write_handoff(
-    out: Path, recipe: Recipe, verdict: dict[str, Any] | None, sizes: dict[str, Any], versions: dict[str, str]
+    out: Path,
+    recipe: Recipe,
+    formats: Iterable[Format],
+    verdict: dict[str, Any] | None,
+    sizes: dict[str, Any],
+    versions: dict[str, str],
 ) -> Path:
     """Write HANDOFF.md into the folder that holds the checkpoint.
 
     Args:
         out: The exported directory; the commands name it.
         recipe: The recipe of the run.
+        formats: Of the quantized linears, one entry each; none for a BF16 checkpoint.
         verdict: Content of gate.json; None if no gate ran.
         sizes: What export.hf.write returned.
         versions: Package -> version.
@@ -43,19 +62,20 @@ def write_handoff(
     Returns:
         Path of the file.
     """
-    dense = recipe.method is Method.bf16
+    count = Counter(formats)
+    used = sorted(count)
     sections = [
         f"# Serving {recipe.run.name}\n",
-        "BF16, not quantized." if dense else f"{_FORMAT[recipe.quantize.format]}.",
+        _what(count),
         f"Trained with method `{recipe.method.value}` from `{recipe.model.path}`. {_size_line(sizes)}\n",
         "## Accuracy gate\n",
         _gate_text(verdict),
         "## Commands\n",
-        _commands(out, recipe),
+        _commands(out, used),
         "None of these commands was run where this file was written: the servers are not part of halfbyte. What was"
         " checked is listed below.\n",
         "## Hardware\n",
-        ("Any GPU that the server supports." if dense else _HARDWARE[recipe.quantize.format]) + "\n",
+        _hardware(used),
         "## What was checked, and how to check it again\n",
         _checks(out, recipe),
         "## Made with\n",
@@ -66,11 +86,29 @@ def write_handoff(
     return path
 
 
+def _what(count: Counter[Format]) -> str:
+    if not count:
+        return "BF16, not quantized."
+    if len(count) == 1:
+        return f"{_FORMAT[next(iter(count))]}."
+    lines = [f"- {count[number_format]} of the linears: {_FORMAT[number_format]}" for number_format in sorted(count)]
+    return "\n".join(["A mix of formats:\n", *lines, ""])
+
+
+def _hardware(used: list[Format]) -> str:
+    if not used:
+        return "Any GPU that the server supports.\n"
+    if len(used) == 1:
+        return f"{_HARDWARE[used[0]]}\n"
+    parts = [f"\n{number_format.value}:\n\n{_HARDWARE[number_format]}" for number_format in used]
+    return "\n".join([_MIXED, *parts]) + "\n"
+
+
 def _size_line(sizes: dict[str, Any]) -> str:
     before, after = sizes["bytes_before"], sizes["bytes_after"]
     return (
         f"{before / 1e6:.1f} MB in BF16, {after / 1e6:.1f} MB here ({before / after:.2f} times smaller): "
-        f"{sizes['quantized']} linears in FP4, {sizes['tensors']} tensors in {sizes['files']} file(s)."
+        f"{sizes['quantized']} linears quantized, {sizes['tensors']} tensors in {sizes['files']} file(s)."
     )
 
 
@@ -82,14 +120,18 @@ def _gate_text(verdict: dict[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _commands(out: Path, recipe: Recipe) -> str:
+def _commands(out: Path, used: list[Format]) -> str:
     folder = shlex.quote(str(out.resolve()))
     vllm, trtllm = f"vllm serve {folder}", f"trtllm-serve {folder}"
     sglang = f"python -m sglang.launch_server --model-path {folder}"
-    if recipe.method is Method.bf16:
+    if not used:
         commands = [trtllm, vllm, sglang]
-    elif recipe.quantize.format is Format.mxfp4:
+    elif len(used) > 1:
+        commands = [trtllm, vllm]
+    elif used == [Format.mxfp4]:
         commands = [vllm]
+    elif used == [Format.fp8]:
+        commands = [trtllm, vllm, f"{sglang} --quantization modelopt_fp8"]
     else:
         commands = [trtllm, vllm, f"{sglang} --quantization modelopt_fp4"]
     return "```bash\n" + "\n".join(commands) + "\n```\n"

@@ -2,7 +2,7 @@
 
     model*.safetensors          packed linears (export/pack.py), everything else in BF16
     config.json                 the source model's, with quantization_config in the flat shape (vLLM, SGLang)
-    hf_quant_config.json        the same in ModelOpt's nested shape (TensorRT-LLM, where it wins); NVFP4 formats only
+    hf_quant_config.json        the same in ModelOpt's nested shape (TensorRT-LLM, where it wins); not for MXFP4
     tokenizer, chat template    copied
     halfbyte.json               gate verdict, checkpoint, recipe hash, versions, SHA-256 of every other file
 
@@ -14,7 +14,6 @@ import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.export.folder import disk_errors, replacing
-from halfbyte.export.pack import module_name, pack
-from halfbyte.training.config import BLOCK, Format, Method, Recipe
+from halfbyte.export.pack import format_of, module_name, pack
+from halfbyte.export.quantization_config import quantization_configs
+from halfbyte.training.config import TWO_LEVEL, Format, Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.hf_map import HFWeight
 
 RECORD = "halfbyte.json"
-QUANT_ALGO = {Format.nvfp4: "NVFP4", Format.w4a16_nvfp4: "W4A16_NVFP4"}
-"""Names of the formats in ModelOpt's files. MXFP4 has no reader in that layout and goes out as compressed-tensors."""
 
 SIDE_FILES = (
     "tokenizer*",
@@ -75,19 +73,26 @@ def write(
     source = _read_config(model_dir / "config.json")
     with disk_errors(out), replacing(out) as folder:
         shards = Shards(folder, limit=int(recipe.export.shard_gb * 1e9))
-        sizes, dense_modules = _write_tensors(weights, recipe, shards, tied=bool(source.get("tie_word_embeddings")))
+        tied = bool(source.get("tie_word_embeddings"))
+        bytes_before, formats, dense_modules = _write_tensors(weights, recipe, shards, tied=tied)
         shards.finish()
-        _write_configs(folder, source, recipe, dense_modules)
+        _write_configs(folder, source, formats, dense_modules)
         _copy_side_files(model_dir, folder, source)
-        _write_record(folder, recipe, checkpoint, versions)
+        _write_record(folder, recipe, formats, checkpoint, versions)
+    sizes = {"bytes_before": bytes_before, "quantized": len(formats)}
     return sizes | {"bytes_after": shards.total_bytes, "files": shards.count, "tensors": len(shards.file_of)}
 
 
 def _write_tensors(
     weights: Iterable[HFWeight], recipe: Recipe, shards: "Shards", *, tied: bool
-) -> tuple[dict[str, int], list[str]]:
-    """Pack or round every tensor into the shards; returns the sizes so far and the modules left in BF16."""
-    bytes_before = quantized = 0
+) -> tuple[int, dict[str, Format], list[str]]:
+    """Pack or round every tensor into the shards.
+
+    Returns:
+        Bytes of all tensors in BF16; quantized module -> format; the modules left in BF16.
+    """
+    bytes_before = 0
+    formats: dict[str, Format] = {}
     dense_modules = {"lm_head"}  # listed even if tied: readers build the module and look it up
     for weight in weights:
         module = module_name(weight.name)
@@ -99,7 +104,7 @@ def _write_tensors(
         if weight.quantized:
             shards.add({f"{module}.{suffix}": part for suffix, part in pack(weight, recipe.quantize).items()})
             dense_modules.discard(module)
-            quantized += 1
+            formats[module] = format_of(weight, recipe.quantize)
         else:
             # copy: a safetensors file refuses tensors that share memory, as the parts of a fused weight do
             dense = weight.tensor.detach().to("cpu", torch.bfloat16, copy=True)
@@ -108,9 +113,9 @@ def _write_tensors(
                 dense_modules.add(module)
     if not bytes_before:
         raise UserError("export got no weights; train first (halfbyte train RUN_DIR)")
-    if bool(quantized) is (recipe.method is Method.bf16):
-        raise UserError(f"export got {quantized} quantized linears for method = {recipe.method.value}; run again")
-    return {"bytes_before": bytes_before, "quantized": quantized}, sorted(dense_modules)
+    if bool(formats) is (recipe.method is Method.bf16):
+        raise UserError(f"export got {len(formats)} quantized linears for method = {recipe.method.value}; run again")
+    return bytes_before, formats, sorted(dense_modules)
 
 
 class Shards:
@@ -159,78 +164,13 @@ class Shards:
         return self.folder / f"shard-{number}.partial"
 
 
-def quantization_configs(
-    quantize_format: Format, dense_modules: list[str]
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The `quantization_config` of config.json and the content of hf_quant_config.json (None for MXFP4).
-
-    Args:
-        quantize_format: FP4 format of the linears.
-        dense_modules: Exact Hugging Face names of the modules that stay BF16.
-    """
-    if quantize_format is Format.mxfp4:
-        return _compressed_tensors_config(dense_modules), None
-    algorithm, block = QUANT_ALGO[quantize_format], BLOCK[quantize_format]
-    # Readers look for this producer's name; the version is the one whose layout this is.
-    producer = {"name": "modelopt", "version": metadata.version("nvidia-modelopt")}
-    elements = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": block}
-    group = {"weights": elements, "targets": ["Linear"]}
-    if quantize_format is Format.nvfp4:
-        group = {"input_activations": dict(elements), **group}
-    flat = {
-        "quant_method": "modelopt",
-        "quant_algo": algorithm,
-        "ignore": dense_modules,
-        "config_groups": {"group_0": group},
-        "producer": producer,
-    }
-    nested = {
-        "producer": producer,
-        "quantization": {
-            "quant_algo": algorithm,
-            "kv_cache_quant_algo": None,  # vLLM wants the key even without KV-cache quantization
-            "group_size": block,
-            "exclude_modules": dense_modules,
-        },
-    }
-    return flat, nested
-
-
-def _compressed_tensors_config(dense_modules: list[str]) -> dict[str, Any]:
-    """compressed-tensors' scheme for MXFP4 weights and dynamically scaled MXFP4 activations."""
-    container = "mxfp4-pack-quantized"
-    elements = {
-        "num_bits": 4,
-        "type": "float",
-        "strategy": "group",
-        "group_size": BLOCK[Format.mxfp4],
-        "symmetric": True,
-        "scale_dtype": "torch.uint8",
-        "zp_dtype": "torch.uint8",
-    }
-    group = {
-        "targets": ["Linear"],
-        "weights": {**elements, "dynamic": False},
-        "input_activations": {**elements, "dynamic": True},
-        "output_activations": None,
-        "format": container,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": container,
-        "quantization_status": "compressed",
-        "ignore": dense_modules,
-        "config_groups": {"group_0": group},
-    }
-
-
-def _write_configs(folder: Path, source: dict[str, Any], recipe: Recipe, dense_modules: list[str]) -> None:
-    """config.json and, for the NVFP4 formats, hf_quant_config.json."""
+def _write_configs(folder: Path, source: dict[str, Any], formats: dict[str, Format], dense_modules: list[str]) -> None:
+    """config.json and, for the formats of ModelOpt's layout, hf_quant_config.json."""
     # both spellings: transformers 5 reads `dtype`, the serving runtimes still look for `torch_dtype`
     config = source | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     config.pop("quantization_config", None)  # of a source that was quantized itself
-    if recipe.method is not Method.bf16:
-        flat, nested = quantization_configs(recipe.quantize.format, dense_modules)
+    if formats:
+        flat, nested = quantization_configs(formats, dense_modules)
         config["quantization_config"] = flat
         if nested is not None:
             _write_json(folder / "hf_quant_config.json", nested)
@@ -253,8 +193,10 @@ def _copy_side_files(model_dir: Path, folder: Path, source: dict[str, Any]) -> N
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of the resolved recipe as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of the resolved recipe as JSON with sorted keys, but for quantize.layers, whose order decides."""
+    content = asdict(recipe)
+    content["quantize"]["layers"] = list(content["quantize"]["layers"].items())
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
@@ -263,14 +205,21 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_record(folder: Path, recipe: Recipe, checkpoint: str, versions: dict[str, str]) -> None:
+def _write_record(
+    folder: Path,
+    recipe: Recipe,
+    formats: dict[str, Format],
+    checkpoint: str,
+    versions: dict[str, str],
+) -> None:
     """halfbyte.json: where the files come from, and their hashes. No gate has judged them yet."""
     files = {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
-    quantized = recipe.method is not Method.bf16
+    distinct = sorted(set(formats.values()))
+    two_level = any(number_format in TWO_LEVEL for number_format in distinct)
     record = {
         "method": recipe.method.value,
-        "format": recipe.quantize.format.value if quantized else "bf16",
-        "scale_2": recipe.quantize.scale_2.value if quantized and recipe.quantize.format is not Format.mxfp4 else None,
+        "format": "+".join(distinct) or "bf16",
+        "scale_2": recipe.quantize.scale_2.value if two_level else None,
         "gate": None,
         "checkpoint": checkpoint,
         "recipe_sha256": recipe_hash(recipe),

@@ -9,9 +9,13 @@ Suffixes per quantized linear `P` (N output channels, K input channels):
                   P.input_scale     float32         []          absent for w4a16_nvfp4
     mxfp4         P.weight_packed   uint8           [N, K/2]
                   P.weight_scale    uint8           [N, K/32]   E8M0: exponent + 127
+    fp8           P.weight          float8_e4m3fn   [N, K]
+                  P.weight_scale    float32         []          amax/448
+                  P.input_scale     float32         []          amax/448
 
-The NVFP4 names are ModelOpt's unified Hugging Face layout, the MXFP4 names compressed-tensors' mxfp4-pack-quantized:
-the layouts that TensorRT-LLM, vLLM and SGLang load.
+The NVFP4 and FP8 names are ModelOpt's unified Hugging Face layout, the MXFP4 names compressed-tensors'
+mxfp4-pack-quantized: the layouts that TensorRT-LLM, vLLM and SGLang load. Which format a linear has is decided by its
+name alone (shape.layer_format).
 """
 
 import torch
@@ -21,6 +25,7 @@ from halfbyte.training import codec, numerics
 from halfbyte.training.config import BLOCK, Format, Quantize
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight
+from halfbyte.training.shape import layer_format
 
 
 def module_name(tensor_name: str) -> str:
@@ -28,17 +33,29 @@ def module_name(tensor_name: str) -> str:
     return tensor_name.removesuffix(".weight")
 
 
-def weight_scale_2(weight: HFWeight, quantize: Quantize) -> Tensor:
-    """FP32 [] second-level scale of an NVFP4 weight.
+def format_of(weight: HFWeight, quantize: Quantize) -> Format:
+    """Format of a quantized linear.
+
+    Raises:
+        UserError: The recipe leaves it in BF16.
+    """
+    number_format = layer_format(module_name(weight.name), quantize)
+    if number_format is None:
+        raise UserError(f"{weight.name}: quantized in the model, BF16 in the recipe; use the recipe of this run")
+    return number_format
+
+
+def weight_scale(weight: HFWeight, quantize: Quantize) -> Tensor:
+    """FP32 [] scale per tensor of a weight: NVFP4's second-level scale or FP8's only one.
 
     Raises:
         UserError: The weight was never calibrated, or its amax is not finite.
     """
-    return numerics.second_scale(_amax(weight, "weight_amax"), quantize.scale_2)
+    return numerics.tensor_scale(_amax(weight, "weight_amax"), format_of(weight, quantize), quantize.scale_2)
 
 
 def input_scale(weight: HFWeight, quantize: Quantize) -> Tensor:
-    """FP32 [] second-level scale of an NVFP4 layer's input.
+    """FP32 [] scale per tensor of a layer's input, NVFP4 or FP8.
 
     Raises:
         UserError: The input was never calibrated, or only with zeros, or its amax is not finite.
@@ -49,14 +66,14 @@ def input_scale(weight: HFWeight, quantize: Quantize) -> Tensor:
             f"{weight.name}: its input was zero on all calibration data; "
             f"add {module_name(weight.name)} to quantize.exclude"
         )
-    return numerics.second_scale(amax, quantize.scale_2)
+    return numerics.tensor_scale(amax, format_of(weight, quantize), quantize.scale_2)
 
 
 def fake(weight: HFWeight, quantize: Quantize) -> Tensor:
     """The values a quantized weight is trained with, FP32 [N, K]: what the packed bytes must decode to."""
-    if quantize.format is Format.mxfp4:
-        return numerics.mxfp4_fake(weight.tensor.detach().float())
-    return numerics.nvfp4_fake(weight.tensor.detach().float(), weight_scale_2(weight, quantize))
+    number_format = format_of(weight, quantize)
+    scale = None if number_format is Format.mxfp4 else weight_scale(weight, quantize)
+    return numerics.fake_quantize(weight.tensor.detach().float(), number_format, scale)
 
 
 def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
@@ -64,7 +81,7 @@ def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
 
     Args:
         weight: Complete training-time weight, [N, K] float.
-        quantize: Format and kind of second-level scale.
+        quantize: Formats and kind of second-level scale.
 
     Returns:
         Suffix (without the dot) -> CPU tensor, as in the table above; decoding it gives fake(weight) bit for bit.
@@ -72,21 +89,25 @@ def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
     Raises:
         UserError: Not a matrix, K not a multiple of the block, a NaN or Inf in the weight, a missing amax.
     """
-    tensor, block = weight.tensor.detach(), BLOCK[quantize.format]
+    number_format = format_of(weight, quantize)
+    tensor, block = weight.tensor.detach(), BLOCK[number_format]
     if tensor.dim() != 2 or tensor.shape[1] % block:
         raise UserError(
-            f"{weight.name}: shape {list(tensor.shape)} cannot be packed as {quantize.format.value}, whose block is "
+            f"{weight.name}: shape {list(tensor.shape)} cannot be packed as {number_format.value}, whose block is "
             f"{block} input channels; add {module_name(weight.name)} to quantize.exclude"
         )
     if not torch.isfinite(tensor).all():
         raise UserError(f"{weight.name}: the weight holds NaN or Inf; export an earlier checkpoint")
-    if quantize.format is Format.mxfp4:
+    if number_format is Format.mxfp4:
         codes, scale = codec.mxfp4_encode(tensor)
         return {"weight_packed": codes.cpu(), "weight_scale": scale.cpu()}
-    scale_2 = weight_scale_2(weight, quantize)
-    codes, scale = codec.nvfp4_encode(tensor, scale_2)
-    packed = {"weight": codes.cpu(), "weight_scale": scale.cpu(), "weight_scale_2": scale_2.cpu()}
-    if quantize.format is Format.nvfp4:
+    per_tensor = weight_scale(weight, quantize)
+    if number_format is Format.fp8:
+        packed = {"weight": codec.fp8_encode(tensor, per_tensor).cpu(), "weight_scale": per_tensor.cpu()}
+    else:
+        codes, scale = codec.nvfp4_encode(tensor, per_tensor)
+        packed = {"weight": codes.cpu(), "weight_scale": scale.cpu(), "weight_scale_2": per_tensor.cpu()}
+    if number_format is not Format.w4a16_nvfp4:
         packed["input_scale"] = input_scale(weight, quantize).cpu()
     return packed
 

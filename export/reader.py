@@ -101,7 +101,8 @@ class Checkpoint:
         if f"{module}.weight_packed" in self.entries:
             return self._decode_mxfp4(module)
         if f"{module}.weight_scale" in self.entries:
-            return self._decode_nvfp4(module)
+            is_fp8 = f"{module}.weight" in self.entries and self.entries[f"{module}.weight"].dtype == "F8_E4M3"
+            return self._decode_fp8(module) if is_fp8 else self._decode_nvfp4(module)
         return self.decode_dense(f"{module}.weight")
 
     def decode_dense(self, name: str) -> np.ndarray:
@@ -109,8 +110,8 @@ class Checkpoint:
         bits = self.raw(name)
         if self.entries[name].dtype == "BF16":
             return (bits.astype(np.uint32) << 16).view(np.float32)
-        if self.entries[name].dtype == "U8":
-            raise UserError(f"{self.entries[name].file}: {name} is packed but has no weight_scale; export again")
+        if self.entries[name].dtype in ("U8", "F8_E4M3"):
+            raise UserError(f"{self.entries[name].file}: {name} holds codes but has no weight_scale; export again")
         return bits.astype(np.float32)
 
     def _decode_nvfp4(self, module: str) -> np.ndarray:
@@ -118,9 +119,13 @@ class Checkpoint:
         codes, scale_codes, second = self.raw(weight), self.raw(scale), self.raw(scale_2)
         self._expect({weight: "U8", scale: "F8_E4M3", scale_2: "F32"})
         self._expect_blocks(weight, scale, block=16)
-        if second.size != 1:
-            raise UserError(f"{self.entries[scale_2].file}: {scale_2} has shape {second.shape}, not []; export again")
-        return _blocks(codes, E4M3[scale_codes] * second.reshape(()))
+        return _blocks(codes, E4M3[scale_codes] * self._one(scale_2, second))
+
+    def _decode_fp8(self, module: str) -> np.ndarray:
+        weight, scale = f"{module}.weight", f"{module}.weight_scale"
+        codes, per_tensor = self.raw(weight), self.raw(scale)
+        self._expect({weight: "F8_E4M3", scale: "F32"})
+        return E4M3[codes] * self._one(scale, per_tensor)
 
     def _decode_mxfp4(self, module: str) -> np.ndarray:
         weight, scale = f"{module}.weight_packed", f"{module}.weight_scale"
@@ -128,6 +133,12 @@ class Checkpoint:
         self._expect({weight: "U8", scale: "U8"})
         self._expect_blocks(weight, scale, block=32)
         return _blocks(codes, E8M0[scale_codes])
+
+    def _one(self, name: str, value: np.ndarray) -> np.ndarray:
+        """The only element of a scale per tensor."""
+        if value.size != 1:
+            raise UserError(f"{self.entries[name].file}: {name} has shape {value.shape}, not []; export again")
+        return value.reshape(())
 
     def _expect(self, dtypes: dict[str, str]) -> None:
         for name, dtype in dtypes.items():

@@ -1,28 +1,28 @@
 """What the serving runtimes demand of a checkpoint, checked on the files alone (export/reader.py).
 
 Each rule yields lines that name the tensor or the key, what is there and what should be. Sources: the loaders of
-TensorRT-LLM (NVFP4LinearMethod), vLLM (ModelOptQuantConfigBase, CompressedTensorsW4A4Mxfp4) and SGLang.
+TensorRT-LLM (NVFP4LinearMethod), vLLM (ModelOptQuantConfigBase, ModelOptMixedPrecisionConfig,
+CompressedTensorsW4A4Mxfp4) and SGLang. The configs are config_rules.py's.
 """
 
-import json
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 
+from halfbyte.export.config_rules import broken_configs
 from halfbyte.export.reader import Checkpoint
-from halfbyte.training.config import BLOCK, Format, Method, Recipe, SecondScale
-from halfbyte.training.shape import FUSED_GROUPS
+from halfbyte.training.config import BLOCK, TWO_LEVEL, Format, Method, Recipe, SecondScale
+from halfbyte.training.shape import FUSED_GROUPS, layer_format
 
 DTYPES = {
     Format.nvfp4: {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "input_scale": "F32"},
     Format.w4a16_nvfp4: {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"},
     Format.mxfp4: {"weight_packed": "U8", "weight_scale": "U8"},
+    Format.fp8: {"weight": "F8_E4M3", "weight_scale": "F32", "input_scale": "F32"},
 }
 """Suffix -> safetensors dtype of every tensor of a quantized linear."""
-SCALARS = ("weight_scale_2", "input_scale")
-ALGORITHM = {Format.nvfp4: "NVFP4", Format.w4a16_nvfp4: "W4A16_NVFP4"}
+SCALARS = ("weight_scale", "weight_scale_2", "input_scale")
+"""Suffixes of the scales per tensor, where they are F32: weight_scale is that in FP8 only."""
 
 
 def broken_rules(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
@@ -30,7 +30,7 @@ def broken_rules(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 
     Args:
         checkpoint: The opened files.
-        recipe: The recipe they were made from: method, format, kind of second-level scale.
+        recipe: The recipe they were made from: method, formats, kind of second-level scale.
 
     Raises:
         UserError: A config file is missing or damaged.
@@ -38,36 +38,60 @@ def broken_rules(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     if recipe.method is Method.bf16:
         return [*_dense_only(checkpoint), *_other_tensors(checkpoint, set())]
     modules = checkpoint.quantized_modules()
-    owned = {f"{module}.{suffix}" for module in modules for suffix in DTYPES[recipe.quantize.format]}
-    problems = [line for module in modules for line in _linear(checkpoint, module, recipe)]
+    chosen = {module: layer_format(module, recipe.quantize) for module in modules}
+    formats = {module: number_format for module, number_format in chosen.items() if number_format is not None}
+    owned = {f"{module}.{suffix}" for module, number_format in formats.items() for suffix in DTYPES[number_format]}
+    problems = [f"{name} is quantized, but the recipe leaves it in BF16" for name in chosen if name not in formats]
+    for module, number_format in formats.items():
+        problems += _linear(checkpoint, module, number_format, recipe.quantize.scale_2)
     problems += _fused(checkpoint, set(modules))
     problems += _other_tensors(checkpoint, owned)
-    problems += _configs(checkpoint, modules, recipe)
+    problems += broken_configs(checkpoint, formats)
     return problems if modules else ["no quantized linear in the files", *problems]
 
 
-def _linear(checkpoint: Checkpoint, module: str, recipe: Recipe) -> Iterator[str]:
+def _linear(checkpoint: Checkpoint, module: str, number_format: Format, kind: SecondScale) -> Iterator[str]:
     """Names, dtypes, shapes and scale values of one quantized linear."""
-    expected, block = DTYPES[recipe.quantize.format], BLOCK[recipe.quantize.format]
+    expected = DTYPES[number_format]
     present = {s: checkpoint.entries[f"{module}.{s}"] for s in expected if f"{module}.{s}" in checkpoint.entries}
     yield from (f"{module}.{suffix} is missing" for suffix in expected.keys() - present.keys())
     for suffix, entry in present.items():
         if entry.dtype != expected[suffix]:
             yield f"{module}.{suffix} is {entry.dtype}, not {expected[suffix]}"
             return
+    for suffix in SCALARS:
+        if suffix in present and expected[suffix] == "F32":
+            pow2 = kind is SecondScale.pow2 and number_format in TWO_LEVEL
+            yield from _scalar(checkpoint, f"{module}.{suffix}", pow2=pow2)
     codes = present.get("weight") or present.get("weight_packed")
     if codes is None or "weight_scale" not in present:
         return
+    if number_format is Format.fp8:
+        yield from _fp8_codes(checkpoint, f"{module}.weight")
+    else:
+        yield from _blocks(checkpoint, module, number_format)
+
+
+def _fp8_codes(checkpoint: Checkpoint, name: str) -> Iterator[str]:
+    codes = checkpoint.raw(name)
+    if codes.ndim != 2:
+        yield f"{name} has shape {list(codes.shape)}, not [N, K]"
+    bad = (codes & 0x7F) == 0x7F
+    if bad.any():
+        yield f"{name}: {int(bad.sum())} of {bad.size} codes are NaN, first at {_first(bad)}"
+
+
+def _blocks(checkpoint: Checkpoint, module: str, number_format: Format) -> Iterator[str]:
+    """Shapes of codes and block scales, and the values of the scales."""
+    block, name = BLOCK[number_format], "weight_packed" if number_format is Format.mxfp4 else "weight"
+    codes, scale = checkpoint.entries[f"{module}.{name}"], checkpoint.entries[f"{module}.weight_scale"]
     if len(codes.shape) != 2 or (2 * codes.shape[1]) % block:
         yield f"{module}: codes have shape {list(codes.shape)}, not [N, K/2] with K a multiple of {block}"
         return
     grid = (codes.shape[0], 2 * codes.shape[1] // block)
-    if present["weight_scale"].shape != grid:
-        yield f"{module}.weight_scale has shape {list(present['weight_scale'].shape)}, not {list(grid)}"
-    yield from _scale_codes(checkpoint, module, recipe.quantize.format)
-    for suffix in SCALARS:
-        if suffix in present:
-            yield from _scalar(checkpoint, f"{module}.{suffix}", recipe.quantize.scale_2)
+    if scale.shape != grid:
+        yield f"{module}.weight_scale has shape {list(scale.shape)}, not {list(grid)}"
+    yield from _scale_codes(checkpoint, module, number_format)
 
 
 def _scale_codes(checkpoint: Checkpoint, module: str, number_format: Format) -> Iterator[str]:
@@ -81,18 +105,18 @@ def _scale_codes(checkpoint: Checkpoint, module: str, number_format: Format) -> 
         yield f"{module}.weight_scale: {int(bad.sum())} of {bad.size} scales are {rule}, first at {_first(bad)}"
 
 
-def _scalar(checkpoint: Checkpoint, name: str, kind: SecondScale) -> Iterator[str]:
+def _scalar(checkpoint: Checkpoint, name: str, *, pow2: bool) -> Iterator[str]:
     value = checkpoint.raw(name)
     if value.shape != ():
         yield f"{name} has shape {list(value.shape)}, not []"
     elif not (np.isfinite(value) and value > 0):
         yield f"{name} is {float(value)}, not a positive number"
-    elif kind is SecondScale.pow2 and np.frexp(value)[0] != 0.5:
+    elif pow2 and np.frexp(value)[0] != 0.5:
         yield f"{name} is {float(value)}, not a power of two (quantize.scale_2 = pow2)"
 
 
 def _fused(checkpoint: Checkpoint, modules: set[str]) -> Iterator[str]:
-    """Runtimes fuse q/k/v and gate/up into one GEMM with one second-level scale."""
+    """Runtimes fuse q/k/v and gate/up into one GEMM with one scale per tensor."""
     prefixes = {name.rsplit(".", 2)[0] for name in modules}
     for prefix in sorted(prefixes):
         for group in FUSED_GROUPS:
@@ -102,6 +126,7 @@ def _fused(checkpoint: Checkpoint, modules: set[str]) -> Iterator[str]:
                 yield f"{prefix}: only {', '.join(quantized)} of {', '.join(group)} are quantized; all or none must be"
             for suffix in SCALARS:
                 names = [f"{name}.{suffix}" for name in quantized if f"{name}.{suffix}" in checkpoint.entries]
+                names = [name for name in names if checkpoint.entries[name].dtype == "F32"]
                 if len({checkpoint.raw(name).tobytes() for name in names}) > 1:
                     values = ", ".join(f"{name} = {checkpoint.raw(name).tolist()}" for name in names)
                     yield f"{suffix} differs inside one fused layer: {values}"
@@ -120,77 +145,6 @@ def _dense_only(checkpoint: Checkpoint) -> Iterator[str]:
         yield "config.json has a quantization_config, but the method is bf16"
     if (checkpoint.folder / "hf_quant_config.json").exists():
         yield "hf_quant_config.json is there, but the method is bf16"
-
-
-def _configs(checkpoint: Checkpoint, modules: list[str], recipe: Recipe) -> Iterator[str]:
-    """The two quantization configs agree with each other, with the recipe and with the tensors."""
-    number_format = recipe.quantize.format
-    flat = checkpoint.config.get("quantization_config")
-    if not isinstance(flat, dict):
-        yield "config.json has no quantization_config: a server would load packed bytes as weights"
-        return
-    excluded = flat.get("ignore")
-    if number_format is Format.mxfp4:
-        yield from _same("config.json quantization_config.quant_method", flat.get("quant_method"), "compressed-tensors")
-        yield from _same("config.json quantization_config.format", flat.get("format"), "mxfp4-pack-quantized")
-    else:
-        yield from _same("config.json quantization_config.quant_method", flat.get("quant_method"), "modelopt")
-        yield from _same("config.json quantization_config.quant_algo", flat.get("quant_algo"), ALGORITHM[number_format])
-        yield from _nested(checkpoint, number_format, excluded)
-    yield from _groups(flat, number_format)
-    if not isinstance(excluded, list):
-        yield "config.json quantization_config.ignore is not a list"
-        return
-    yield from _exclusions(checkpoint, modules, excluded)
-
-
-def _groups(flat: dict[str, Any], number_format: Format) -> Iterator[str]:
-    groups = list((flat.get("config_groups") or {}).values())
-    if len(groups) != 1:
-        yield f"config.json quantization_config has {len(groups)} config_groups, not 1"
-        return
-    operands = ["weights"] if number_format is Format.w4a16_nvfp4 else ["weights", "input_activations"]
-    given = [operand for operand in ("weights", "input_activations") if groups[0].get(operand)]
-    yield from _same("config.json config_groups quantize", given, operands)
-    for operand in given:
-        for key, value in (("num_bits", 4), ("type", "float"), ("group_size", BLOCK[number_format])):
-            yield from _same(f"config.json config_groups {operand}.{key}", groups[0][operand].get(key), value)
-
-
-def _nested(checkpoint: Checkpoint, number_format: Format, ignore: Any) -> Iterator[str]:
-    path = checkpoint.folder / "hf_quant_config.json"
-    try:
-        content = json.loads(path.read_bytes())
-        nested, producer = content["quantization"], content["producer"]["name"]
-        algorithm, size, excluded = nested["quant_algo"], nested["group_size"], nested["exclude_modules"]
-        nested["kv_cache_quant_algo"]  # vLLM refuses a file without the key
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"hf_quant_config.json is missing, damaged or incomplete ({error!r})"
-        return
-    yield from _same("hf_quant_config.json producer.name", producer, "modelopt")
-    yield from _same("hf_quant_config.json quant_algo", algorithm, ALGORITHM[number_format])
-    yield from _same("hf_quant_config.json group_size", size, BLOCK[number_format])
-    if excluded != ignore:
-        yield f"hf_quant_config.json exclude_modules {excluded} and config.json ignore {ignore} differ"
-
-
-def _exclusions(checkpoint: Checkpoint, modules: list[str], excluded: list[str]) -> Iterator[str]:
-    """Quantized linears are not excluded, BF16 ones are, by exact name or fnmatch pattern."""
-    for module in modules:
-        # vLLM also excludes a module whose name merely contains an entry
-        hits = [pattern for pattern in excluded if fnmatchcase(module, pattern) or pattern in module]
-        if hits:
-            yield f"{module} is quantized, but the configs exclude it by {hits[0]!r}"
-    for name in checkpoint.names():
-        entry, module = checkpoint.entries[name], name.removesuffix(".weight")
-        listed = any(fnmatchcase(module, pattern) for pattern in excluded)
-        if entry.dtype == "BF16" and len(entry.shape) == 2 and not listed:
-            yield f"{module} is BF16, but the configs do not exclude it"
-
-
-def _same(what: str, value: Any, expected: Any) -> Iterator[str]:
-    if value != expected:
-        yield f"{what} is {value!r}, not {expected!r}"
 
 
 def _first(mask: np.ndarray) -> list[int]:

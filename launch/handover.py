@@ -18,7 +18,7 @@ from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
 from halfbyte.launch.scored import kinds, read_control, read_stages
 from halfbyte.training import gate, scoring, tasks
-from halfbyte.training.config import Method, Recipe, TaskKind
+from halfbyte.training.config import Format, Method, Recipe, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.hf_map import HFWeight
@@ -89,9 +89,12 @@ def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
     from halfbyte.training import checkpoint
 
     last = newest_checkpoint(folder)
-    shape = read_shape(Path(recipe.model.path) / "config.json")
-    planned = {} if recipe.method == Method.bf16 else planned_linears(shape, recipe)
-    return checkpoint.read_weights(last, shape, planned)
+    return checkpoint.read_weights(last, read_shape(Path(recipe.model.path) / "config.json"), _formats(recipe))
+
+
+def _formats(recipe: Recipe) -> dict[str, Format]:
+    """Module name -> format of every quantized linear."""
+    return planned_linears(read_shape(Path(recipe.model.path) / "config.json"), recipe)
 
 
 def released(folder: Path) -> Path:
@@ -186,7 +189,8 @@ def release(recipe: Recipe, folder: Path, verdict: dict[str, Any]) -> Path:
     hf.record_verdict(out, verdict)
     if out != released(folder):
         move(out, released(folder))
-    handoff.write_handoff(released(folder), recipe, verdict, record["sizes"], versions())
+    formats = _formats(recipe).values()
+    handoff.write_handoff(released(folder), recipe, formats, verdict, record["sizes"], versions())
     return released(folder)
 
 

@@ -3,17 +3,28 @@
 from collections import Counter
 from pathlib import Path
 
-from halfbyte.training.config import BLOCK, Format, GateRule, Method, Recipe, Task
+from halfbyte.training.config import BLOCK, TWO_LEVEL, Format, GateRule, Method, Recipe, Task
 from halfbyte.training.rules import missing_weights, must_fetch
-from halfbyte.training.shape import ROW_PARALLEL, ModelShape, linear_sizes, planned_linears
+from halfbyte.training.shape import (
+    ROW_PARALLEL,
+    ModelShape,
+    bits_per_weight,
+    deciding_pattern,
+    excluded,
+    linear_sizes,
+    planned_linears,
+)
 
 FORMAT_WORDS = {
     Format.nvfp4: "weights and activations",
     Format.w4a16_nvfp4: "weights only",
     Format.mxfp4: "weights and activations",
+    Format.fp8: "weights and activations",
 }
-SCALARS = {Format.nvfp4: 2, Format.w4a16_nvfp4: 1, Format.mxfp4: 0}
-"""FP32 scalars per exported linear: weight_scale_2 and, for quantized activations, input_scale."""
+SCALARS = {Format.nvfp4: 2, Format.w4a16_nvfp4: 1, Format.mxfp4: 0, Format.fp8: 2}
+"""FP32 scalars per exported linear: the weight's scale per tensor and, for quantized activations, input_scale."""
+PATTERNS = 10
+"""Patterns of quantize.layers that the plan shows."""
 
 
 def plan_text(recipe: Recipe, shape: ModelShape) -> str:
@@ -47,13 +58,14 @@ def export_bytes(recipe: Recipe, shape: ModelShape) -> int:
     """Bytes of the exported tensors, exactly: headers and the JSON files beside them are not counted.
 
     A linear [N, K] in FP4 takes N*K/2 bytes of codes, N*K/block bytes of block scales and its FP32 scalars (the layout
-    of a ModelOpt checkpoint); every other parameter takes two bytes.
+    of a ModelOpt checkpoint), one in FP8 N*K bytes and its scalars; every other parameter takes two bytes.
     """
     planned, sizes = planned_linears(shape, recipe), linear_sizes(shape)
     total = 2 * shape.parameters
-    for name, fp4 in planned.items():
+    for name, number_format in planned.items():
         n, k = sizes[name]
-        total += n * k // 2 + n * k // BLOCK[fp4] + 4 * SCALARS[fp4] - 2 * n * k
+        codes = n * k if number_format is Format.fp8 else n * k // 2 + n * k // BLOCK[number_format]
+        total += codes + 4 * SCALARS[number_format] - 2 * n * k
     return total
 
 
@@ -163,12 +175,10 @@ def _quantize(recipe: Recipe, shape: ModelShape) -> list[str]:
     kinds = Counter(name.split(".", 3)[3] for name in sizes)
     chosen = Counter(name.split(".", 3)[3] for name in planned)
     k_of = {name.split(".", 3)[3]: size for name, size in sizes.items()}
-    block = BLOCK[quantize.format]
-    second = "" if quantize.format == Format.mxfp4 else f", second-level scale {quantize.scale_2}"
     length = quantize.calibration_length or recipe.train.sequence_length
     left = len(sizes) - len(planned)
     return [
-        f"{quantize.format}, {FORMAT_WORDS[quantize.format]}, block {block}{second}",
+        *_formats(recipe, shape),
         f"calibrated on {quantize.calibration_samples} windows of {length} tokens",
         f"{'linear':<18}{'layers':>8}{'N':>8}{'K':>8}{'K per rank':>12}",
         *(
@@ -178,7 +188,29 @@ def _quantize(recipe: Recipe, shape: ModelShape) -> list[str]:
         ),
         f"{len(planned)} of {len(sizes)} linears; not quantized: {', '.join(quantize.exclude) or 'none'}"
         + (f" ({left} linears)" if left else ""),
+        f"{bits_per_weight(shape, recipe):.3f} bits per weight of the linears that quantize.exclude leaves",
     ]
+
+
+def _formats(recipe: Recipe, shape: ModelShape) -> list[str]:
+    """Each format that is used, and, where quantize.layers decides, what each pattern of it decides about."""
+    quantize, planned = recipe.quantize, planned_linears(shape, recipe)
+    lines = []
+    for number_format in sorted(set(planned.values())):
+        second = f", second-level scale {quantize.scale_2}" if number_format in TWO_LEVEL else ""
+        block = f"block {BLOCK[number_format]}" if BLOCK[number_format] > 1 else "one scale per tensor"
+        count = f": {list(planned.values()).count(number_format)} linears" if quantize.layers else ""
+        lines.append(f"{number_format}, {FORMAT_WORDS[number_format]}, {block}{second}{count}")
+    free = [name for name in linear_sizes(shape) if not excluded(name, quantize.exclude)]
+    decided = Counter(deciding_pattern(name, quantize) for name in free)
+    rules = [
+        f"{pattern} -> {chosen}: {decided[pattern]} {_plural(decided[pattern], 'linear')}"
+        for pattern, chosen in quantize.layers.items()
+    ]
+    lines += rules[:PATTERNS] + ([f"and {len(rules) - PATTERNS} more patterns"] if len(rules) > PATTERNS else [])
+    if quantize.layers:
+        lines.append(f"all others -> {quantize.format}: {decided[None]} {_plural(decided[None], 'linear')}")
+    return lines
 
 
 def _k_per_rank(kind: str, k: int, recipe: Recipe) -> int:

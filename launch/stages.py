@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,16 +150,14 @@ class Work:
                 report = quantize.restore(self.gpt, self.recipe, path)
                 notes.append("as in quantize.json")
             else:
-                report = quantize.quantize(self.gpt, self.recipe, self.runtime, self._run_calibration)
+                report = quantize.quantize(self.gpt, self.recipe, self.runtime, self.run_calibration)
                 on_first_rank(self.runtime, lambda: write_json(path, report))
             layers = report["layers"].values()
             errors = [layer["weight_relative_rms_error"] for layer in layers]
-            notes.append(
-                f"{sum(len(layer['hf']) for layer in layers)} linears in {report['format']}, "
-                f"weight error {min(errors):.3f} to {max(errors):.3f} relative RMS"
-            )
+            notes.append(f"{_counted(layers)}, weight error {min(errors):.3f} to {max(errors):.3f} relative RMS")
 
-    def _run_calibration(self, stage: Any) -> None:
+    def run_calibration(self, stage: Any) -> None:
+        """Run the calibration windows through a pipeline stage's model."""
         recipe = self.recipe
         length = recipe.quantize.calibration_length or recipe.train.sequence_length
         source = Path(recipe.quantize.calibration_data or recipe.data.train or "")
@@ -237,3 +237,11 @@ class Work:
         if self.recipe.method != Method.bf16:
             quantize.refresh_scales(self.gpt, self.recipe.quantize)
         self.current = True
+
+
+def _counted(layers: Iterable[dict[str, Any]]) -> str:
+    """How many Hugging Face linears quantize.json has in each format."""
+    linears: Counter[str] = Counter()
+    for layer in layers:
+        linears[layer["format"]] += len(layer["hf"])
+    return ", ".join(f"{count} linears in {name}" for name, count in sorted(linears.items()))

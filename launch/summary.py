@@ -48,7 +48,7 @@ def summary_text(recipe: Recipe, folder: Path) -> str:
         recipe: The recipe.
         folder: The run folder, with evaluate.json and gate.json; export.json and verify.json where they exist.
     """
-    lines = ["", f"{recipe.run.name}: {recipe.method.value}, {recipe.quantize.format.value}", ""]
+    lines = ["", f"{recipe.run.name}: {recipe.method.value}, {_formats(recipe)}", ""]
     if (folder / "evaluate.json").exists():
         with damage(folder / "evaluate.json"):
             lines += [*columns(score_rows(read_json(folder / "evaluate.json"))), ""]
@@ -61,6 +61,11 @@ def summary_text(recipe: Recipe, folder: Path) -> str:
         lines += _shipped(folder)
     lines.append(f"  report:     {folder / 'report.html'}")
     return "\n".join(lines)
+
+
+def _formats(recipe: Recipe) -> str:
+    others = sorted({*recipe.quantize.layers.values()} - {recipe.quantize.format})
+    return recipe.quantize.format.value + (f" with {', '.join(others)} layers" if others else "")
 
 
 def waived(verdict: dict[str, Any]) -> str:

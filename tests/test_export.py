@@ -131,6 +131,10 @@ def test_tensors_of_each_format(model_dir: Path, tmp_path: Path, number_format: 
                 expected[f"{module}.weight_packed"] = ("U8", [n, k // 2])
                 expected[f"{module}.weight_scale"] = ("U8", [n, k // block])
                 continue
+            if number_format is Format.fp8:
+                expected[f"{module}.weight"] = ("F8_E4M3", [n, k])
+                expected[f"{module}.weight_scale"] = expected[f"{module}.input_scale"] = ("F32", [])
+                continue
             expected[f"{module}.weight"] = ("U8", [n, k // 2])
             expected[f"{module}.weight_scale"] = ("F8_E4M3", [n, k // block])
             expected[f"{module}.weight_scale_2"] = ("F32", [])
@@ -139,10 +143,11 @@ def test_tensors_of_each_format(model_dir: Path, tmp_path: Path, number_format: 
     assert stored(out) == expected
     linear = sum(n * k for n, k in LINEARS.values()) * LAYERS
     dense = VOCAB * HIDDEN + (2 * LAYERS + 1) * HIDDEN
-    scalars = {Format.nvfp4: 8, Format.w4a16_nvfp4: 4, Format.mxfp4: 0}[number_format] * len(LINEARS) * LAYERS
+    scalars = {"nvfp4": 8, "w4a16_nvfp4": 4, "mxfp4": 0, "fp8": 8}[number_format] * len(LINEARS) * LAYERS
+    codes = linear if number_format is Format.fp8 else linear // 2 + linear // block
     assert sizes == {
         "bytes_before": 2 * (linear + dense),
-        "bytes_after": linear // 2 + linear // block + scalars + 2 * dense,
+        "bytes_after": codes + scalars + 2 * dense,
         "files": 1,
         "tensors": len(expected),
         "quantized": len(LINEARS) * LAYERS,

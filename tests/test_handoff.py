@@ -5,25 +5,30 @@ from pathlib import Path
 import pytest
 
 from halfbyte.export import handoff
-from halfbyte.training.config import Format, Quantize, Recipe
+from halfbyte.training.config import Format, Recipe
 
 
 @pytest.mark.parametrize(
-    ("number_format", "commands"),
+    ("formats", "commands", "words"),
     [
-        (Format.nvfp4, ["trtllm-serve", "vllm serve", "sglang.launch_server"]),
-        (Format.w4a16_nvfp4, ["trtllm-serve", "vllm serve", "sglang.launch_server"]),
-        (Format.mxfp4, ["vllm serve"]),
+        ([], ["trtllm-serve", "vllm serve", "sglang.launch_server"], ["BF16, not quantized"]),
+        ([Format.nvfp4] * 2, ["trtllm-serve", "vllm serve", "quantization modelopt_fp4"], ["NVFP4, W4A4"]),
+        ([Format.w4a16_nvfp4], ["trtllm-serve", "vllm serve", "quantization modelopt_fp4"], ["NVFP4, W4A16"]),
+        ([Format.mxfp4], ["vllm serve"], ["MXFP4, W4A4"]),
+        ([Format.fp8], ["trtllm-serve", "vllm serve", "quantization modelopt_fp8"], ["FP8, W8A8", "SM89"]),
+        (
+            [Format.nvfp4, Format.fp8, Format.nvfp4],
+            ["trtllm-serve", "vllm serve"],
+            ["- 1 of the linears: FP8, W8A8", "- 2 of the linears: NVFP4, W4A4", "MIXED_PRECISION", "SM89", "SM100"],
+        ),
     ],
 )
-def test_handoff_names_this_directory(tmp_path: Path, number_format: Format, commands: list[str]):
+def test_handoff_names_this_directory(tmp_path: Path, formats: list[Format], commands: list[str], words: list[str]):
     out = tmp_path / "my export" / "hf"
     out.mkdir(parents=True)
     sizes = {"bytes_before": 4e6, "bytes_after": 1e6, "files": 1, "tensors": 3, "quantized": 2}
     verdict = {"verdict": "failed", "reasons": ["lambada: -0.9 pp"]}
-    page = handoff.write_handoff(
-        out, Recipe(quantize=Quantize(format=number_format)), verdict, sizes, {"torch": "2.11"}
-    )
+    page = handoff.write_handoff(out, Recipe(), formats, verdict, sizes, {"torch": "2.11"})
     assert page == out.parent / "HANDOFF.md"
     text = page.read_text()
     block = text.split("```bash\n")[1].split("```")[0].splitlines()
@@ -34,3 +39,5 @@ def test_handoff_names_this_directory(tmp_path: Path, number_format: Format, com
     assert "**failed**" in text
     assert "lambada: -0.9 pp" in text
     assert "4.00 times smaller" in text
+    for word in words:
+        assert word in text

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from halfbyte.training import numerics
-from halfbyte.training.config import Format, Quantize, Recipe, SecondScale
+from halfbyte.training.config import Format, LayerFormat, Quantize, Recipe, SecondScale
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import write_json
 
@@ -160,6 +160,12 @@ def test_linears_see_weights_on_the_grid_bit_for_bit(world, number_format, mode)
         if number_format is Format.mxfp4:
             expected = numerics.mxfp4_fake(weight)
             assert report["layers"][name]["scale_2"] == report["layers"][name]["amax"] == {}
+        elif number_format is Format.fp8:
+            scale = amax / torch.tensor(448.0)  # whatever scale_2 says: there is no second level
+            expected = (weight / scale).to(torch.float8_e4m3fn).float() * scale
+            assert report["layers"][name]["amax"]["weight"] == amax.item()
+            assert report["layers"][name]["scale"]["weight"] == scale.item()
+            assert report["layers"][name]["scale_2"] == {}
         else:
             scale_2 = numerics.second_scale(amax, mode)
             expected = numerics.nvfp4_fake(weight, scale_2)
@@ -233,7 +239,7 @@ def test_the_gradient_goes_straight_through(world, hook, once):
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.mxfp4])
+@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.mxfp4, Format.fp8])
 def test_the_gradient_goes_straight_through_rounded_inputs(world, number_format):
     gpt, report, _, _ = make(world, number_format)
     name = LINEARS[2]
@@ -242,8 +248,8 @@ def test_the_gradient_goes_straight_through_rounded_inputs(world, number_format)
     x[0, 0] = 1e6  # saturates: the gradient passes all the same
     leaf = x.clone().requires_grad_()
     (linear(leaf)[0] * out_grad).sum().backward()
-    scale_2 = report["layers"][name]["scale_2"].get("input")
-    x_q = numerics.fake_quantize(x, number_format, None if scale_2 is None else torch.tensor(scale_2))
+    scale = (report["layers"][name]["scale_2"] | report["layers"][name].get("scale", {})).get("input")
+    x_q = numerics.fake_quantize(x, number_format, None if scale is None else torch.tensor(scale))
     torch.testing.assert_close(leaf.grad, out_grad @ linear.weight_quantizer(linear.weight))
     torch.testing.assert_close(linear.weight.grad, out_grad.T @ x_q)
 
@@ -254,9 +260,9 @@ def counted(hook, monkeypatch):
     calls: dict[int, int] = {}
     arithmetic = numerics.fake_quantize
 
-    def count(x, number_format, scale_2=None):
+    def count(x, number_format, scale=None):
         calls[x.data_ptr()] = calls.get(x.data_ptr(), 0) + 1
-        return arithmetic(x, number_format, scale_2)
+        return arithmetic(x, number_format, scale)
 
     monkeypatch.setattr(hook.numerics, "fake_quantize", count)
     return calls
@@ -299,7 +305,7 @@ def test_nothing_stale_after_weights_once(world, hook):
     assert torch.equal(outside, -before)
     with sharing(gpt):
         assert torch.equal(linear(x)[0], outside)
-    scale_2 = linear.weight_quantizer._quantizer_cache.scale_2
+    scale_2 = linear.weight_quantizer._quantizer_cache.scale
     expected = numerics.nvfp4_fake(-plain.get_submodule(name).weight, scale_2)
     assert torch.equal(linear.weight_quantizer(linear.weight), expected)
 
@@ -330,7 +336,7 @@ def test_every_change_of_a_weight_reaches_the_next_pass(world, change):
         change(linear.weight)
     with sharing(gpt):
         second = linear(x)[0]
-    rules = [linear.get_submodule(f"{side}_quantizer")._quantizer_cache.scale_2 for side in ("input", "weight")]
+    rules = [linear.get_submodule(f"{side}_quantizer")._quantizer_cache.scale for side in ("input", "weight")]
     inputs, weight = (numerics.nvfp4_fake(t, s) for t, s in zip((x, linear.weight), rules, strict=True))
     assert torch.equal(second, functional.linear(inputs, weight))
     assert not torch.equal(first, second)
@@ -379,7 +385,7 @@ def test_restore_gives_the_same_model(world, hook, tmp_path, number_format, mode
     before, after = (dict(hook.enabled_quantizers(model)) for model in (gpt, plain))
     assert set(before) == set(after)
     for name, quantizer in before.items():
-        scales = quantizer._quantizer_cache.scale_2, after[name]._quantizer_cache.scale_2
+        scales = quantizer._quantizer_cache.scale, after[name]._quantizer_cache.scale
         assert scales == (None, None) or torch.equal(*scales)
     assert torch.equal(forward(gpt), forward(plain))
 
@@ -433,3 +439,72 @@ def test_round_unquantized_spares_what_is_quantized(world, hook):
         expected = before[name] if name in converted else before[name].bfloat16().float()
         assert torch.equal(parameter, expected), name
         assert name in converted or not torch.equal(parameter, before[name])
+
+
+MIX = {
+    "model.layers.0.self_attn.*": LayerFormat.fp8,
+    "*.down_proj": LayerFormat.bf16,
+    "model.layers.1.mlp.*": LayerFormat.w4a16_nvfp4,  # down_proj matched above
+}
+OF_MIX = dict(zip(LINEARS, ["fp8", "fp8", "nvfp4", None, "nvfp4", "nvfp4", "w4a16_nvfp4", None], strict=True))
+
+
+def test_a_mixed_plan_gives_every_linear_its_own_arithmetic(world, hook):
+    gpt, report, plain, _ = make(world, layers=MIX)
+    assert {name: entry["format"] for name, entry in report["layers"].items()} == {k: v for k, v in OF_MIX.items() if v}
+    rounded_inputs = {name for name, _ in hook.enabled_quantizers(gpt) if name.endswith("input_quantizer")}
+    assert rounded_inputs == {f"{name}.input_quantizer" for name, f in OF_MIX.items() if f in ("fp8", "nvfp4")}
+    for name, number_format in OF_MIX.items():
+        linear, weight = gpt.get_submodule(name), plain.get_submodule(name).weight
+        x = torch.randn(3, weight.shape[1])
+        if number_format is None:
+            assert torch.equal(linear(x)[0], plain.get_submodule(name)(x)[0])
+            continue
+        amax = weight.abs().amax()
+        scale = amax / 448 if number_format == "fp8" else numerics.second_scale(amax, SecondScale.pow2)
+        expected = numerics.fake_quantize(weight, Format(number_format), scale)
+        assert torch.equal(linear.weight_quantizer(linear.weight), expected)
+        seen = report["layers"][name]
+        of_input = torch.tensor(seen.get("scale", seen["scale_2"]).get("input", 1.0))
+        if number_format != "w4a16_nvfp4":
+            x = numerics.fake_quantize(x, Format(number_format), of_input)
+        assert torch.equal(linear(x)[0], functional.linear(x, expected))
+
+
+def test_a_mixed_plan_is_restored_and_another_is_refused(world, hook, tmp_path):
+    gpt, report, plain, recipe = make(world, layers=MIX)
+    path = tmp_path / "quantize.json"
+    hook.write_report(report, path)
+    other = Recipe(quantize=Quantize(layers=MIX | {"*.down_proj": LayerFormat.fp8}))
+    build, _ = world
+    with pytest.raises(UserError, match="linear_fc2 is not as the recipe plans"):
+        hook.restore(build(other), other, path)
+    other = Recipe(quantize=Quantize(layers=MIX | {"model.layers.0.self_attn.*": LayerFormat.nvfp4}))
+    with pytest.raises(UserError, match="linear_proj is not as the recipe plans"):
+        hook.restore(build(other), other, path)
+    hook.restore(plain, recipe, path)
+    assert torch.equal(forward(gpt), forward(plain))
+
+
+def test_a_format_for_a_part_of_a_fused_layer_is_refused(world):
+    with pytest.raises(UserError, match=r"quantize\.layers splits .*give them one format"):
+        make(world, layers={"*.q_proj": LayerFormat.fp8})
+
+
+@pytest.mark.parametrize(
+    ("settings", "algorithm"),
+    [
+        ({}, "max"),
+        ({"format": Format.fp8}, "max"),
+        ({"format": Format.mxfp4}, None),
+        ({"format": Format.mxfp4, "layers": {"*.o_proj": LayerFormat.bf16}}, None),
+        ({"format": Format.nvfp4, "layers": {"*": LayerFormat.mxfp4}}, "max"),
+    ],
+)
+def test_a_pipeline_stage_with_nothing_to_quantize_calibrates_as_the_others_do(world, hook, settings, algorithm):
+    """Otherwise the others would wait for it for ever."""
+    settings = Quantize(**settings)
+    build, _ = world
+    planned = hook.plan(build(Recipe(quantize=settings)), settings)
+    assert hook.modelopt_config(planned, settings)["algorithm"] == algorithm
+    assert hook.modelopt_config([], settings)["algorithm"] == algorithm

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.training import rules
-from halfbyte.training.config import Format, GateRule, Method, Recipe, SecondScale
+from halfbyte.training.config import Format, GateRule, LayerFormat, Method, Recipe, SecondScale
 from halfbyte.training.errors import USAGE, RecipeError
 from halfbyte.training.resolve import load, resolve, resume_problems, save, shipped
-from halfbyte.training.shape import linear_sizes, planned_linears, read_shape
+from halfbyte.training.shape import bits_per_weight, linear_sizes, planned_linears, read_shape
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TINY_RECIPE = resolve("tiny", [])
@@ -102,7 +102,23 @@ def test_tasks_by_number_name_and_brackets():
         ("parallel.sequence=3", "parallel.sequence = 3", "true or false"),
         ("run.name=null", "run.name = null", "text"),
         ("method=qax", "method = qax", "ptq, qat, qad, bf16"),
-        ("quantize.format=fp8", "quantize.format = fp8", "nvfp4, w4a16_nvfp4, mxfp4"),
+        ("quantize.format=fp6", "quantize.format = fp6", "nvfp4, w4a16_nvfp4, mxfp4, fp8"),
+        ("quantize.layers=fp8", "quantize.layers = fp8", "a mapping"),
+        ("quantize.layers={'*.o_proj': fp6}", "quantize.layers = {", "one of nvfp4, w4a16_nvfp4, mxfp4, fp8, bf16"),
+        (
+            "quantize.layers={'*.k_proj': fp8}",
+            "quantize.layers",
+            "gives q_proj nvfp4, k_proj fp8, v_proj nvfp4 in layer",
+        ),
+        ("quantize.layers={'*.2.mlp.up_proj': bf16}", "quantize.layers", "gate_proj nvfp4, up_proj bf16 in layer 2,"),
+        ("quantize.layers={lm_head: fp8}", "quantize.layers.lm_head = fp8", "matches no linear"),
+        (
+            "quantize.layers={'*_proj': fp8, '*.o_proj': bf16}",
+            "quantize.layers.*.o_proj = bf16",
+            "decides about no layer",
+        ),
+        ("quantize.layers={'*.o_proj': mxfp4}", "quantize.layers: mixes mxfp4 with nvfp4", "no serving runtime"),
+        ("quantize.layers={'*': bf16}", "quantize.exclude = [lm_head, model.embed_tokens] and", "leaves nothing"),
         ("quantize.exclude=lm_head", "quantize.exclude = lm_head", "[a,b]"),
         ("train.seed=[1", "train.seed = [1", "not a valid value"),
         ("foo", "foo", "key=value"),
@@ -202,15 +218,17 @@ PATTERNS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), m
     steps=st.integers(1, 10**12),
     name=st.text("abc-_. #:'\"{}[]é\t", min_size=1),
     exclude=st.lists(PATTERNS),
+    layers=st.dictionaries(PATTERNS, st.sampled_from(LayerFormat)),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_value_survives_saving(tmp_path_factory, rate, steps, name, exclude):
+def test_any_value_survives_saving(tmp_path_factory, rate, steps, name, exclude, layers):
     recipe = copy.deepcopy(TINY_RECIPE)
     recipe.train.learning_rate, recipe.train.steps, recipe.run.project = rate, steps, name
-    recipe.quantize.exclude = exclude
+    recipe.quantize.exclude, recipe.quantize.layers = exclude, layers
     path = tmp_path_factory.mktemp("saved") / "resolved.yaml"
     save(recipe, path)
     assert load(path) == recipe
+    assert list(load(path).quantize.layers) == list(layers)
 
 
 @given(
@@ -239,7 +257,7 @@ def test_a_layout_is_accepted_exactly_when_everything_divides(
     recipe = copy.deepcopy(TINY_RECIPE)
     recipe.parallel.tensor, recipe.parallel.pipeline, recipe.quantize.format = tensor, pipeline, form
     recipe.model.path, recipe.model.config = "/nonexistent", str(path)
-    block = {"nvfp4": 16, "w4a16_nvfp4": 16, "mxfp4": 32}[form]
+    block = {"nvfp4": 16, "w4a16_nvfp4": 16, "mxfp4": 32, "fp8": 1}[form]
     fits = (
         all(size % tensor == 0 for size in (heads, kv_heads, ffn, 5040))
         and 12 % pipeline == 0
@@ -251,7 +269,9 @@ def test_a_layout_is_accepted_exactly_when_everything_divides(
 
 
 def test_formats_methods_and_gate_combinations(with_shape):
-    assert "no second-level scale" in problems("quantize.format=mxfp4", "quantize.scale_2=amax")[0]
+    for one_level in ("mxfp4", "fp8"):
+        assert "no second-level scale" in problems(f"quantize.format={one_level}", "quantize.scale_2=amax")[0]
+    resolve("tiny", ["quantize.format=fp8", "quantize.scale_2=amax", "quantize.layers={'*.o_proj': nvfp4}"])
     assert resolve("tiny", ["quantize.scale_2=amax"]).quantize.scale_2 is SecondScale.amax
     assert "compared with itself" in problems("method=ptq", f"gate.rule={GateRule.better_than_ptq}")[0]
     assert "give a JSONL file" in problems("data.train=null")[0]
@@ -263,6 +283,11 @@ def test_formats_methods_and_gate_combinations(with_shape):
     odd = [*with_shape(intermediate_size=264), "quantize.format=nvfp4"]
     assert "K = 264 of mlp.down_proj" in problems(*odd)[0]
     resolve("tiny", [*odd, "quantize.exclude=['*.down_proj']"])
+    resolve("tiny", [*odd, "quantize.layers={'*.down_proj': fp8}"])
+    assert (
+        "quantize.layers.*.2.mlp.down_proj = w4a16_nvfp4: blocks of 16 do not divide K = 264"
+        in problems(*odd, "quantize.layers={'*.2.mlp.down_proj': w4a16_nvfp4, '*.down_proj': fp8}")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -325,6 +350,56 @@ def test_planned_linears_follow_the_patterns():
     assert planned_linears(shape, resolve("tiny", ["method=bf16"])) == {}
 
 
+def test_the_first_pattern_that_matches_decides_and_exclude_comes_before():
+    shape = read_shape(RECIPES / "shapes/tiny.json")
+    layers = "{'model.layers.0.*': fp8, '*.down_proj': bf16, 'model.layers.3.mlp.*': w4a16_nvfp4}"
+    recipe = resolve("tiny", [f"quantize.layers={layers}", "quantize.exclude=['*.0.*.o_proj']"])
+    planned = planned_linears(shape, recipe)
+    expected = dict.fromkeys(linear_sizes(shape), Format.nvfp4)
+    expected |= {name: Format.w4a16_nvfp4 for name in expected if ".3.mlp." in name}
+    expected = {name: chosen for name, chosen in expected.items() if "down_proj" not in name}
+    expected |= {name: Format.fp8 for name in linear_sizes(shape) if ".0." in name and "o_proj" not in name}
+    del expected["model.layers.0.self_attn.o_proj"]
+    assert planned == expected
+    bits = {"nvfp4": 4.5, "w4a16_nvfp4": 4.5, "fp8": 8}
+    sizes = {name: n * k for name, (n, k) in linear_sizes(shape).items() if ".0.self_attn.o_proj" not in name}
+    total = sum(size * (bits[planned[name]] if name in planned else 16) for name, size in sizes.items())
+    assert bits_per_weight(shape, recipe) == total / sum(sizes.values())
+
+
+def test_a_mapping_replaces_the_one_below_it_and_its_order_is_kept(tmp_path):
+    file = tmp_path / "my.yaml"
+    text = (RECIPES / "tiny.yaml").read_text().replace("${recipe:", f"${{recipe:{RECIPES}/")
+    two = "quantize:\n  layers:\n    model.layers.1.*: fp8\n    '*.down_proj': bf16\n"
+    file.write_text(text.replace("quantize:\n", two))
+    recipe = resolve(str(file), [])
+    assert list(recipe.quantize.layers.items()) == [("model.layers.1.*", "fp8"), ("*.down_proj", "bf16")]
+    save(recipe, tmp_path / "resolved.yaml")
+    assert list(load(tmp_path / "resolved.yaml").quantize.layers) == list(recipe.quantize.layers)
+    other = resolve(str(file), ["quantize.layers={'*.o_proj': fp8}"])
+    assert other.quantize.layers == {"*.o_proj": LayerFormat.fp8}
+    turned = resolve(str(file), ["quantize.layers={'*.down_proj': bf16, 'model.layers.1.*': fp8}"])
+    assert "quantize.layers" in resume_problems(recipe, turned)[0]
+    assert resume_problems(recipe, load(tmp_path / "resolved.yaml")) == []
+
+
+def test_a_yaml_file_among_the_overrides_is_merged_in_its_place(tmp_path):
+    fragment = tmp_path / "lr=3.yaml"
+    fragment.write_text(
+        "quantize:\n  format: fp8\n  layers:\n    '*.o_proj': nvfp4\ndata:\n  train: ${recipe:x.jsonl}\n"
+    )
+    (tmp_path / "x.jsonl").touch()
+    recipe = resolve("tiny", ["quantize.format=mxfp4", "train.steps=9", str(fragment), "train.steps=8"])
+    assert (recipe.quantize.format, recipe.quantize.layers) == (Format.fp8, {"*.o_proj": LayerFormat.nvfp4})
+    assert recipe.train.steps == 8
+    assert recipe.data.train == str(tmp_path / "x.jsonl")  # beside the fragment, not beside the recipe
+    fragment.write_text("quantize:\n  formatt: fp8\n")
+    assert "quantize.formatt = fp8 (lr=3.yaml line 2): no such key" in problems(str(fragment))[0]
+    fragment.write_text("[")
+    assert "not valid YAML" in problems(str(fragment))[0]
+    assert "no such file, and not of the form key=value" in problems(str(tmp_path / "gone.yaml"))[0]
+
+
 def test_weights_are_asked_for_only_when_needed(tmp_path):
     path = f"model.path={tmp_path}"
     resolve("tiny", [path])
@@ -355,7 +430,7 @@ def test_resume_allows_what_does_not_touch_the_past():
     free = {"description", "run.dir", "run.name", "run.project", "run.wandb", "model.fetch", "model.config"}
     free |= {"train.steps", "train.micro_batch", "train.recompute", "train.distributed_optimizer"}
     free |= {"evaluate.tokens_per_batch"}
-    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "launch.")
+    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "sensitivity.", "launch.")
     old = resolve("tiny", [])
     for key, value in rules.leaves(old):
         new = copy.deepcopy(old)

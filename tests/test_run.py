@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.export.reader import open_checkpoint
+
 pytestmark = pytest.mark.slow
+FUSED = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
 SHORT = ("train.steps=3", "evaluate.tasks.lambada.limit=4", "evaluate.tasks.english.limit=4", "verify.items=2")
 
 
@@ -116,9 +119,18 @@ def test_a_verdict_about_another_checkpoint_ships_nothing(halfbyte, place):
         assert "the newest checkpoint is step_00000004" in done.stderr
 
 
-@pytest.mark.parametrize("number_format", ["nvfp4", "mxfp4"])
+LAYERS = '{"model.layers.0.*": fp8, "*.down_proj": w4a16_nvfp4, "model.layers.3.self_attn.*": bf16}'
+FORMATS = {
+    "nvfp4": ("quantize.format=nvfp4",),
+    "mxfp4": ("quantize.format=mxfp4",),
+    # Float64, because an FP8 scale is the calibrated maximum itself, not rounded to a power of two.
+    "mixed": (f"quantize.layers={LAYERS}", "train.dtype=float64"),
+}
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
 def test_ptq_exports_the_same_bytes_from_one_process_and_from_tensor_parallel(halfbyte, place, number_format):
-    options = (*SHORT, "method=ptq", f"quantize.format={number_format}", "run.wandb=disabled")
+    options = (*SHORT, "method=ptq", *FORMATS[number_format], "run.wandb=disabled")
     folders = []
     layouts = {"one": (), "tp2": ("parallel.tensor=2", "parallel.sequence=true")}
     for name, layout in layouts.items():
@@ -134,6 +146,28 @@ def test_ptq_exports_the_same_bytes_from_one_process_and_from_tensor_parallel(ha
         assert same[0] == same[1]
     else:
         assert digest(folders[0]) == digest(folders[1])
+
+
+def test_a_mixed_run_says_what_each_layer_is_and_guards_its_fp8_bytes(halfbyte, place):
+    run = place / "runs" / "mixed_one"
+    layers = read(run / "quantize.json")["layers"]
+    assert {key: layers[key]["format"] for key in layers if key.startswith("decoder.layers.0.")} == dict.fromkeys(
+        [f"decoder.layers.0.{name}" for name in FUSED], "fp8"
+    )
+    assert [layers[f"decoder.layers.3.{name}"]["format"] for name in FUSED[2:]] == ["nvfp4", "w4a16_nvfp4"]
+    assert not any(f"decoder.layers.3.{name}" in layers for name in FUSED[:2])
+    named = read(run / "export" / "hf" / "hf_quant_config.json")["quantization"]["quantized_layers"]
+    assert named["model.layers.0.mlp.up_proj"] == {"quant_algo": "FP8"}
+    assert len(named) == sum(len(layer["hf"]) for layer in layers.values()) == 24
+    assert "MIXED_PRECISION" in (run / "export" / "HANDOFF.md").read_text()
+    entry = open_checkpoint(run / "export" / "hf").entries["model.layers.0.mlp.up_proj.weight"]
+    assert entry.dtype == "F8_E4M3"
+    content = bytearray(entry.file.read_bytes())
+    content[entry.offset + 7] ^= 1
+    entry.file.write_bytes(content)
+    done = halfbyte("verify", run, cwd=place)
+    assert done.returncode == 1
+    assert "error: verify failed: model.layers.0.mlp.up_proj.weight: 1 of" in done.stderr
 
 
 def test_weight_only(halfbyte, place):

@@ -1,4 +1,4 @@
-"""The bytes of FP4 tensors: values to packed codes and block scales, and back.
+"""The bytes of FP4 and FP8 tensors: values to codes and block scales, and back.
 
 The rounding is that of training/numerics.py, so that decode(encode(w)) equals fake(w) bit for bit. Two E2M1 codes share
 a byte, the even column in the low half; code = sign << 3 | index of the magnitude. Zeros are always written as code 0,
@@ -93,6 +93,36 @@ def mxfp4_decode(packed: Tensor, scale: Tensor) -> Tensor:
     """
     block_scale, _ = numerics.mxfp4_scales(scale.int())
     return (_unpack(packed).unflatten(-1, (-1, MXFP4_BLOCK)) * block_scale.unsqueeze(-1)).flatten(-2) + 0.0
+
+
+@torch.no_grad()
+def fp8_encode(w: Tensor, scale: Tensor) -> Tensor:
+    """Codes of an FP8 weight; decode(encode(w)) equals fp8_fake(w) bit for bit. Zeros are written as +0 (code 0).
+
+    Args:
+        w: [N, K] (or [..., K]) float.
+        scale: FP32 [], see numerics.fp8_scale.
+
+    Returns:
+        float8_e4m3fn of w's shape; NaN where w is.
+    """
+    scale = scale.to(device=w.device, dtype=torch.float32)
+    codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    rows = codes.view(-1, 1)
+    for row, chunk in numerics.chunks(w, 1):
+        rows[row] = (numerics.round_e4m3(chunk / scale).float() + 0.0).to(torch.float8_e4m3fn)
+    return codes
+
+
+@torch.no_grad()
+def fp8_decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """Values of an FP8 tensor, q * scale: FP32 of the shape of the float8_e4m3fn codes.
+
+    Args:
+        codes: float8_e4m3fn [N, K].
+        scale: FP32 [].
+    """
+    return codes.float() * scale.to(device=codes.device, dtype=torch.float32) + 0.0
 
 
 def _empty_encoding(w: Tensor, block: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

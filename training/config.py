@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class Format(StrEnum):
-    """FP4 formats by the names that serving runtimes use (`quant_algo`)."""
+    """Number formats by the names that serving runtimes use (`quant_algo`)."""
 
     nvfp4 = "nvfp4"
     """W4A4: E2M1 elements, block 16, E4M3 block scale, FP32 second-level scale per tensor."""
@@ -26,6 +26,18 @@ class Format(StrEnum):
     """Weights as nvfp4, activations not quantized."""
     mxfp4 = "mxfp4"
     """W4A4: E2M1 elements, block 32, E8M0 block scale."""
+    fp8 = "fp8"
+    """W8A8: E4M3 elements, one FP32 scale per tensor."""
+
+
+class LayerFormat(StrEnum):
+    """What quantize.layers may give a layer: a Format, or BF16."""
+
+    nvfp4 = "nvfp4"
+    w4a16_nvfp4 = "w4a16_nvfp4"
+    mxfp4 = "mxfp4"
+    fp8 = "fp8"
+    bf16 = "bf16"
 
 
 class SecondScale(StrEnum):
@@ -134,9 +146,13 @@ class Model:
 
 @dataclass
 class Quantize:
-    """Which layers become FP4, and how."""
+    """Which layers are quantized, and how."""
 
     format: Format = Format.nvfp4
+    """Of every layer that `layers` says nothing about."""
+    layers: dict[str, LayerFormat] = field(default_factory=dict)
+    """fnmatch pattern on Hugging Face module names -> format of the layers it matches; the first match wins.
+    `exclude` comes before it. q/k/v and gate/up are one layer each and take one format."""
     scale_2: SecondScale = SecondScale.pow2
     exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])
     """fnmatch patterns on Hugging Face module names (model.layers.0.mlp.down_proj) that stay unquantized.
@@ -299,6 +315,20 @@ class Verify:
 
 
 @dataclass
+class Sensitivity:
+    """What `halfbyte sensitivity` measures; a run does not read it."""
+
+    data: str | None = None
+    """JSONL of text that nothing is trained on; none means the first evaluation task of kind text."""
+    tokens: int = 4096
+    """Positions at which every variant is compared with the BF16 model: texts, cut to a sixteenth of it (or 32 tokens),
+    until there are as many."""
+    bits: float | None = None
+    """Budget of the mixed plan, bits per weight with block scales, over the linears that quantize.exclude leaves.
+    None chooses no plan."""
+
+
+@dataclass
 class Launch:
     """How processes start. World size comes from `parallel`."""
 
@@ -333,6 +363,7 @@ class Recipe:
     gate: Gate = field(default_factory=Gate)
     export: Export = field(default_factory=Export)
     verify: Verify = field(default_factory=Verify)
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
     launch: Launch = field(default_factory=Launch)
 
     @property
@@ -341,5 +372,11 @@ class Recipe:
         return self.parallel.tensor * self.parallel.pipeline * self.parallel.data
 
 
-BLOCK = {Format.nvfp4: 16, Format.w4a16_nvfp4: 16, Format.mxfp4: 32}
-"""Elements along K that share one block scale."""
+BLOCK = {Format.nvfp4: 16, Format.w4a16_nvfp4: 16, Format.mxfp4: 32, Format.fp8: 1}
+"""Elements along K that share one block scale; 1 for FP8, which has no block scales and takes any K."""
+
+BITS = {Format.nvfp4: 4.5, Format.w4a16_nvfp4: 4.5, Format.mxfp4: 4.25, Format.fp8: 8.0, None: 16.0}
+"""Bits per weight with its block scales; the few scales per tensor are not counted. None is BF16."""
+
+TWO_LEVEL = (Format.nvfp4, Format.w4a16_nvfp4)
+"""Formats with block scales and a second-level scale per tensor: those that quantize.scale_2 is about."""

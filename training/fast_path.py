@@ -67,7 +67,7 @@ def _swap(name: str, linear: torch.nn.Module) -> _Swapped:
     parameter: torch.nn.Parameter = linear.weight  # type: ignore[assignment]
     own = parameter.data
     with torch.no_grad():
-        quantized = numerics.fake_quantize(own, rule.format, rule.scale_2)
+        quantized = numerics.fake_quantize(own, rule.format, rule.scale)
     parameter.data = quantized
     return _Swapped(name, parameter, own, parameter._version)
 
@@ -88,7 +88,7 @@ def _forward(linear: torch.nn.Module) -> Callable:
 
     def forward(x: torch.Tensor, *args, **kwargs):
         if rule is not None:
-            x = numerics.fake_quantize(x, rule.format, rule.scale_2)
+            x = numerics.fake_quantize(x, rule.format, rule.scale)
         return base(linear, x, *args, **kwargs)
 
     return forward

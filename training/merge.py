@@ -62,7 +62,7 @@ def merge(path: Path, overrides: list[str]) -> tuple[Recipe, Merged]:
 
     Args:
         path: Recipe file.
-        overrides: `key=value` strings.
+        overrides: `key=value` strings, and YAML files that hold some of a recipe's keys, each in its place.
 
     Returns:
         The recipe, in which a broken key has its default (or an empty text), and what is wrong with it.
@@ -71,9 +71,16 @@ def merge(path: Path, overrides: list[str]) -> tuple[Recipe, Merged]:
         RecipeError: the file cannot be read as YAML.
     """
     merged = Merged()
-    for key, value, where in [*_from_yaml(path, merged), *_from_overrides(overrides, merged)]:
+    entries = [(path, *entry) for entry in _from_yaml(path)]
+    for override in overrides:
+        fragment = Path(override).expanduser()
+        if fragment.suffix in (".yaml", ".yml") and fragment.is_file():  # a folder's name may hold a =
+            entries += [(fragment, *entry) for entry in _from_yaml(fragment)]
+        else:
+            entries += [(path, *entry) for entry in _from_override(override, merged)]
+    for source, key, value, where in entries:
         try:
-            _apply(merged.config, key, _place(value, path.resolve().parent))
+            _apply(merged.config, key, _place(value, source.resolve().parent))
         except _Wrong as wrong:
             merged.report(key, value, where, str(wrong))
     _settle(merged)
@@ -93,6 +100,7 @@ def _make_absolute(recipe: Recipe) -> None:
     recipe.model.config = absolute(recipe.model.config)
     recipe.data.train = absolute(recipe.data.train)
     recipe.quantize.calibration_data = absolute(recipe.quantize.calibration_data)
+    recipe.sensitivity.data = absolute(recipe.sensitivity.data)
     for task in recipe.evaluate.tasks:
         task.data = absolute(task.data) or ""
 
@@ -110,7 +118,7 @@ class _Wrong(Exception):
     """What is wrong with one key, and the remedy."""
 
 
-def _from_yaml(path: Path, merged: Merged) -> list[tuple[str, Any, str]]:
+def _from_yaml(path: Path) -> list[tuple[str, Any, str]]:
     """(dotted key, value, place in the file) of every entry; a file that cannot be parsed is one problem."""
     try:
         text = path.read_text()
@@ -131,23 +139,23 @@ def _from_yaml(path: Path, merged: Merged) -> list[tuple[str, Any, str]]:
     ]
 
 
-def _from_overrides(overrides: list[str], merged: Merged) -> Iterator[tuple[str, Any, str]]:
-    for override in overrides:
-        key, equals, raw = override.partition("=")
-        key = re.sub(r"\[(\w+)\]", r".\1", key.strip())
-        if not equals or not key:
-            merged.problems.append(f"{override}: not of the form key=value; write for example train.steps=100")
-            continue
-        if _hint(key) in (str, str | None):
-            value: Any = None if raw in ("", "null") else raw  # a path may hold what YAML would read as syntax
-        else:
-            try:
-                value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index]
-            except (yaml.YAMLError, OmegaConfBaseException):
-                merged.report(key, raw, "", "not a valid value; quote it for the shell, lists as [a,b]")
-                continue
-        for item, item_value in _flatten(key, value):
-            yield item, item_value, ""
+def _from_override(override: str, merged: Merged) -> Iterator[tuple[str, Any, str]]:
+    key, equals, raw = override.partition("=")
+    key = re.sub(r"\[(\w+)\]", r".\1", key.strip())
+    if not equals or not key:
+        what = "no such file, and not" if override.endswith((".yaml", ".yml")) else "not"
+        merged.problems.append(f"{override}: {what} of the form key=value; write for example train.steps=100")
+        return
+    if _hint(key) in (str, str | None):
+        value: Any = None if raw in ("", "null") else raw  # a path may hold what YAML would read as syntax
+    else:
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index]
+        except (yaml.YAMLError, OmegaConfBaseException):
+            merged.report(key, raw, "", "not a valid value; quote it for the shell, lists as [a,b]")
+            return
+    for item, item_value in _flatten(key, value):
+        yield item, item_value, ""
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -206,7 +214,8 @@ def _apply(config: Any, key: str, value: Any) -> None:
     try:
         if hint is bool and not isinstance(value, bool | str):  # OmegaConf takes any number for true
             raise _Wrong(f"must be {_expected(hint)}")
-        OmegaConf.update(config, key, value, force_add=False)
+        # A mapping takes the place of the one below it, as a list does: its order may matter (quantize.layers).
+        OmegaConf.update(config, key, value, merge=not isinstance(value, dict), force_add=False)
     except OmegaConfBaseException as error:
         raise _Wrong(f"must be {_expected(hint)}") from error
 

@@ -4,13 +4,23 @@ import math
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from halfbyte.training.config import BLOCK, Format, Method, Recipe, SecondScale
-from halfbyte.training.shape import FUSED_GROUPS, ROW_PARALLEL, ModelShape, excluded, linear_sizes, planned_linears
+from halfbyte.training.config import BLOCK, TWO_LEVEL, Format, Method, Recipe, SecondScale
+from halfbyte.training.shape import (
+    FUSED_GROUPS,
+    ROW_PARALLEL,
+    ModelShape,
+    deciding_pattern,
+    excluded,
+    layer_format,
+    linear_sizes,
+    planned_linears,
+)
 
 
 def model_problems(recipe: Recipe, shape: ModelShape) -> list[str]:
     """Everything about the layout and the formats that the model's sizes rule out, one line each."""
-    return [*_layout(recipe, shape), *_formats(recipe, shape), *_patterns(recipe, shape)]
+    problems = [*_layout(recipe, shape), *_formats(recipe, shape)]
+    return problems if recipe.method == Method.bf16 else [*problems, *_patterns(recipe, shape), *_layers(recipe, shape)]
 
 
 def _layout(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
@@ -62,32 +72,39 @@ def _divisors(number: int) -> str:
 
 def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     quantize, tensor = recipe.quantize, recipe.parallel.tensor
-    if quantize.format == Format.mxfp4 and quantize.scale_2 != SecondScale.pow2:
-        yield f"quantize.scale_2 = {quantize.scale_2}: mxfp4 has no second-level scale; leave the key out"
-    block = BLOCK[quantize.format]
     planned = planned_linears(shape, recipe)
+    formats = sorted(set(planned.values()))
+    if formats and quantize.scale_2 != SecondScale.pow2 and not set(formats) & set(TWO_LEVEL):
+        names = " and ".join(formats)
+        yield f"quantize.scale_2 = {quantize.scale_2}: {names} has no second-level scale; leave the key out"
     sizes = linear_sizes(shape)
-    told: set[str] = set()
-    for name in planned:
-        kind = name.split(".", 3)[3]
+    told: set[tuple[str, Format]] = set()
+    for name, number_format in planned.items():
+        kind, block = name.split(".", 3)[3], BLOCK[number_format]
         shards = tensor if kind in ROW_PARALLEL and tensor > 0 else 1
         k = sizes[name][1]
         # A K that the ranks cannot share at all is _layout's problem.
-        if k % shards == 0 and (k // shards) % block and kind not in told:
-            told.add(kind)
+        if k % shards == 0 and (k // shards) % block and (kind, number_format) not in told:
+            told.add((kind, number_format))
             split = f" over parallel.tensor = {shards}" if shards > 1 else ""
+            pattern = deciding_pattern(name, quantize)
+            key = "quantize.format" if pattern is None else f"quantize.layers.{pattern}"
             yield (
-                f"quantize.format = {quantize.format}: blocks of {block} do not divide K = {k} of {kind}{split}; "
+                f"{key} = {number_format}: blocks of {block} do not divide K = {k} of {kind}{split}; "
                 "exclude the layer with quantize.exclude or choose another format or layout"
             )
+    if Format.mxfp4 in formats and len(formats) > 1:
+        others = ", ".join(name for name in formats if name != Format.mxfp4)
+        yield (
+            f"quantize.layers: mixes mxfp4 with {others}, and no serving runtime reads MXFP4 layers in a mixed "
+            "checkpoint; use nvfp4 for them, or mxfp4 everywhere (bf16 layers may stay beside it)"
+        )
     if recipe.method != Method.bf16 and not planned:
-        patterns = ", ".join(quantize.exclude)
-        yield f"quantize.exclude = [{patterns}]: leaves nothing to quantize; method=bf16 is the control"
+        patterns, layers = ", ".join(quantize.exclude), "" if not quantize.layers else " and quantize.layers"
+        yield f"quantize.exclude = [{patterns}]{layers}: leaves nothing to quantize; method=bf16 is the control"
 
 
 def _patterns(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
-    if recipe.method == Method.bf16:
-        return
     modules = [*linear_sizes(shape), "lm_head", "model.embed_tokens"]
     for pattern in recipe.quantize.exclude:
         if not any(fnmatchcase(module, pattern) for module in modules):
@@ -106,6 +123,39 @@ def _patterns(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
             yield (
                 f"quantize.exclude = [{', '.join(recipe.quantize.exclude)}]: splits {members} of layer {_some(split)}, "
                 "one layer at training time; exclude all of them or none"
+            )
+
+
+def _layers(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    """Every pattern of quantize.layers decides about something, and no fused layer gets two formats."""
+    quantize, modules = recipe.quantize, list(linear_sizes(shape))
+    deciding = {deciding_pattern(name, quantize) for name in modules if not excluded(name, quantize.exclude)}
+    for pattern, chosen in quantize.layers.items():
+        key = f"quantize.layers.{pattern} = {chosen}"
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            yield (
+                f"{key}: matches no linear of the decoder layers (embedding and lm_head always stay BF16); write a "
+                "Hugging Face module name such as model.layers.0.mlp.down_proj, * stands for anything"
+            )
+        elif pattern not in deciding:
+            yield (
+                f"{key}: decides about no layer, because quantize.exclude or an earlier pattern has all that it "
+                "matches; move it up or take it out"
+            )
+    for group in FUSED_GROUPS:
+        split: dict[str, list[int]] = {}
+        for layer in range(shape.layers):
+            members = [f"model.layers.{layer}.{name}" for name in group]
+            if any(excluded(name, quantize.exclude) for name in members):
+                continue  # whole or reported by _patterns
+            chosen = [str(layer_format(name, quantize) or "bf16") for name in members]
+            if len(set(chosen)) > 1:
+                shown = ", ".join(f"{name.rpartition('.')[2]} {word}" for name, word in zip(group, chosen, strict=True))
+                split.setdefault(shown, []).append(layer)
+        for shown, layers in split.items():
+            yield (
+                f"quantize.layers: gives {shown} in layer {_some(layers)}, one layer at training time and in every "
+                "runtime; match all of them with one pattern"
             )
 
 

@@ -1,17 +1,19 @@
-"""FP4 arithmetic in plain torch: the definition every kernel is tested against, and the CPU path of the product.
+"""FP4 and FP8 arithmetic in plain torch: the definition every kernel is tested against, and the product's CPU path.
 
-Both formats round elements to E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign) and share one scale per block along the
-last dimension (K, the input channels of a linear):
+The FP4 formats round elements to E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign) and share one scale per block along the
+last dimension (K, the input channels of a linear); FP8 rounds to E4M3 with one scale for the whole tensor:
 
-    format   block   block scale                  second-level scale    value
-    NVFP4    16      E4M3, amax/(6 s2), RNE       FP32 per tensor, s2   q * (sb * s2)
-    MXFP4    32      E8M0, 2^ceil(log2(amax/6))   none                  q * 2^k
+    format   block   block scale                  scale per tensor, FP32   value
+    NVFP4    16      E4M3, amax/(6 s2), RNE       s2, see second_scale     q * (sb * s2)
+    MXFP4    32      E8M0, 2^ceil(log2(amax/6))   none                     q * 2^k
+    FP8      none    none                         s = amax/448             q * s
 
 The rules, with the reasons in docs/decisions.md:
 
-* Elements round to nearest, ties to even; everything above 5 becomes 6, Inf included. Divisions are correctly rounded.
+* Elements round to nearest, ties to even, and saturate: FP4 at 6, FP8 at 448, Inf included. Divisions are correctly
+  rounded.
 * The NVFP4 block scale is clamped to [2^-9, 448] before the E4M3 cast: E4M3's smallest subnormal and its largest value.
-* A NaN makes its whole block NaN, never a finite number. Finite input never becomes Inf.
+* A NaN makes its whole block NaN (in FP8: its element), never a finite number. Finite input never becomes Inf.
 * Zeros come out as +0, whatever their sign was.
 * A power-of-two s2 makes q * (sb * s2) exact in BF16 and the block scales the same in every serving runtime.
 
@@ -79,6 +81,26 @@ def second_scale(amax: Tensor, mode: SecondScale) -> Tensor:
 
 
 @torch.no_grad()
+def fp8_scale(amax: Tensor) -> Tensor:
+    """The scale of an FP8 tensor: amax/448, so that E4M3's largest value is the tensor's largest.
+
+    Args:
+        amax: Absolute maximum of a tensor (or of its calibration data), any shape, any float dtype.
+
+    Returns:
+        FP32, shape of amax, clamped to [2^-116, 2^116]: defined for amax = 0. NaN and Inf propagate.
+    """
+    amax = amax.float()
+    scale = amax / torch.full_like(amax, E4M3_MAX)
+    return torch.where(amax.isfinite(), scale.clamp(2.0**-SCALE_2_EXPONENT, 2.0**SCALE_2_EXPONENT), amax)
+
+
+def tensor_scale(amax: Tensor, number_format: Format, mode: SecondScale) -> Tensor:
+    """The FP32 scale per tensor of a format that has one: fp8_scale, or second_scale in `mode`."""
+    return fp8_scale(amax) if number_format is Format.fp8 else second_scale(amax, mode)
+
+
+@torch.no_grad()
 def nvfp4_fake(x: Tensor, scale_2: Tensor) -> Tensor:
     """Round to NVFP4 and back.
 
@@ -131,17 +153,40 @@ def mxfp4_fake(x: Tensor) -> Tensor:
     return _map_blocks(x, MXFP4_BLOCK, quantize)
 
 
+@torch.no_grad()
+def fp8_fake(x: Tensor, scale: Tensor) -> Tensor:
+    """Round to FP8 (E4M3 with one scale) and back. Idempotent.
+
+    Args:
+        x: [..., K] float32, bfloat16, float16 or float64.
+        scale: FP32 [] (see fp8_scale), on x's device or a CPU scalar.
+
+    Returns:
+        Contiguous, x's shape and dtype. float32 and float64 hold the FP8 values exactly, bfloat16 rounds them to
+        nearest.
+
+    Raises:
+        ValueError: x has no dimension.
+    """
+    scale = scale.to(device=x.device, dtype=torch.float32)
+
+    def quantize(chunk: Tensor, out: Tensor) -> None:
+        torch.mul(round_e4m3(chunk / scale).float(), scale, out=out).add_(0.0)
+
+    return _map_blocks(x, BLOCK[Format.fp8], quantize)
+
+
 class StraightThrough(torch.autograd.Function):
     """Fake quantization whose gradient is the identity; nothing is saved for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, number_format: Format, scale_2: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, number_format: Format, scale: Tensor | None) -> Tensor:
         """Fake-quantized x; see fake_quantize."""
         if number_format is Format.mxfp4:
             return mxfp4_fake(x)
-        if scale_2 is None:
-            raise ValueError(f"{number_format.value} needs a second-level scale")
-        return nvfp4_fake(x, scale_2)
+        if scale is None:
+            raise ValueError(f"{number_format.value} needs a scale per tensor")
+        return fp8_fake(x, scale) if number_format is Format.fp8 else nvfp4_fake(x, scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -149,21 +194,21 @@ class StraightThrough(torch.autograd.Function):
         return grad, None, None
 
 
-def fake_quantize(x: Tensor, number_format: Format, scale_2: Tensor | None = None) -> Tensor:
+def fake_quantize(x: Tensor, number_format: Format, scale: Tensor | None = None) -> Tensor:
     """Fake quantization with a straight-through gradient (dL/dx = dL/dy everywhere).
 
     Args:
         x: [..., K] float; K a multiple of the format's block.
-        number_format: nvfp4 and w4a16_nvfp4 round alike; mxfp4.
-        scale_2: FP32 [] second-level scale of NVFP4; ignored by mxfp4.
+        number_format: nvfp4 and w4a16_nvfp4 round alike; mxfp4; fp8.
+        scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; ignored by mxfp4.
 
     Returns:
         x's shape and dtype.
 
     Raises:
-        ValueError: K is not a multiple of the block, or NVFP4 comes without scale_2.
+        ValueError: K is not a multiple of the block, or the scale is missing.
     """
-    return StraightThrough.apply(x, Format(number_format), scale_2)
+    return StraightThrough.apply(x, Format(number_format), scale)
 
 
 def _map_blocks(x: Tensor, block: int, quantize: Callable[[Tensor, Tensor], None]) -> Tensor:
@@ -184,7 +229,7 @@ def _map_blocks(x: Tensor, block: int, quantize: Callable[[Tensor, Tensor], None
 def check_blocks(x: Tensor, block: int) -> None:
     """Raise ValueError unless x's last dimension is a multiple of the block."""
     if x.dim() == 0 or x.shape[-1] % block:
-        raise ValueError(f"last dimension of {tuple(x.shape)} is not a multiple of the FP4 block of {block}")
+        raise ValueError(f"last dimension of {tuple(x.shape)} is not a multiple of the block of {block}")
 
 
 def chunks(x: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
@@ -209,6 +254,14 @@ def round_e2m1(y: Tensor, out: Tensor | None = None) -> Tensor:
     magic = y.view(torch.int32).bitwise_and(_EXPONENT_MASK).clamp_(min=_ONE).add_(_MAGIC).view(torch.float32)
     y.add_(magic)
     return torch.sub(y, magic, out=y if out is None else out)
+
+
+def round_e4m3(y: Tensor) -> Tensor:
+    """Nearest signed E4M3 value, ties to even, saturating at 448: FP32 -> float8_e4m3fn; y is overwritten.
+
+    A rounded zero keeps its sign here; the callers make it +0.
+    """
+    return y.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """THE quantization hook: plan layers, let ModelOpt insert quantizers, calibrate, report; planned != converted stops.
 
 ModelOpt decides where a quantizer sits and collects the absolute maxima; the arithmetic is ours (numerics.py), given
-to ModelOpt as the backend "halfbyte". Two-level NVFP4 scaling: the second-level scale comes from the calibrated
-maximum and stays frozen, the block scales follow the tensor at every step. q/k/v and gate/up are one fused linear
-here, so they share one second-level scale from the start and nothing has to be re-quantized at export.
+to ModelOpt as the backend "halfbyte". The scale per tensor (NVFP4's second level, FP8's only one) comes from the
+calibrated maximum and stays frozen, the block scales follow the tensor at every step. q/k/v and gate/up are one fused
+linear here, so they share one format and one scale from the start and nothing has to be re-quantized at export.
 """
 
 import contextlib
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json
 from halfbyte.training.hf_map import FUSED
 from halfbyte.training.runtime import Runtime
+from halfbyte.training.shape import excluded, layer_format
 
 SCALE_BITS = {Format.nvfp4: (4, 3), Format.w4a16_nvfp4: (4, 3), Format.mxfp4: (8, 0)}
 """(exponent, mantissa) bits of the block scale: E4M3 or E8M0, in ModelOpt's notation."""
@@ -38,11 +38,19 @@ class Planned:
         module: Its name in this rank's model (layer numbers count from this pipeline stage).
         key: Its name in the whole model, e.g. `decoder.layers.7.mlp.linear_fc1`.
         hf: Hugging Face module names of the linears it holds.
+        format: Its number format.
     """
 
     module: str
     key: str
     hf: tuple[str, ...]
+    format: Format
+
+    @property
+    def quantizers(self) -> list[str]:
+        """Names of its quantizers in this rank's model."""
+        sides = ("weight",) if self.format is Format.w4a16_nvfp4 else ("weight", "input")
+        return [f"{self.module}.{side}_quantizer" for side in sides]
 
 
 @dataclass
@@ -50,42 +58,57 @@ class Arithmetic:
     """What our backend needs at a quantizer; kept in the slot that ModelOpt reserves for backends and never saves.
 
     Attributes:
-        format: The FP4 format.
-        scale_2: FP32 [] second-level scale; None for MXFP4.
+        format: The number format.
+        scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; None for MXFP4.
     """
 
     format: Format
-    scale_2: torch.Tensor | None
+    scale: torch.Tensor | None
 
 
 def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
-    """This pipeline stage's linears to quantize: all of them but those that `quantize.exclude` names.
+    """This pipeline stage's linears to quantize, each with its format, by shape.layer_format.
 
     Raises:
-        UserError: an exclusion would split a fused linear (q/k/v or gate/up).
+        UserError: the recipe would split a fused linear (q/k/v or gate/up).
     """
     planned = []
     for local, layer in enumerate(model.decoder.layers):  # type: ignore[union-attr]
         number = layer.layer_number - 1
         for name, parts in FUSED.items():
             hf = tuple(f"model.layers.{number}.{part}" for part in parts)
-            out = [any(fnmatch.fnmatchcase(module, pattern) for pattern in quantize.exclude) for module in hf]
-            if any(out) and not all(out):
+            out = {excluded(module, quantize.exclude) for module in hf}
+            if len(out) > 1:
                 raise UserError(f"quantize.exclude splits {', '.join(hf)}: they are one layer; exclude all or none")
-            if not any(out):
-                planned.append(Planned(f"decoder.layers.{local}.{name}", f"decoder.layers.{number}.{name}", hf))
+            chosen = {layer_format(module, quantize) for module in hf}
+            if len(chosen) > 1:
+                raise UserError(f"quantize.layers splits {', '.join(hf)}: they are one layer; give them one format")
+            (number_format,) = chosen
+            if number_format is not None:
+                key = f"decoder.layers.{number}.{name}"
+                planned.append(Planned(f"decoder.layers.{local}.{name}", key, hf, number_format))
     return planned
 
 
+def quantizer_config(number_format: Format) -> dict[str, Any]:
+    """ModelOpt's settings of one quantizer of a format, with our arithmetic."""
+    if number_format is Format.fp8:
+        return {"num_bits": (4, 3), "axis": None, "backend": "halfbyte"}
+    block = {-1: BLOCK[number_format], "type": "dynamic", "scale_bits": SCALE_BITS[number_format]}
+    return {"num_bits": (2, 1), "block_sizes": block, "backend": "halfbyte"}
+
+
 def modelopt_config(planned: list[Planned], quantize: Quantize) -> dict[str, Any]:
-    """ModelOpt's configuration that quantizes exactly `planned`, each named, with our arithmetic."""
-    block = {-1: BLOCK[quantize.format], "type": "dynamic", "scale_bits": SCALE_BITS[quantize.format]}
-    fp4 = {"num_bits": (2, 1), "block_sizes": block, "backend": "halfbyte"}
-    sides = ["weight"] if quantize.format == Format.w4a16_nvfp4 else ["weight", "input"]
+    """ModelOpt's configuration that quantizes exactly `planned`, each named, with our arithmetic.
+
+    Whether there is a calibration follows from the recipe alone: the stages of a pipeline calibrate together, also one
+    that has nothing to quantize.
+    """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for layer in planned:
-        entries += [{"quantizer_name": f"{layer.module}.{side}_quantizer", "cfg": dict(fp4)} for side in sides]
-    return {"quant_cfg": entries, "algorithm": None if quantize.format == Format.mxfp4 else "max"}
+        entries += [{"quantizer_name": name, "cfg": quantizer_config(layer.format)} for name in layer.quantizers]
+    needs_none = {quantize.format.value, *(chosen.value for chosen in quantize.layers.values())} <= {"mxfp4", "bf16"}
+    return {"quant_cfg": entries, "algorithm": None if needs_none else "max"}
 
 
 def quantize(
@@ -100,8 +123,8 @@ def quantize(
         calibrate: Runs the calibration windows through the model it is given (not called for MXFP4, which needs none).
 
     Returns:
-        The content of quantize.json: format, scale_2 mode, and per Hugging Face linear its format, second-level scales
-        and the relative RMS error of its weight. The same on every rank.
+        The content of quantize.json: the default format, scale_2 mode, and per layer its own format, maxima, scales
+        (scale_2 of NVFP4, scale of FP8) and the relative RMS error of its weight. The same on every rank.
 
     Raises:
         UserError: a planned layer was not converted, another one was, a weight or a calibrated maximum is not finite.
@@ -110,12 +133,12 @@ def quantize(
     for layer in planned:
         if not torch.isfinite(model.get_submodule(layer.module).weight).all():
             raise UserError(f"quantize: {layer.key}.weight holds NaN or Inf; check the weights")
-    _insert(model, planned, recipe.quantize, calibrate)
+    insert(model, planned, recipe.quantize, calibrate)
     refresh_scales(model, recipe.quantize)
     return {
         "format": recipe.quantize.format.value,
         "scale_2": recipe.quantize.scale_2.value,
-        "layers": _gather({layer.key: _describe(model, layer, recipe.quantize) for layer in planned}),
+        "layers": _gather({layer.key: _describe(model, layer) for layer in planned}),
     }
 
 
@@ -127,7 +150,7 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
     """
     content = read_json(report)
     planned = plan(model, recipe.quantize)
-    _insert(model, planned, recipe.quantize, lambda stage: None)
+    insert(model, planned, recipe.quantize, lambda stage: None)
     with damage(report):
         _same_plan(content, model, planned, recipe.quantize, report)
         for layer in planned:
@@ -143,8 +166,8 @@ def _same_plan(
     content: dict[str, Any], model: torch.nn.Module, planned: list[Planned], quantize: Quantize, report: Path
 ) -> None:
     here = {layer.layer_number - 1 for layer in model.decoder.layers}  # type: ignore[union-attr]
-    listed = {key for key in content["layers"] if int(key.split(".")[2]) in here}
-    differing = sorted(listed ^ {layer.key for layer in planned})
+    listed = {(key, entry["format"]) for key, entry in content["layers"].items() if int(key.split(".")[2]) in here}
+    differing = sorted({key for key, _ in listed ^ {(layer.key, layer.format.value) for layer in planned}})
     if (content["format"], content["scale_2"]) != (quantize.format.value, quantize.scale_2.value):
         differing.append(f"{content['format']} with scale_2 {content['scale_2']}")
     if differing:
@@ -153,7 +176,23 @@ def _same_plan(
         )
 
 
-def _insert(model: torch.nn.Module, planned: list[Planned], quantize: Quantize, calibrate: Callable) -> None:
+def insert(
+    model: torch.nn.Module,
+    planned: list[Planned],
+    quantize: Quantize,
+    calibrate: Callable[[torch.nn.Module], None],
+) -> None:
+    """Insert the quantizers of `planned`, calibrate them, prove that they and no others are there.
+
+    Args:
+        model: This rank's GPTModel; changed in place.
+        planned: The layers and their formats, by `plan`.
+        quantize: The recipe's section that `planned` follows from.
+        calibrate: As in `quantize`.
+
+    Raises:
+        UserError: a planned layer was not converted, another one was, a calibrated maximum is not finite.
+    """
     if not tensor_quantizer.is_registered_quant_backend("halfbyte"):
         tensor_quantizer.register_quant_backend("halfbyte", _fake_quantize)
     with contextlib.redirect_stdout(None):  # ModelOpt prints a count; ours is the stage's line
@@ -162,9 +201,8 @@ def _insert(model: torch.nn.Module, planned: list[Planned], quantize: Quantize, 
         except AssertionError as error:  # ModelOpt's calibrator asserts that every maximum is finite
             reason = f"quantize: calibration failed ({error}); check the weights and the calibration data"
             raise UserError(reason) from error
-    sides = 1 if quantize.format == Format.w4a16_nvfp4 else 2
     converted = sorted(name for name, _ in enabled_quantizers(model))
-    expected = sorted(f"{layer.module}.{side}_quantizer" for layer in planned for side in ("weight", "input")[:sides])
+    expected = sorted(name for layer in planned for name in layer.quantizers)
     if converted != expected:
         missing, extra = sorted(set(expected) - set(converted)), sorted(set(converted) - set(expected))
         raise UserError(
@@ -180,27 +218,28 @@ def enabled_quantizers(model: torch.nn.Module) -> Iterator[tuple[str, TensorQuan
 
 
 def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
-    """Derive every second-level scale from its calibrated maximum: after calibration and after every checkpoint load.
+    """Derive every scale per tensor from its calibrated maximum: after calibration and after every checkpoint load.
 
     Raises:
         UserError: a maximum is missing or not finite.
     """
+    format_of = {name: layer.format for layer in plan(model, quantize) for name in layer.quantizers}
     for name, quantizer in enabled_quantizers(model):
-        if quantize.format == Format.mxfp4:
-            quantizer._quantizer_cache = Arithmetic(quantize.format, None)
+        if format_of[name] is Format.mxfp4:
+            quantizer._quantizer_cache = Arithmetic(format_of[name], None)
             continue
         amax = quantizer.amax
         if amax is None or not torch.isfinite(amax).all():
             found = "nothing" if amax is None else amax.item()
             raise UserError(f"quantize: {name} was calibrated to {found}; check the weights and the calibration data")
-        scale_2 = numerics.second_scale(amax.float(), quantize.scale_2)
-        quantizer._quantizer_cache = Arithmetic(quantize.format, scale_2)
+        scale = numerics.tensor_scale(amax.float(), format_of[name], quantize.scale_2)
+        quantizer._quantizer_cache = Arithmetic(format_of[name], scale)
 
 
 def _fake_quantize(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
-    """ModelOpt's backend entry: x -> x on the FP4 grid, gradient passed straight through."""
+    """ModelOpt's backend entry: x -> x on the format's grid, gradient passed straight through."""
     rule: Arithmetic = quantizer._quantizer_cache
-    return numerics.fake_quantize(x, rule.format, rule.scale_2)
+    return numerics.fake_quantize(x, rule.format, rule.scale)
 
 
 @contextlib.contextmanager
@@ -222,12 +261,12 @@ def weights_as_served(model: torch.nn.Module, quantize: Quantize, input_scales: 
         for layer, linear in layers:
             linear.weight_quantizer.disable()
             quantizer = linear.input_quantizer
-            if not quantizer.is_enabled or quantizer._quantizer_cache.scale_2 is None:
+            if not quantizer.is_enabled or quantizer._quantizer_cache.scale is None:
                 continue
             rule = quantizer._quantizer_cache
             before.append((quantizer, rule))
-            scale = torch.full_like(rule.scale_2, _one_scale(layer, input_scales))
-            quantizer._quantizer_cache = replace(rule, scale_2=scale)
+            scale = torch.full_like(rule.scale, _one_scale(layer, input_scales))
+            quantizer._quantizer_cache = replace(rule, scale=scale)
         yield
     finally:
         for _, linear in layers:
@@ -261,20 +300,21 @@ def round_unquantized(model: torch.nn.Module) -> None:
                 parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def _describe(model: torch.nn.Module, layer: Planned, quantize: Quantize) -> dict[str, Any]:
+def _describe(model: torch.nn.Module, layer: Planned) -> dict[str, Any]:
     linear = model.get_submodule(layer.module)
     entry: dict[str, Any] = {
         "hf": list(layer.hf),
-        "format": quantize.format.value,
+        "format": layer.format.value,
         "weight_relative_rms_error": _weight_error(linear),
         "amax": {},
         "scale_2": {},
     }
+    scales = entry.setdefault("scale" if layer.format is Format.fp8 else "scale_2", {})
     for side in ("weight", "input"):
         quantizer = linear.get_submodule(f"{side}_quantizer")
-        if quantizer.is_enabled and quantizer._quantizer_cache.scale_2 is not None:
+        if quantizer.is_enabled and quantizer._quantizer_cache.scale is not None:
             entry["amax"][side] = float(quantizer.amax)
-            entry["scale_2"][side] = float(quantizer._quantizer_cache.scale_2)
+            scales[side] = float(quantizer._quantizer_cache.scale)
     return entry
 
 

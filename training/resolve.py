@@ -8,6 +8,7 @@ import importlib.resources
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -34,6 +35,7 @@ MAY_CHANGE = (
     "gate.*",
     "export.*",
     "verify.*",
+    "sensitivity.*",
     "launch.*",
 )
 """Keys that an existing run may change: they do not touch what was calibrated, trained or scored so far."""
@@ -45,7 +47,8 @@ def resolve(recipe: str, overrides: list[str], *, need_weights: bool = False) ->
     Args:
         recipe: Path of a YAML file, or the name of a shipped recipe (see `shipped`).
         overrides: `key=value` strings with dotted keys; a task is addressed by number or name
-            (evaluate.tasks.lambada.limit=100).
+            (evaluate.tasks.lambada.limit=100). A YAML file among them is merged in its place: some keys of a recipe,
+            such as the sensitivity.yaml of a run folder.
         need_weights: Whether the weights and tokenizer must already be at model.path.
 
     Returns:
@@ -129,5 +132,10 @@ def resume_problems(old: Recipe, new: Recipe) -> list[str]:
     return [
         f"{key} = {value}: the run at {old.run.dir} has {before[key]}; keep that value or choose a new run.dir"
         for key, value in leaves(new)
-        if value != before[key] and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        if _ordered(value) != _ordered(before[key]) and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
     ]
+
+
+def _ordered(value: Any) -> Any:
+    """A mapping as its pairs: the order of quantize.layers decides."""
+    return list(value.items()) if isinstance(value, dict) else value

@@ -26,6 +26,8 @@ POSITIVE = (
     "train.learning_rate",
     "train.eps",
     "quantize.calibration_length",
+    "sensitivity.tokens",
+    "sensitivity.bits",
     "distill.temperature",
     "checkpoint.keep",
     "evaluate.tokens_per_batch",
@@ -148,7 +150,7 @@ def _files(recipe: Recipe) -> Iterator[str]:
         yield f"data.train = null: method {recipe.method} trains; give a JSONL file"
     elif recipe.method == Method.ptq and not train and not calibration:
         yield "quantize.calibration_data = null: calibration needs text; give a JSONL file here or as data.train"
-    files = {"data.train": train, "quantize.calibration_data": calibration}
+    files = {"data.train": train, "quantize.calibration_data": calibration, "sensitivity.data": recipe.sensitivity.data}
     files |= {f"evaluate.tasks.{i}.data": task.data for i, task in enumerate(recipe.evaluate.tasks)}
     lm_eval = {f"evaluate.tasks.{i}.data" for i, task in enumerate(recipe.evaluate.tasks) if task.kind == LM_EVAL}
     for key, path in files.items():

@@ -1,12 +1,13 @@
 """The facts of a Llama-family model that planning needs, read from its Hugging Face config.json. Torch-free."""
 
 import json
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from halfbyte.training.config import Format, Method, Recipe
+from halfbyte.training.config import BITS, Format, LayerFormat, Method, Quantize, Recipe
 from halfbyte.training.errors import RecipeError
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -80,11 +81,48 @@ def excluded(name: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def deciding_pattern(name: str, quantize: Quantize) -> str | None:
+    """The key of quantize.layers that decides about a linear; None where quantize.format does."""
+    return next((pattern for pattern in quantize.layers if fnmatchcase(name, pattern)), None)
+
+
+def layer_format(name: str, quantize: Quantize) -> Format | None:
+    """THE rule which format a linear has: quantize.exclude, then the first match in quantize.layers, then the default.
+
+    Args:
+        name: Hugging Face module name, model.layers.0.mlp.down_proj.
+        quantize: The recipe's section.
+
+    Returns:
+        The format; None for a linear that stays BF16.
+    """
+    if excluded(name, quantize.exclude):
+        return None
+    pattern = deciding_pattern(name, quantize)
+    if pattern is None:
+        return quantize.format
+    chosen = quantize.layers[pattern]
+    return None if chosen is LayerFormat.bf16 else Format(chosen.value)
+
+
 def planned_linears(shape: ModelShape, recipe: Recipe) -> dict[str, Format]:
     """Hugging Face module name -> format of every linear that the recipe quantizes; empty for the BF16 control."""
     if recipe.method == Method.bf16:
         return {}
-    return {name: recipe.quantize.format for name in linear_sizes(shape) if not excluded(name, recipe.quantize.exclude)}
+    chosen = {name: layer_format(name, recipe.quantize) for name in linear_sizes(shape)}
+    return {name: number_format for name, number_format in chosen.items() if number_format is not None}
+
+
+def bits_per_weight(shape: ModelShape, recipe: Recipe) -> float:
+    """Mean bits per weight of the recipe's plan, block scales included, over the linears that quantize.exclude leaves.
+
+    Layers that quantize.layers keeps in BF16 count with 16 bits. NaN if quantize.exclude leaves nothing.
+    """
+    planned = planned_linears(shape, recipe)
+    linears = linear_sizes(shape).items()
+    sizes = {name: n * k for name, (n, k) in linears if not excluded(name, recipe.quantize.exclude)}
+    bits = sum(BITS[planned.get(name)] * size for name, size in sizes.items())
+    return bits / sum(sizes.values()) if sizes else math.nan
 
 
 def read_shape(config_json: str | Path) -> ModelShape:

@@ -1,0 +1,123 @@
+"""The quantization configs of a checkpoint, checked on the files: with each other, with the recipe, with the tensors.
+
+Shares no code with what wrote them (export/quantization_config.py): what is expected is stated here a second time.
+"""
+
+import json
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from halfbyte.export.reader import Checkpoint
+from halfbyte.training.config import Format
+
+ALGORITHM = {
+    Format.nvfp4: {"quant_algo": "NVFP4", "group_size": 16},
+    Format.w4a16_nvfp4: {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+    Format.fp8: {"quant_algo": "FP8"},
+}
+"""A format as ModelOpt's readers know it."""
+ELEMENTS = {
+    Format.nvfp4: {"num_bits": 4, "type": "float", "group_size": 16},
+    Format.w4a16_nvfp4: {"num_bits": 4, "type": "float", "group_size": 16},
+    Format.mxfp4: {"num_bits": 4, "type": "float", "group_size": 32},
+    Format.fp8: {"num_bits": 8, "type": "float", "group_size": None},
+}
+"""What a config group says about the elements of an operand."""
+
+
+def broken_configs(checkpoint: Checkpoint, formats: dict[str, Format]) -> Iterator[str]:
+    """Every contradiction, one line each.
+
+    Args:
+        checkpoint: The opened files.
+        formats: Module name -> format of every quantized linear.
+    """
+    flat = checkpoint.config.get("quantization_config")
+    if not isinstance(flat, dict):
+        yield "config.json has no quantization_config: a server would load packed bytes as weights"
+        return
+    excluded, distinct = flat.get("ignore"), set(formats.values())
+    if distinct == {Format.mxfp4}:
+        yield from _same("config.json quantization_config.quant_method", flat.get("quant_method"), "compressed-tensors")
+        yield from _same("config.json quantization_config.format", flat.get("format"), "mxfp4-pack-quantized")
+    elif Format.mxfp4 in distinct:
+        yield f"formats are {', '.join(sorted(distinct))}: no runtime reads MXFP4 in a mix"
+        return
+    else:
+        layers = {module: ALGORITHM[number_format] for module, number_format in formats.items()}
+        mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+        expected = mixed if len(distinct) > 1 else dict(next(iter(layers.values()), {}))
+        yield from _same("config.json quantization_config.quant_method", flat.get("quant_method"), "modelopt")
+        for key in ("quant_algo", "quantized_layers"):
+            yield from _same(f"config.json quantization_config.{key}", flat.get(key), expected.get(key))
+        yield from _nested(checkpoint, expected, excluded)
+    yield from _groups(flat, formats)
+    if not isinstance(excluded, list):
+        yield "config.json quantization_config.ignore is not a list"
+        return
+    yield from _exclusions(checkpoint, list(formats), excluded)
+
+
+def _groups(flat: dict[str, Any], formats: dict[str, Format]) -> Iterator[str]:
+    """One group per format, aimed at all linears or, in a mix, at exactly the linears of its format."""
+    groups, distinct = list((flat.get("config_groups") or {}).values()), sorted(set(formats.values()))
+    if len(groups) != len(distinct):
+        yield f"config.json quantization_config has {len(groups)} config_groups, not {len(distinct)}"
+        return
+    for number_format in distinct:
+        members = sorted(name for name in formats if formats[name] is number_format)
+        targets = members if len(distinct) > 1 else ["Linear"]
+        group = next((group for group in groups if group.get("targets") == targets), None)
+        if group is None:
+            yield f"config.json config_groups: no group's targets are the {len(targets)} of {number_format}"
+            continue
+        operands = ["weights"] if number_format is Format.w4a16_nvfp4 else ["weights", "input_activations"]
+        given = [operand for operand in ("weights", "input_activations") if group.get(operand)]
+        yield from _same("config.json config_groups quantize", given, operands)
+        for operand in given:
+            for key, value in ELEMENTS[number_format].items():
+                yield from _same(f"config.json config_groups {operand}.{key}", group[operand].get(key), value)
+
+
+def _nested(checkpoint: Checkpoint, expected: dict[str, Any], ignore: Any) -> Iterator[str]:
+    path = checkpoint.folder / "hf_quant_config.json"
+    try:
+        content = json.loads(path.read_bytes())
+        nested, producer = content["quantization"], content["producer"]["name"]
+        found = {key: nested[key] for key in expected}
+        excluded = nested["exclude_modules"]
+        nested["kv_cache_quant_algo"]  # vLLM refuses a file without the key
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"hf_quant_config.json is missing, damaged or incomplete ({error!r})"
+        return
+    yield from _same("hf_quant_config.json producer.name", producer, "modelopt")
+    for key, value in expected.items():
+        yield from _same(f"hf_quant_config.json {key}", found[key], value)
+    if excluded != ignore:
+        yield f"hf_quant_config.json exclude_modules {excluded} and config.json ignore {ignore} differ"
+
+
+def _exclusions(checkpoint: Checkpoint, modules: list[str], excluded: list[str]) -> Iterator[str]:
+    """Quantized linears are not excluded, BF16 ones are, by exact name or fnmatch pattern."""
+    for module in modules:
+        # vLLM also excludes a module whose name merely contains an entry
+        hits = [pattern for pattern in excluded if fnmatchcase(module, pattern) or pattern in module]
+        if hits:
+            yield f"{module} is quantized, but the configs exclude it by {hits[0]!r}"
+    for name in checkpoint.names():
+        entry, module = checkpoint.entries[name], name.removesuffix(".weight")
+        listed = any(fnmatchcase(module, pattern) for pattern in excluded)
+        if entry.dtype == "BF16" and len(entry.shape) == 2 and not listed:
+            yield f"{module} is BF16, but the configs do not exclude it"
+
+
+def _same(what: str, value: Any, expected: Any) -> Iterator[str]:
+    """One line if a value is not as expected; of two mappings, their first differing entry."""
+    if isinstance(value, dict) and isinstance(expected, dict):
+        differing = sorted(name for name in value.keys() | expected.keys() if value.get(name) != expected.get(name))
+        for name in differing[:1]:
+            more = f" ({len(differing)} entries differ)" if len(differing) > 1 else ""
+            yield f"{what} has {value.get(name)!r} for {name}, not {expected.get(name)!r}{more}"
+    elif value != expected:
+        yield f"{what} is {value!r}, not {expected!r}"
