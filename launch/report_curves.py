@@ -113,28 +113,32 @@ def scales(files: RunFiles) -> list[Block]:
         raise Absent("method bf16 quantizes nothing: the exported files hold no scales")
     counts, second, values = _codes(folder)
     blocks = int(counts.sum())
-    if not blocks:
-        raise ValueError("the exported files hold no block scales")
-    lowest, top = float(values[counts > 0].min()), float(values[counts > 0].max())
-    text = (
-        f"{blocks:,} blocks; scales from {lowest:.4g} to {top:.4g}; "
-        f"{int(counts[values == values.max()].sum()):,} of them at the format's largest value ({values.max():g})."
-    )
-    figures = [draw(_block_plot(counts, values, text))]
+    if not blocks and not second:
+        raise ValueError("the exported files hold no scales")
+    figures, text = [], "No layer has block scales."
+    if blocks:
+        lowest, top = float(values[counts > 0].min()), float(values[counts > 0].max())
+        text = (
+            f"{blocks:,} blocks; scales from {lowest:.4g} to {top:.4g}; "
+            f"{int(counts[values == values.max()].sum()):,} of them at the format's largest value ({values.max():g})."
+        )
+        figures.append(draw(_block_plot(counts, values, text)))
     if second:
         figures.append(draw(_second_plot(second)))
     return [Figures("Scales in the exported files", text, figures)]
 
 
 def _codes(folder: Path) -> tuple[np.ndarray, dict[str, list[float]], np.ndarray]:
-    """Blocks per scale code [256], second-level scales by what they scale, and the value of each code [256]."""
+    """Blocks per scale code [256], scales per tensor by what they scale, and the value of each code [256]."""
     checkpoint = open_checkpoint(folder)
     counts, second = np.zeros(256, np.int64), defaultdict(list)
     mxfp4 = False
     for module in checkpoint.quantized_modules():
-        counts += np.bincount(checkpoint.raw(f"{module}.weight_scale").reshape(-1), minlength=256)
         mxfp4 |= f"{module}.weight_packed" in checkpoint.entries
-        for suffix, what in (("weight_scale_2", "weights"), ("input_scale", "activations")):
+        fp8 = checkpoint.entries[f"{module}.weight_scale"].dtype == "F32"
+        if not fp8:
+            counts += np.bincount(checkpoint.raw(f"{module}.weight_scale").reshape(-1), minlength=256)
+        for suffix, what in (("weight_scale" if fp8 else "weight_scale_2", "weights"), ("input_scale", "activations")):
             if f"{module}.{suffix}" in checkpoint.entries:
                 second[what].append(float(checkpoint.raw(f"{module}.{suffix}").reshape(())))
                 if not 0 < second[what][-1] < math.inf:
@@ -162,7 +166,7 @@ def _block_plot(counts: np.ndarray, values: np.ndarray, text: str) -> Plot:
 
 
 def _second_plot(second: dict[str, list[float]]) -> Plot:
-    """Second-level scales, in octaves."""
+    """Scales per tensor (second-level ones, and FP8's only ones), in octaves."""
     logs = {what: np.log2(np.array(values)) for what, values in second.items()}
     low = min(math.floor(float(values.min())) for values in logs.values())
     high = max(math.floor(float(values.max())) for values in logs.values()) + 1
@@ -175,7 +179,7 @@ def _second_plot(second: dict[str, list[float]]) -> Plot:
     described = "; ".join(
         f"{what}: 2^{float(v.min()):.3g} to 2^{float(v.max()):.3g} over {len(v)} linears" for what, v in logs.items()
     )
-    return Plot("second level scales", "Second-level scales", described, "second-level scale", "linears", series, True)
+    return Plot("scales per tensor", "Scales per tensor", described, "scale per tensor", "linears", series, True)
 
 
 def _whole(logs: dict[str, np.ndarray]) -> bool:

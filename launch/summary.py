@@ -89,7 +89,8 @@ def _beside(verdict: dict[str, Any]) -> list[str]:
 def _shipped(folder: Path) -> list[str]:
     record, out = folder / "export" / "export.json", folder / "export" / "hf"
     if not record.exists() or not out.exists():
-        return ["", "  nothing exported"]
+        kept = folder / "export" / "candidate"
+        return ["", f"  nothing released{f' (the candidate stays at {kept})' if kept.exists() else ''}"]
     sizes = read_json(record)["sizes"]
     before, after = sizes["bytes_before"], sizes["bytes_after"]
     lines = ["", f"  size: {before / 1e6:.1f} MB in BF16 -> {after / 1e6:.1f} MB ({before / after:.2f}x smaller)"]

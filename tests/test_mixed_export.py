@@ -63,7 +63,7 @@ def weights(model_dir: Path) -> Iterator[HFWeight]:
 
 
 def export(model_dir: Path, out: Path, recipe: Recipe) -> reader.Checkpoint:
-    hf.write(weights(model_dir), recipe, model_dir=model_dir, out=out, verdict=None, versions={})
+    hf.write(weights(model_dir), recipe, model_dir=model_dir, out=out, checkpoint="step_00000001", versions={})
     return reader.open_checkpoint(out)
 
 
@@ -117,7 +117,7 @@ def mixed_weights(model_dir: Path) -> list[HFWeight]:
 @pytest.fixture(scope="module")
 def exported(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "hf"
-    hf.write(mixed_weights(model_dir), mixed(), model_dir=model_dir, out=out, verdict=None, versions={})
+    hf.write(mixed_weights(model_dir), mixed(), model_dir=model_dir, out=out, checkpoint="step_00000001", versions={})
     return out
 
 

@@ -474,7 +474,7 @@ def test_a_mixed_plan_gives_every_linear_its_own_arithmetic(world, hook):
 def test_a_mixed_plan_is_restored_and_another_is_refused(world, hook, tmp_path):
     gpt, report, plain, recipe = make(world, layers=MIX)
     path = tmp_path / "quantize.json"
-    hook.write_report(report, path)
+    write_json(path, report)
     other = Recipe(quantize=Quantize(layers=MIX | {"*.down_proj": LayerFormat.fp8}))
     build, _ = world
     with pytest.raises(UserError, match="linear_fc2 is not as the recipe plans"):

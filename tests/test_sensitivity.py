@@ -224,6 +224,7 @@ def test_the_plan_runs_as_it_is_written(halfbyte, place):
     assert shape is not None
     assert f"{plan['variants']['plan']['bits_per_weight']:.3f} bits per weight" in plan_text(recipe, shape)
     short = ("method=ptq", "evaluate.tasks.lambada.limit=2", "evaluate.tasks.english.limit=2", "verify.items=0")
+    short += ("gate.perplexity_ratio=1e30",)  # two items of random weights
     # Into the very run.dir that was measured: the measurement has left no run there.
     options = (*short, "model.path=model", "run.wandb=disabled", "run.dir=runs/one")
     done = halfbyte("run", "tiny", fragment, *options, cwd=place)
@@ -237,3 +238,7 @@ def test_the_plan_runs_as_it_is_written(halfbyte, place):
     assert counts == plan["plan"]["counts"]
     assert {layer["format"] for layer in layers if BAD in layer["hf"]} <= {"fp8"}
     assert json.loads((place / "runs/one/verify.json").read_text())["ok"] is True
+    report = (place / "runs/one/report.md").read_text()
+    assert "Block scales of the weights" in report
+    assert "over 28 linears" in report or "bf16" in counts  # FP8's scales among them
+    assert "The histograms of scales: missing" not in report

@@ -21,6 +21,7 @@ from halfbyte.training.allocation import Choice, Group
 from halfbyte.training.config import Format, Recipe
 from halfbyte.training.data import MicroBatch, plain_batches
 from halfbyte.training.errors import UserError
+from halfbyte.training.fast_path import weights_once
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import collect
 from halfbyte.training.scoring import Item
@@ -116,7 +117,7 @@ class Comparison:
                     sums[text] = divergence(known[text], rows_TV)
 
         if batches:
-            with quantize.weights_once(model):
+            with weights_once(model):
                 collect(model, batches, take)
         if known is None:
             self.reference = kept
