@@ -17,7 +17,7 @@ demo: setup
 	.venv/bin/halfbyte run $(RECIPE) --allow-failed-gate || case $$? in 3 | 4) ;; *) exit 1 ;; esac
 
 test: setup lint
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Times training steps on the GPUs that are there; needs CUDA.
 bench: setup

@@ -148,7 +148,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
             notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
         handover.raise_problems(report, folder)
     with console.stage("report") as notes:
-        notes.append(written.summary(written.write(recipe, folder)))
+        notes.append(written.summary(written.write(recipe, folder, to_wandb=resume)))
     if (folder / "gate.json").exists():
         console.say(summary_text(recipe, folder))
     return code

@@ -36,12 +36,13 @@ PARTS = (
 """(section, part, file it is made of, what makes it), in the order of the report."""
 
 
-def write(recipe: Recipe, folder: Path) -> list[Missing]:
+def write(recipe: Recipe, folder: Path, *, to_wandb: bool = True) -> list[Missing]:
     """Write report.html, report.md and report/*.png into a run folder, and log the same to the run's W&B run.
 
     Args:
         recipe: The recipe of the run.
         folder: The run folder; whatever it holds so far.
+        to_wandb: Whether W&B gets it, too, if the recipe uses it; opening its run takes seconds.
 
     Returns:
         The parts that are missing from the report.
@@ -62,7 +63,7 @@ def write(recipe: Recipe, folder: Path) -> list[Missing]:
         _replace(folder / "report.md", markdown(report, pictures.name).encode())
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written ({error.strerror}); free space") from error
-    if recipe.run.wandb is not Wandb.disabled:
+    if to_wandb and recipe.run.wandb is not Wandb.disabled:
         _log(recipe, folder, report)
     return report.missing()
 

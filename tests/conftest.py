@@ -10,6 +10,27 @@ import pytest
 THREADS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
 
 
+SLOW_FIRST = (
+    "test_layouts.py",
+    "test_run.py",
+    "test_bad_input.py",
+    "test_report.py",
+    "test_sensitivity.py",
+    "test_lm_tasks.py",
+    "test_lm_eval_run.py",
+    "test_model.py",
+    "test_harness.py",
+    "test_generate.py",
+)
+"""A file runs in one of two workers: slow ones first, so that none is left over when the other worker is done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first, otherwise as they are."""
+    places = {name: place for place, name in enumerate(SLOW_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session")
 def command() -> list[str]:
     """Start of a `halfbyte` command line: the console script of this environment."""

@@ -26,6 +26,7 @@ SMALL = (
     "evaluate.tasks.lambada.limit=2",
     "evaluate.tasks.english.limit=2",
     "verify.items=1",
+    "gate.judges=trained",
     "gate.perplexity_ratio=1e30",  # two items of random weights
 )
 LIMIT = 1 << 20

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-FAST = ("run.wandb=disabled", "verify.items=2")
+FAST = (
+    "run.wandb=disabled",
+    "verify.items=0",
+    "evaluate.tasks.lambada.limit=2",
+    "evaluate.tasks.english.limit=2",
+    "gate.judges=trained",
+    "gate.perplexity_ratio=1e30",  # two items of random weights
+)
 LAYOUTS = {
     "tp2_sp": ("parallel.tensor=2", "parallel.sequence=true"),
     "pp2": ("parallel.pipeline=2",),

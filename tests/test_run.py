@@ -121,7 +121,6 @@ def test_a_verdict_about_another_checkpoint_ships_nothing(halfbyte, place):
 
 LAYERS = '{"model.layers.0.*": fp8, "*.down_proj": w4a16_nvfp4, "model.layers.3.self_attn.*": bf16}'
 FORMATS = {
-    "nvfp4": ("quantize.format=nvfp4",),
     "mxfp4": ("quantize.format=mxfp4",),
     # Float64, because an FP8 scale is the calibrated maximum itself, not rounded to a power of two.
     "mixed": (f"quantize.layers={LAYERS}", "train.dtype=float64"),
@@ -191,3 +190,26 @@ def test_distillation_and_the_control_run_through(halfbyte, place):
     assert read(run / "gate.json")["verdict"] == "not_applicable"
     assert not (run / "export" / "hf" / "hf_quant_config.json").exists()
     assert read(run / "verify.json")["ok"] is True
+
+
+def test_the_gate_fails_a_copy_whose_scales_were_doubled_in_one_layer(halfbyte, place):
+    """Perplexity and accuracy of a random model do not see it; KL to BF16 does. Nothing stays released."""
+    from safetensors.torch import load_file, save_file
+
+    run = place / "runs" / "doubled"
+    options = ("method=ptq", "gate.kl=0.15", "evaluate.tasks.english.limit=24", "verify.items=0", "run.wandb=disabled")
+    done = halfbyte("run", "tiny", *options, f"run.dir={run}", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = run / "export" / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight_scale_2"] *= 2
+    save_file(tensors, path, metadata={"format": "pt"})
+    marks = read(run / "state.json")
+    del marks["evaluate.exported"]  # as if the run had been stopped before it scored the verified files
+    (run / "state.json").write_text(json.dumps(marks))
+    again = halfbyte("run", "tiny", *options, f"run.dir={run}", cwd=place)
+    assert again.returncode == 3, again.stdout + again.stderr
+    measures = read(run / "gate.json")["tasks"]["english"]["measures"]
+    assert "fail" in measures.values()
+    assert "perplexity" in [name for name, verdict in measures.items() if verdict == "pass"]
+    assert not (run / "export" / "hf").exists()
