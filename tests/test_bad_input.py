@@ -27,7 +27,7 @@ SMALL = (
     "evaluate.tasks.english.limit=2",
     "verify.items=1",
     "gate.judges=trained",
-    "gate.perplexity_ratio=1e30",  # two items of random weights
+    "gate.perplexity_ratio=1e100",  # two items of random weights
 )
 LIMIT = 1 << 20
 """Bytes that a file may have on the `full` disk: JSON fits, a checkpoint does not."""
