@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 
 from halfbyte.training.config import (
-    Dtype,
-    Evaluate,
     Format,
-    Gate,
     Method,
     Model,
     Parallel,
@@ -102,9 +99,6 @@ def recipe(size: Size, layout: Layout, arm: Arm) -> Recipe:
             global_batch=size.micro_batches,
             micro_batch=1,
             sequence_length=size.sequence,
-            dtype=Dtype.auto,
             learning_rate=1e-6,
         ),
-        evaluate=Evaluate(),
-        gate=Gate(),
     )

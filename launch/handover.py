@@ -22,6 +22,7 @@ from halfbyte.training.config import Format, Method, Recipe, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.hf_map import HFWeight
+from halfbyte.training.jsonl import read_scores
 from halfbyte.training.shape import planned_linears, read_shape
 from halfbyte.training.statistics import paired_ratio
 
@@ -274,7 +275,7 @@ def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
         if task.kind == TaskKind.lm_eval:
             continue  # lm-eval's prompts need its own code; the built-in kinds tell a wrong checkpoint as well
         items = tasks.load_items(task, tokenizer, item_limit(task, recipe, limit))[: recipe.verify.items]
-        before = {row["item"]: row for row in scoring.read_scores(folder / "evaluate" / f"{stage}.{task.name}.jsonl")}
+        before = {row["item"]: row for row in read_scores(folder / "evaluate" / f"{stage}.{task.name}.jsonl")}
         scores = []
         for item in items:
             with torch.no_grad():

@@ -10,7 +10,7 @@ from halfbyte.launch.report_blocks import Block, Missing
 from halfbyte.training.config import Judges, Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json
-from halfbyte.training.scoring import read_scores
+from halfbyte.training.jsonl import read_scores
 
 
 class Absent(UserError):

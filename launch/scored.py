@@ -8,7 +8,7 @@ from halfbyte.training import gate
 from halfbyte.training.config import Method, Recipe, TaskKind
 from halfbyte.training.errors import USAGE, UserError
 from halfbyte.training.files import damage, read_json
-from halfbyte.training.jsonl import read_jsonl
+from halfbyte.training.jsonl import read_scores
 from halfbyte.training.pairing import Stage
 from halfbyte.training.resolve import load
 from halfbyte.training.rules import leaves
@@ -58,17 +58,11 @@ def read_stages(folder: Path, label: str = "") -> dict[str, Stage]:
     return {
         stage: Stage(
             f"{label}{stage}",
-            {task: _rows(folder / "evaluate" / f"{stage}.{task}.jsonl") for task in summary},
+            {task: read_scores(folder / "evaluate" / f"{stage}.{task}.jsonl") for task in summary},
             summary,
         )
         for stage, summary in summaries.items()
     }
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        raise UserError(f"{path}: not there; run the evaluation first (halfbyte evaluate RUN_DIR)")
-    return [record for _, record in read_jsonl(path)]
 
 
 def read_result(recipe: Recipe, folder: Path, judges: Any) -> tuple[str, Stage]:

@@ -87,3 +87,14 @@ def _record(where: str, raw: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; write one {{...}} per line")
     return record
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """The lines of `scoring.write_scores`, as dicts with the fields of Score.
+
+    Raises:
+        UserError: the file is missing, damaged or empty.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: not there; run the evaluation first (halfbyte evaluate RUN_DIR)")
+    return [record for _, record in read_jsonl(path)]

@@ -9,13 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from halfbyte.training.config import Task, TaskKind
 from halfbyte.training.errors import UserError
-from halfbyte.training.jsonl import read_jsonl
 from halfbyte.training.metrics import aggregate
 
 OUTPUT_TOKENS = 64
@@ -325,14 +323,3 @@ def write_scores(path: Path, scores: Sequence[Score]) -> None:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free space or choose another run.dir"
         ) from error
-
-
-def read_scores(path: Path) -> list[dict[str, Any]]:
-    """The lines of `write_scores`, as dicts with the fields of Score.
-
-    Raises:
-        UserError: the file is missing, damaged or empty.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: not there; run the evaluation first (halfbyte evaluate RUN_DIR)")
-    return [record for _, record in read_jsonl(path)]

@@ -12,12 +12,11 @@ import torch
 
 from halfbyte.training.config import Task, TaskKind
 from halfbyte.training.errors import UserError
-from halfbyte.training.jsonl import read_jsonl, text_field
+from halfbyte.training.jsonl import read_jsonl, read_scores, text_field
 from halfbyte.training.scoring import (
     Item,
     Score,
     kl_rows,
-    read_scores,
     reference_rows,
     score_batch,
     summarize,
