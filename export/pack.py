@@ -51,7 +51,8 @@ def weight_scale(weight: HFWeight, quantize: Quantize) -> Tensor:
     Raises:
         UserError: The weight was never calibrated, or its amax is not finite.
     """
-    return numerics.tensor_scale(_amax(weight, "weight_amax"), format_of(weight, quantize), quantize.scale_2)
+    amax = _amax(weight, "weight_amax")
+    return numerics.tensor_scale(amax, format_of(weight, quantize), quantize.scale_2, quantize.block_scale)
 
 
 def input_scale(weight: HFWeight, quantize: Quantize) -> Tensor:
@@ -73,7 +74,7 @@ def fake(weight: HFWeight, quantize: Quantize) -> Tensor:
     """The values a quantized weight is trained with, FP32 [N, K]: what the packed bytes must decode to."""
     number_format = format_of(weight, quantize)
     scale = None if number_format is Format.mxfp4 else weight_scale(weight, quantize)
-    return numerics.fake_quantize(weight.tensor.detach().float(), number_format, scale)
+    return numerics.fake_quantize(weight.tensor.detach().float(), number_format, scale, quantize.block_scale)
 
 
 def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
@@ -105,7 +106,7 @@ def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
     if number_format is Format.fp8:
         packed = {"weight": codec.fp8_encode(tensor, per_tensor).cpu(), "weight_scale": per_tensor.cpu()}
     else:
-        codes, scale = codec.nvfp4_encode(tensor, per_tensor)
+        codes, scale = codec.nvfp4_encode(tensor, per_tensor, quantize.block_scale)
         packed = {"weight": codes.cpu(), "weight_scale": scale.cpu(), "weight_scale_2": per_tensor.cpu()}
     if number_format is not Format.w4a16_nvfp4:
         packed["input_scale"] = input_scale(weight, quantize).cpu()

@@ -113,12 +113,14 @@ def _compare_linear(checkpoint: Checkpoint, weight: HFWeight, quantize: Quantize
         for suffix, tensor in pack(weight, quantize).items():
             name = f"{module}.{suffix}"
             problems += _difference(f"{name} (stored)", checkpoint.raw(name), _bits(tensor))
-        return problems + _repack(checkpoint, module, decoded, format_of(weight, quantize))
+        return problems + _repack(checkpoint, module, decoded, quantize, format_of(weight, quantize))
     except UserError as error:
         return [str(error)]
 
 
-def _repack(checkpoint: Checkpoint, module: str, decoded: np.ndarray, number_format: Format) -> list[str]:
+def _repack(
+    checkpoint: Checkpoint, module: str, decoded: np.ndarray, quantize: Quantize, number_format: Format
+) -> list[str]:
     """Packing the decoded values loses nothing, so a converter may decode and pack again."""
     values = torch.from_numpy(decoded)
     if number_format is Format.mxfp4:
@@ -130,7 +132,7 @@ def _repack(checkpoint: Checkpoint, module: str, decoded: np.ndarray, number_for
         wrong = int((_bits(codec.fp8_encode(values, scale)) != checkpoint.raw(f"{module}.weight")).sum())
         return [f"{module}: {wrong} codes change when decoded and packed again"] if wrong else []
     scale_2 = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale_2")))
-    codes, scale = (_bits(tensor) for tensor in codec.nvfp4_encode(values, scale_2))
+    codes, scale = (_bits(tensor) for tensor in codec.nvfp4_encode(values, scale_2, quantize.block_scale))
     stored_codes, stored_scale = checkpoint.raw(f"{module}.weight"), checkpoint.raw(f"{module}.weight_scale")
     blocks = (*stored_scale.shape, numerics.NVFP4_BLOCK // 2)
     same = (scale == stored_scale) & (codes == stored_codes).reshape(blocks).all(-1)

@@ -197,7 +197,8 @@ def _formats(recipe: Recipe, shape: ModelShape) -> list[str]:
     quantize, planned = recipe.quantize, planned_linears(shape, recipe)
     lines = []
     for number_format in sorted(set(planned.values())):
-        second = f", second-level scale {quantize.scale_2}" if number_format in TWO_LEVEL else ""
+        scales = f", second-level scale {quantize.scale_2}, block scale of weights {quantize.block_scale}"
+        second = scales if number_format in TWO_LEVEL else ""
         block = f"block {BLOCK[number_format]}" if BLOCK[number_format] > 1 else "one scale per tensor"
         count = f": {list(planned.values()).count(number_format)} linears" if quantize.layers else ""
         lines.append(f"{number_format}, {FORMAT_WORDS[number_format]}, {block}{second}{count}")

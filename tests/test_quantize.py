@@ -260,9 +260,9 @@ def counted(hook, monkeypatch):
     calls: dict[int, int] = {}
     arithmetic = numerics.fake_quantize
 
-    def count(x, number_format, scale=None):
+    def count(x, *rest):
         calls[x.data_ptr()] = calls.get(x.data_ptr(), 0) + 1
-        return arithmetic(x, number_format, scale)
+        return arithmetic(x, *rest)
 
     monkeypatch.setattr(hook.numerics, "fake_quantize", count)
     return calls

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from halfbyte.training import numerics
+from halfbyte.training.config import BlockScale
 from halfbyte.training.numerics import E2M1, MXFP4_BLOCK, NVFP4_BLOCK
 
 
 @torch.no_grad()
-def nvfp4_encode(w: Tensor, scale_2: Tensor) -> tuple[Tensor, Tensor]:
+def nvfp4_encode(w: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax) -> tuple[Tensor, Tensor]:
     """Pack a weight as NVFP4; decode(encode(w)) equals nvfp4_fake(w) bit for bit.
 
     Args:
         w: [N, K] (or [..., K]) float; K a multiple of 16.
         scale_2: FP32 [].
+        block_scale: How block scales are chosen.
 
     Returns:
         packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
@@ -32,11 +34,11 @@ def nvfp4_encode(w: Tensor, scale_2: Tensor) -> tuple[Tensor, Tensor]:
     packed, scale = _empty_encoding(w, NVFP4_BLOCK, torch.float8_e4m3fn)
     packed_rows, scale_rows = packed.view(-1, NVFP4_BLOCK // 2), scale.view(-1, 1)
     for rows, chunk in numerics.chunks(w, NVFP4_BLOCK):
-        block_scale = numerics.nvfp4_block_scale(chunk, scale_2)
-        q = numerics.round_e2m1(chunk / block_scale.float().mul_(scale_2))
+        scale_C1 = numerics.nvfp4_block_scale(chunk, scale_2, block_scale)
+        q = numerics.round_e2m1(chunk / scale_C1.float().mul_(scale_2))
         # One canonical encoding of zeros. NaN counts as nonzero here and keeps its NaN scale.
         empty = ~q.ne(0).any(-1, keepdim=True)
-        scale_rows[rows] = torch.where(empty, 1.0, block_scale.float()).to(torch.float8_e4m3fn)
+        scale_rows[rows] = torch.where(empty, 1.0, scale_C1.float()).to(torch.float8_e4m3fn)
         packed_rows[rows] = _pack(q)
     return packed, scale
 

@@ -47,6 +47,16 @@ class SecondScale(StrEnum):
     amax = "amax"
 
 
+class BlockScale(StrEnum):
+    """How NVFP4 chooses a weight block's scale: its maximum becomes 6, or 6 or 4 by the smaller squared error.
+
+    The second is arXiv 2512.02010; the tensor's scale then leaves room for 4 and is amax/1536 instead of amax/2688.
+    """
+
+    amax = "amax"
+    four_over_six = "four_over_six"
+
+
 class Dtype(StrEnum):
     """Compute type: auto is bfloat16 on a GPU and float32 on a CPU; float64 is for layout tests."""
 
@@ -154,6 +164,8 @@ class Quantize:
     """fnmatch pattern on Hugging Face module names -> format of the layers it matches; the first match wins.
     `exclude` comes before it. q/k/v and gate/up are one layer each and take one format."""
     scale_2: SecondScale = SecondScale.pow2
+    block_scale: BlockScale = BlockScale.amax
+    """Of NVFP4 weights; activations always scale a block by its maximum."""
     exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])
     """fnmatch patterns on Hugging Face module names (model.layers.0.mlp.down_proj) that stay unquantized.
     q/k/v and gate/up are one layer each at training time: exclude all members or none."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from halfbyte.training import numerics
 from halfbyte.training.errors import UserError
 
 
@@ -67,7 +66,7 @@ def _swap(name: str, linear: torch.nn.Module) -> _Swapped:
     parameter: torch.nn.Parameter = linear.weight  # type: ignore[assignment]
     own = parameter.data
     with torch.no_grad():
-        quantized = numerics.fake_quantize(own, rule.format, rule.scale)
+        quantized = rule.fake(own)
     parameter.data = quantized
     return _Swapped(name, parameter, own, parameter._version)
 
@@ -88,7 +87,7 @@ def _forward(linear: torch.nn.Module) -> Callable:
 
     def forward(x: torch.Tensor, *args, **kwargs):
         if rule is not None:
-            x = numerics.fake_quantize(x, rule.format, rule.scale)
+            x = rule.fake(x)
         return base(linear, x, *args, **kwargs)
 
     return forward

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from halfbyte.training.config import BLOCK, TWO_LEVEL, Format, Method, Recipe, SecondScale
+from halfbyte.training.config import BLOCK, TWO_LEVEL, BlockScale, Format, Method, Recipe, SecondScale
 from halfbyte.training.shape import (
     FUSED_GROUPS,
     ROW_PARALLEL,
@@ -74,9 +74,12 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     quantize, tensor = recipe.quantize, recipe.parallel.tensor
     planned = planned_linears(shape, recipe)
     formats = sorted(set(planned.values()))
-    if formats and quantize.scale_2 != SecondScale.pow2 and not set(formats) & set(TWO_LEVEL):
+    if formats and not set(formats) & set(TWO_LEVEL):
         names = " and ".join(formats)
-        yield f"quantize.scale_2 = {quantize.scale_2}: {names} has no second-level scale; leave the key out"
+        if quantize.scale_2 != SecondScale.pow2:
+            yield f"quantize.scale_2 = {quantize.scale_2}: {names} has no second-level scale; leave the key out"
+        if quantize.block_scale != BlockScale.amax:
+            yield f"quantize.block_scale = {quantize.block_scale}: {names} has no choice of scales; leave the key out"
     sizes = linear_sizes(shape)
     told: set[tuple[str, Format]] = set()
     for name, number_format in planned.items():

@@ -5,6 +5,7 @@ last dimension (K, the input channels of a linear); FP8 rounds to E4M3 with one 
 
     format   block   block scale                  scale per tensor, FP32   value
     NVFP4    16      E4M3, amax/(6 s2), RNE       s2, see second_scale     q * (sb * s2)
+    (4/6)    16      E4M3, amax/(6 s2 or 4 s2)    s2, see second_scale     q * (sb * s2)
     MXFP4    32      E8M0, 2^ceil(log2(amax/6))   none                     q * 2^k
     FP8      none    none                         s = amax/448             q * s
 
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from halfbyte.training.config import BLOCK, Format, SecondScale
+from halfbyte.training.config import BLOCK, BlockScale, Format, SecondScale
 
 NVFP4_BLOCK = BLOCK[Format.nvfp4]
 MXFP4_BLOCK = BLOCK[Format.mxfp4]
@@ -37,6 +38,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitude of code & 7; code & 8 is the sign."""
 E2M1_MAX = 6.0
 E4M3_MIN, E4M3_MAX = 2.0**-9, 448.0
+E4M3_TOP = {BlockScale.amax: (448.0, 0.65625, 12), BlockScale.four_over_six: (256.0, 0.75, 11)}
+"""The block scale that a tensor's maximum gets, M, and m and e with 6 M = m * 2^e. With 256 the alternative scale of
+four_over_six, half as large again, is still in E4M3's range (arXiv 2512.02010, section 3)."""
 SCALE_2_EXPONENT = 116
 """s2 stays in [2^-116, 2^116]: then E2M1's smallest step times E4M3's smallest scale times s2 is FP32's smallest normal
 number (0.5 * 2^-9 * 2^-116 = 2^-126), and 6 * 448 * s2 is finite."""
@@ -53,27 +57,30 @@ _GPU_CHUNK = 1 << 24
 
 
 @torch.no_grad()
-def second_scale(amax: Tensor, mode: SecondScale) -> Tensor:
-    """Second-level scale of NVFP4: amax/(6*448), as it is or rounded up to a power of two.
+def second_scale(amax: Tensor, mode: SecondScale, block_scale: BlockScale = BlockScale.amax) -> Tensor:
+    """Second-level scale of NVFP4: amax/(6 M), as it is or rounded up to a power of two; M is 448, in 4/6 256.
 
-    Exact for every FP32 amax: no logarithm is taken. With 2688 = 0.65625 * 2^12 and amax = m * 2^e, m in [0.5, 1),
-    2^ceil(log2(amax/2688)) is 2^(e-12) if m <= 0.65625 and 2^(e-11) otherwise.
+    Exact for every FP32 amax: no logarithm is taken. With 6 M = a * 2^b and amax = m * 2^e, a and m in [0.5, 1),
+    2^ceil(log2(amax/(6 M))) is 2^(e-b) if m <= a and 2^(e-b+1) otherwise.
 
     Args:
         amax: Absolute maximum of a tensor (or of its calibration data), any shape, any float dtype.
         mode: pow2 or amax (ModelOpt's value).
+        block_scale: How block scales are chosen.
 
     Returns:
         FP32, shape of amax, clamped to [2^-116, 2^116]: defined for amax = 0. NaN and Inf propagate.
     """
     amax = amax.float()
+    top, top_mantissa, top_exponent = E4M3_TOP[BlockScale(block_scale)]
     if SecondScale(mode) is SecondScale.amax:
         # Tensor / tensor: CUDA turns a division by a Python number into a product with its rounded reciprocal.
-        scale = amax / torch.full_like(amax, E2M1_MAX * E4M3_MAX)
+        scale = amax / torch.full_like(amax, E2M1_MAX * top)
         scale = scale.clamp(2.0**-SCALE_2_EXPONENT, 2.0**SCALE_2_EXPONENT)
     else:
         mantissa, exponent = torch.frexp(amax)
-        exponent = (exponent - 12 + (mantissa > 0.65625).int()).clamp(-SCALE_2_EXPONENT, SCALE_2_EXPONENT)
+        exponent = exponent - top_exponent + (mantissa > top_mantissa).int()
+        exponent = exponent.clamp(-SCALE_2_EXPONENT, SCALE_2_EXPONENT)
         # frexp(0) has exponent 0: without this line amax = 0 would get a larger scale than amax = 1e-6.
         exponent = torch.where(amax == 0, -SCALE_2_EXPONENT, exponent)
         scale = _power_of_two(exponent)
@@ -95,13 +102,15 @@ def fp8_scale(amax: Tensor) -> Tensor:
     return torch.where(amax.isfinite(), scale.clamp(2.0**-SCALE_2_EXPONENT, 2.0**SCALE_2_EXPONENT), amax)
 
 
-def tensor_scale(amax: Tensor, number_format: Format, mode: SecondScale) -> Tensor:
-    """The FP32 scale per tensor of a format that has one: fp8_scale, or second_scale in `mode`."""
-    return fp8_scale(amax) if number_format is Format.fp8 else second_scale(amax, mode)
+def tensor_scale(
+    amax: Tensor, number_format: Format, mode: SecondScale, block_scale: BlockScale = BlockScale.amax
+) -> Tensor:
+    """The FP32 scale per tensor of a format that has one: fp8_scale, or second_scale in `mode` and `block_scale`."""
+    return fp8_scale(amax) if number_format is Format.fp8 else second_scale(amax, mode, block_scale)
 
 
 @torch.no_grad()
-def nvfp4_fake(x: Tensor, scale_2: Tensor) -> Tensor:
+def nvfp4_fake(x: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax) -> Tensor:
     """Round to NVFP4 and back.
 
     Idempotent for a frozen scale_2, with one exception that the format itself makes: a block with an amax between
@@ -111,6 +120,7 @@ def nvfp4_fake(x: Tensor, scale_2: Tensor) -> Tensor:
     Args:
         x: [..., K] float32, bfloat16, float16 or float64; K a multiple of 16.
         scale_2: FP32 [] second-level scale (see second_scale), on x's device or a CPU scalar.
+        block_scale: How block scales are chosen.
 
     Returns:
         Contiguous, x's shape and dtype. float32 and float64 hold the NVFP4 values exactly; bfloat16 holds them exactly
@@ -122,7 +132,7 @@ def nvfp4_fake(x: Tensor, scale_2: Tensor) -> Tensor:
     scale_2 = scale_2.to(device=x.device, dtype=torch.float32)
 
     def quantize(chunk: Tensor, out: Tensor) -> None:
-        scale = nvfp4_block_scale(chunk, scale_2).float().mul_(scale_2)
+        scale = nvfp4_block_scale(chunk, scale_2, block_scale).float().mul_(scale_2)
         round_e2m1(chunk / scale, out=out).mul_(scale)
 
     return _map_blocks(x, NVFP4_BLOCK, quantize)
@@ -180,27 +190,30 @@ class StraightThrough(torch.autograd.Function):
     """Fake quantization whose gradient is the identity; nothing is saved for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, number_format: Format, scale: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, number_format: Format, scale: Tensor | None, block_scale: BlockScale) -> Tensor:
         """Fake-quantized x; see fake_quantize."""
         if number_format is Format.mxfp4:
             return mxfp4_fake(x)
         if scale is None:
             raise ValueError(f"{number_format.value} needs a scale per tensor")
-        return fp8_fake(x, scale) if number_format is Format.fp8 else nvfp4_fake(x, scale)
+        return fp8_fake(x, scale) if number_format is Format.fp8 else nvfp4_fake(x, scale, block_scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         """The gradient of the output, unchanged, also where values saturated."""
-        return grad, None, None
+        return grad, None, None, None
 
 
-def fake_quantize(x: Tensor, number_format: Format, scale: Tensor | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, number_format: Format, scale: Tensor | None = None, block_scale: BlockScale = BlockScale.amax
+) -> Tensor:
     """Fake quantization with a straight-through gradient (dL/dx = dL/dy everywhere).
 
     Args:
         x: [..., K] float; K a multiple of the format's block.
         number_format: nvfp4 and w4a16_nvfp4 round alike; mxfp4; fp8.
         scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; ignored by mxfp4.
+        block_scale: How NVFP4 chooses its block scales; other formats have one way.
 
     Returns:
         x's shape and dtype.
@@ -208,7 +221,7 @@ def fake_quantize(x: Tensor, number_format: Format, scale: Tensor | None = None)
     Raises:
         ValueError: K is not a multiple of the block, or the scale is missing.
     """
-    return StraightThrough.apply(x, Format(number_format), scale)
+    return StraightThrough.apply(x, Format(number_format), scale, block_scale)
 
 
 def _map_blocks(x: Tensor, block: int, quantize: Callable[[Tensor, Tensor], None]) -> Tensor:
@@ -264,10 +277,33 @@ def round_e4m3(y: Tensor) -> Tensor:
     return y.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor) -> Tensor:
+def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax) -> Tensor:
     """E4M3 block scale: float8_e4m3fn [C, 1] of FP32 [C, 16]."""
     amax = chunk.abs().amax(-1, keepdim=True)
-    return (amax / (E2M1_MAX * scale_2)).clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+    six = _e4m3_scale(amax, E2M1_MAX * scale_2)
+    if BlockScale(block_scale) is BlockScale.amax:
+        return six
+    four = _e4m3_scale(amax, 4.0 * scale_2)
+    # A NaN or an equal error leaves the 6.
+    better = _squared_error(chunk, four, scale_2) < _squared_error(chunk, six, scale_2)
+    return torch.where(better, four.float(), six.float()).to(torch.float8_e4m3fn)
+
+
+def _e4m3_scale(amax: Tensor, unit: Tensor) -> Tensor:
+    return (amax / unit).clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _squared_error(chunk: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+    """Squared error of each block in units of scale_2, so that no tensor is too small or too large for FP32: [C, 1].
+
+    The order of the sum is part of the definition (halves onto halves): kernels must find the same block equal or not.
+    """
+    y = (chunk / (scale.float() * scale_2)).clamp_(-16.0, 16.0)  # beyond, both scales are 448 and the errors equal
+    error = (y - round_e2m1(y.clone())).square_()
+    while error.shape[-1] > 1:
+        half = error.shape[-1] // 2
+        error = error[:, :half] + error[:, half:]
+    return error * scale.float().square()
 
 
 def mxfp4_exponent_code(chunk: Tensor) -> Tensor:

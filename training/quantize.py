@@ -19,7 +19,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
 from halfbyte.training import numerics
-from halfbyte.training.config import BLOCK, Format, Quantize, Recipe
+from halfbyte.training.config import BLOCK, BlockScale, Format, Quantize, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json
 from halfbyte.training.hf_map import FUSED
@@ -60,10 +60,25 @@ class Arithmetic:
     Attributes:
         format: The number format.
         scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; None for MXFP4.
+        block_scale: How NVFP4 chooses its block scales.
     """
 
     format: Format
     scale: torch.Tensor | None
+    block_scale: BlockScale = BlockScale.amax
+
+    @classmethod
+    def of(cls, side: str, number_format: Format, amax: torch.Tensor | None, quantize: Quantize) -> "Arithmetic":
+        """The arithmetic of one side (weight or input) of a linear whose calibrated maximum is FP32 [] `amax`."""
+        block_scale = quantize.block_scale if side == "weight" else BlockScale.amax
+        if number_format is Format.mxfp4 or amax is None:
+            return cls(number_format, None)
+        scale = numerics.tensor_scale(amax.float(), number_format, quantize.scale_2, block_scale)
+        return cls(number_format, scale, block_scale)
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through."""
+        return numerics.fake_quantize(x, self.format, self.scale, self.block_scale)
 
 
 def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
@@ -123,8 +138,8 @@ def quantize(
         calibrate: Runs the calibration windows through the model it is given (not called for MXFP4, which needs none).
 
     Returns:
-        The content of quantize.json: the default format, scale_2 mode, and per layer its own format, maxima, scales
-        (scale_2 of NVFP4, scale of FP8) and the relative RMS error of its weight. The same on every rank.
+        The content of quantize.json: the default format, scale_2 and block_scale modes, and per layer its own format,
+        maxima, scales (scale_2 of NVFP4, scale of FP8) and the relative RMS error of its weight. Equal on every rank.
 
     Raises:
         UserError: a planned layer was not converted, another one was, a weight or a calibrated maximum is not finite.
@@ -138,6 +153,7 @@ def quantize(
     return {
         "format": recipe.quantize.format.value,
         "scale_2": recipe.quantize.scale_2.value,
+        "block_scale": recipe.quantize.block_scale.value,
         "layers": _gather({layer.key: _describe(model, layer) for layer in planned}),
     }
 
@@ -168,8 +184,10 @@ def _same_plan(
     here = {layer.layer_number - 1 for layer in model.decoder.layers}  # type: ignore[union-attr]
     listed = {(key, entry["format"]) for key, entry in content["layers"].items() if int(key.split(".")[2]) in here}
     differing = sorted({key for key, _ in listed ^ {(layer.key, layer.format.value) for layer in planned}})
-    if (content["format"], content["scale_2"]) != (quantize.format.value, quantize.scale_2.value):
-        differing.append(f"{content['format']} with scale_2 {content['scale_2']}")
+    block_scale = content.get("block_scale", "amax")  # absent in run folders older than the key
+    there = (content["format"], content["scale_2"], block_scale)
+    if there != (quantize.format.value, quantize.scale_2.value, quantize.block_scale.value):
+        differing.append(f"{content['format']} with scale_2 {content['scale_2']} and block_scale {block_scale}")
     if differing:
         raise UserError(
             f"{report}: {differing[0]} is not as the recipe plans; the run folder belongs to another recipe"
@@ -225,21 +243,17 @@ def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
     """
     format_of = {name: layer.format for layer in plan(model, quantize) for name in layer.quantizers}
     for name, quantizer in enabled_quantizers(model):
-        if format_of[name] is Format.mxfp4:
-            quantizer._quantizer_cache = Arithmetic(format_of[name], None)
-            continue
-        amax = quantizer.amax
-        if amax is None or not torch.isfinite(amax).all():
+        amax = None if format_of[name] is Format.mxfp4 else quantizer.amax
+        if format_of[name] is not Format.mxfp4 and (amax is None or not torch.isfinite(amax).all()):
             found = "nothing" if amax is None else amax.item()
             raise UserError(f"quantize: {name} was calibrated to {found}; check the weights and the calibration data")
-        scale = numerics.tensor_scale(amax.float(), format_of[name], quantize.scale_2)
-        quantizer._quantizer_cache = Arithmetic(format_of[name], scale)
+        side = name.rpartition(".")[2].removesuffix("_quantizer")
+        quantizer._quantizer_cache = Arithmetic.of(side, format_of[name], amax, quantize)
 
 
 def _fake_quantize(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     """ModelOpt's backend entry: x -> x on the format's grid, gradient passed straight through."""
-    rule: Arithmetic = quantizer._quantizer_cache
-    return numerics.fake_quantize(x, rule.format, rule.scale)
+    return quantizer._quantizer_cache.fake(x)
 
 
 @contextlib.contextmanager

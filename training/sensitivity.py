@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from halfbyte.training import numerics, quantize, tasks
+from halfbyte.training import quantize, tasks
 from halfbyte.training.allocation import Choice, Group
 from halfbyte.training.config import Format, Recipe
 from halfbyte.training.data import MicroBatch, plain_batches
@@ -38,7 +38,7 @@ class Variants:
     """A model whose layers can be given any format, or BF16, without a new calibration."""
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, calibrate: Callable[[torch.nn.Module], None]):
-        self.model, self.scale_2 = model, recipe.quantize.scale_2
+        self.model, self.section = model, recipe.quantize
         # FP8's quantizers collect one maximum per tensor on both sides, which is what every format is scaled by.
         everything = replace(recipe.quantize, format=Format.fp8, layers={})
         planned = quantize.plan(model, everything)
@@ -61,9 +61,8 @@ class Variants:
                     quantizer.disable()  # type: ignore[operator]
                     continue
                 quantizer.enable()  # type: ignore[operator]
-                amax = quantizer.amax.float()  # type: ignore[union-attr, operator]
-                scale = None if choice is Format.mxfp4 else numerics.tensor_scale(amax, choice, self.scale_2)
-                quantizer._quantizer_cache = quantize.Arithmetic(choice, scale)
+                side = name.rpartition(".")[2].removesuffix("_quantizer")
+                quantizer._quantizer_cache = quantize.Arithmetic.of(side, choice, quantizer.amax, self.section)  # type: ignore[arg-type]
 
 
 @dataclass
