@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from halfbyte.training import numerics
-from halfbyte.training.config import Format, SecondScale
+from halfbyte.training.config import BlockScale, Format, SecondScale
 
 ROWS, COLUMNS = 8192, 14336
 GEMM = 8192
@@ -25,7 +25,9 @@ def measure() -> dict[str, Any]:
     runs: dict[str, Callable[[], Any]] = {
         "copy": lambda: out.copy_(x),
         "nvfp4": lambda: numerics.fake_quantize(x, Format.nvfp4, scale_2),
+        "four_over_six": lambda: numerics.fake_quantize(x, Format.nvfp4, scale_2, BlockScale.four_over_six),
         "mxfp4": lambda: numerics.fake_quantize(x, Format.mxfp4),
+        "fp8": lambda: numerics.fake_quantize(x, Format.fp8, scale_2),
         "modelopt_nvfp4": _modelopt_nvfp4(x),
     }
     moved = 2 * x.numel() * x.element_size()

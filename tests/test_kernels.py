@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from halfbyte.training import numerics
-from halfbyte.training.config import SecondScale
+from halfbyte.training.config import BlockScale, Format, SecondScale
 
 SHAPES = [(1, 32), (3, 64), (5, 7, 96), (257, 4096), (1, 32 * 12345)]
 
 
 @pytest.mark.slow
-def test_the_logic_in_the_interpreter(environment):
-    worker = Path(__file__).with_name("workers") / "kernels_interpreted.py"
-    done = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.splitlines() == ["done 264"], done.stdout + done.stderr[-2000:]
+@pytest.mark.parametrize(("worker", "checks"), [("kernels_interpreted.py", 748), ("fused_interpreted.py", 60)])
+def test_the_logic_in_the_interpreter(environment, worker, checks):
+    path = Path(__file__).with_name("workers") / worker
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.splitlines() == [f"done {checks}"], done.stdout + done.stderr[-2000:]
 
 
 def values(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -47,37 +49,87 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     )
 
 
+FORMATS = [(Format.nvfp4, BlockScale.amax), (Format.nvfp4, BlockScale.four_over_six)]
+FORMATS += [(Format.mxfp4, BlockScale.amax), (Format.fp8, BlockScale.amax)]
+
+
+def scales(x: torch.Tensor, number_format: Format, choice: BlockScale) -> list[torch.Tensor]:
+    """Scales per tensor of both kinds, with and without saturation."""
+    amax = x.float().abs()[x.isfinite()].max()
+    return [
+        numerics.tensor_scale(amax * part, number_format, mode, choice) for mode in SecondScale for part in (1.0, 0.1)
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gpu_equals_the_definition(kind, dtype):
-    from halfbyte.training import kernels
-
+@pytest.mark.parametrize(("number_format", "choice"), FORMATS)
+def test_the_gpu_equals_the_definition(number_format, choice, kind, dtype):
     for shape in SHAPES:
         x = values(kind, shape).to(dtype)
-        amax = x.float().abs()[x.isfinite()].max()
-        assert same(kernels.mxfp4_fake(x.cuda()), numerics.mxfp4_fake(x)), shape
-        for mode in SecondScale:
-            for overshoot in (1.0, 0.1):
-                scale_2 = numerics.second_scale(amax * overshoot, mode)
-                found = kernels.nvfp4_fake(x.cuda(), scale_2.cuda())
-                assert same(found, numerics.nvfp4_fake(x, scale_2)), (shape, mode, overshoot)
+        for scale in scales(x, number_format, choice):
+            found = numerics.fake_quantize(x.cuda(), number_format, scale.cuda(), choice)
+            assert same(found, numerics.fake_quantize(x, number_format, scale, choice)), (shape, scale)
 
 
 @pytest.mark.gpu
 def test_a_view_is_quantized_as_what_it_shows():
-    from halfbyte.training import kernels
-
     x = torch.randn(96, 64, device="cuda").bfloat16().t()[:, 32:]
     scale_2 = numerics.second_scale(x.abs().amax(), SecondScale.pow2)
-    assert same(kernels.nvfp4_fake(x, scale_2), numerics.nvfp4_fake(x.contiguous(), scale_2))
-    assert kernels.mxfp4_fake(x[:0]).shape == (0, 64)
+    assert same(numerics.fake_quantize(x, Format.nvfp4, scale_2), numerics.nvfp4_fake(x.contiguous(), scale_2))
+    assert numerics.fake_quantize(x[:0], Format.mxfp4).shape == (0, 64)
+    with pytest.raises(ValueError, match="not a multiple of the block of 32"):
+        numerics.fake_quantize(x[:, :16], Format.mxfp4)
 
 
 @pytest.mark.gpu
 def test_more_elements_than_a_32_bit_offset_can_count():
-    from halfbyte.training import kernels
-
     x = torch.randn(1 << 16, device="cuda").bfloat16().repeat(33000).view(-1, 1 << 16)
     scale_2 = numerics.second_scale(x[0].abs().amax(), SecondScale.pow2)
-    assert torch.equal(kernels.nvfp4_fake(x, scale_2)[-1], numerics.nvfp4_fake(x[-1], scale_2))
+    assert torch.equal(numerics.fake_quantize(x, Format.nvfp4, scale_2)[-1], numerics.nvfp4_fake(x[-1], scale_2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 576, 1536, 4096, 14336])
+def test_norm_and_swiglu_round_what_they_would_have_stored(width, dtype):
+    from halfbyte.training import fused, kernels
+
+    generator = torch.Generator("cuda").manual_seed(1)
+    x = torch.randn(37, 3, width, device="cuda", generator=generator).to(dtype)
+    h = (torch.randn(37, 3, 2 * width, device="cuda", generator=generator) * 3).to(dtype)
+    weight = (torch.rand(width, device="cuda", generator=generator) + 0.5).to(dtype)
+    runs = {
+        "norm": lambda *rule: fused.rms_norm(x, weight, 1e-5, *rule),
+        "swiglu": lambda *rule: fused.swiglu(h, *rule),
+    }
+    for run in runs.values():
+        plain = run(kernels.NONE, None)
+        for number_format, choice in FORMATS:
+            scale = scales(plain, number_format, choice)[0].cuda()
+            rule = kernels.rule_of(number_format, choice)
+            assert torch.equal(run(rule, scale), numerics.fake_quantize(plain, number_format, scale, choice))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_gradients_of_norm_and_swiglu(dtype, tolerance):
+    from halfbyte.training import fused, kernels
+
+    tensors = [torch.randn(2000, 1, k, device="cuda").to(dtype).requires_grad_() for k in (576, 1152)]
+    weight = torch.rand(576, device="cuda").to(dtype).requires_grad_()
+    doubles = [t.detach().double().requires_grad_() for t in (*tensors, weight)]
+    norm, glu = (
+        fused.rms_norm(tensors[0], weight, 1e-5, kernels.NONE, None),
+        fused.swiglu(tensors[1], kernels.NONE, None),
+    )
+    gate, up = doubles[1].chunk(2, -1)
+    expected = functional.rms_norm(doubles[0], (576,), doubles[2], 1e-5), functional.silu(gate) * up
+    grad = torch.randn_like(norm)
+    ((norm + glu) * grad).sum().backward()
+    ((expected[0] + expected[1]) * grad.double()).sum().backward()
+    pairs = [(norm, expected[0]), (glu, expected[1])]
+    pairs += [(t.grad, d.grad) for t, d in zip((*tensors, weight), doubles, strict=True)]
+    for found, wanted in pairs:
+        assert (found.double() - wanted).norm() / wanted.norm() < tolerance

@@ -1,9 +1,12 @@
-"""The quantized passes of one global batch or one evaluation: each weight rounded once, no wrapper around the inputs.
+"""The quantized passes of one global batch or one evaluation: each weight rounded once, inputs where they are made.
 
 ModelOpt's quantized linear rounds its weight in every micro-batch and replaces Megatron's function for the duration of
 each call. Inside `weights_once` every weight is its fake-quantized value already: all micro-batches in flight, every
 recomputation and both GEMMs of the backward pass read the one tensor. It is the parameter itself that holds it, so the
 weight gradient goes where Megatron puts it (`main_grad`); with a straight-through gradient dL/dW = dL/dW_q.
+
+The norm before qkv and fc1 and the SwiGLU before fc2 have one reader each, so they round what they produce (on a GPU in
+the same kernel); the output projection rounds its input itself.
 """
 
 import contextlib
@@ -42,16 +45,19 @@ def weights_once(model: torch.nn.Module) -> Iterator[None]:
     """
     swapped: list[_Swapped] = []
     linears = [(name, module) for name, module in model.named_modules() if _base_forward(module) is not None]
+    producers = _producers(model)
     try:
         for name, linear in linears:
             if hasattr(linear, "weight_quantizer"):
                 if linear.weight_quantizer.is_enabled:  # not so for weights_as_served: they are on the grid already
                     swapped.append(_swap(name, linear))
-                linear.__dict__["forward"] = _forward(linear)
+                _bypass(linear, producers.get(linear))
         yield
     finally:
         for _, linear in linears:
             linear.__dict__.pop("forward", None)
+        for producer in producers.values():
+            producer.__dict__.pop("rounding", None)
         changed = [entry.name for entry in swapped if entry.parameter._version != entry.version]
         for entry in swapped:
             entry.parameter.data = entry.own
@@ -79,15 +85,27 @@ def _base_forward(module: torch.nn.Module) -> Callable | None:
     return None
 
 
-def _forward(linear: torch.nn.Module) -> Callable:
-    """Round the input (a sequence-parallel shard before its gather) and go straight to Megatron's linear."""
+def _producers(model: torch.nn.Module) -> dict[torch.nn.Module, torch.nn.Module]:
+    """Linear -> the module whose output nothing else reads."""
+    pairs = {}
+    for layer in model.decoder.layers:  # type: ignore[union-attr]
+        pairs[layer.self_attention.linear_qkv] = layer.input_layernorm
+        pairs[layer.mlp.linear_fc1] = layer.pre_mlp_layernorm
+        pairs[layer.mlp.linear_fc2] = layer.mlp.activation_func
+    return pairs
+
+
+def _bypass(linear: torch.nn.Module, producer: torch.nn.Module | None) -> None:
+    """Go straight to Megatron's linear; the input is rounded by its producer or, where there is none, on entry.
+
+    Under sequence parallelism both see the shard before its gather.
+    """
     base, quantizer = _base_forward(linear), linear.input_quantizer
     assert base is not None
-    rule = quantizer._quantizer_cache if quantizer.is_enabled else None
-
-    def forward(x: torch.Tensor, *args, **kwargs):
-        if rule is not None:
-            x = rule.fake(x)
-        return base(linear, x, *args, **kwargs)
-
-    return forward
+    rounding = quantizer._quantizer_cache if quantizer.is_enabled else None
+    if rounding is None or producer is not None:
+        if producer is not None:
+            producer.__dict__["rounding"] = rounding
+        linear.__dict__["forward"] = lambda *args, **kwargs: base(linear, *args, **kwargs)
+    else:
+        linear.__dict__["forward"] = lambda x, *args, **kwargs: base(linear, rounding.fake(x), *args, **kwargs)

@@ -35,12 +35,27 @@ from halfbyte.training.runtime import Runtime, on_first_rank
 from halfbyte.training.shape import ModelShape
 
 
+class Rounding(Protocol):
+    """Fake quantization of a linear's input; quantize.Arithmetic is the one implementation."""
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """Fake-quantized x, its shape and dtype; the gradient passes straight through."""
+        ...
+
+    def rule(self) -> tuple[Any, torch.Tensor | None]:
+        """The same for a kernel: how it rounds (kernels.rule_of), and the FP32 [] scale per tensor."""
+        ...
+
+
 class RMSNorm(torch.nn.Module):
     """Root mean square normalization over the last axis, weight only (arXiv 1910.07467).
 
     Under sequence parallelism each tensor-parallel rank sees a part of the sequence, so the weight's gradient is a
-    partial sum: the `sequence_parallel` mark makes Megatron reduce it.
+    partial sum: the `sequence_parallel` mark makes Megatron reduce it. `rounding` is set while the linear behind it
+    takes quantized inputs (fast_path.py).
     """
+
+    rounding: Rounding | None = None
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__()
@@ -50,7 +65,37 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """[S, B, H] -> [S, B, H], same dtype; the mean is taken in FP32 for BF16 inputs."""
-        return functional.rms_norm(x_SBH, (x_SBH.shape[-1],), self.weight, self.eps)
+        if x_SBH.is_cuda:
+            from halfbyte.training import fused  # Triton comes with torch's CUDA builds only
+
+            return fused.rms_norm(x_SBH, self.weight, self.eps, *_rule(self.rounding))
+        out = functional.rms_norm(x_SBH, (x_SBH.shape[-1],), self.weight, self.eps)
+        return out if self.rounding is None else self.rounding.fake(out)
+
+
+class SwiGLU(torch.nn.Module):
+    """silu(gate) * up of a linear's output [gate, up] (arXiv 2002.05202); `rounding` as in RMSNorm."""
+
+    rounding: Rounding | None = None
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, h_SBF: torch.Tensor) -> torch.Tensor:
+        """[S, B, 2F/tp] -> [S, B, F/tp], same dtype."""
+        if h_SBF.is_cuda:
+            from halfbyte.training import fused
+
+            return fused.swiglu(h_SBF, *_rule(self.rounding))
+        gate, up = h_SBF.chunk(2, dim=-1)
+        out = functional.silu(gate) * up
+        return out if self.rounding is None else self.rounding.fake(out)
+
+
+def _rule(rounding: Rounding | None) -> tuple[Any, torch.Tensor | None]:
+    from halfbyte.training import kernels
+
+    return (kernels.NONE, None) if rounding is None else rounding.rule()
 
 
 class KeyValues(Protocol):
@@ -123,7 +168,8 @@ def layer_spec() -> ModuleSpec:
         ),
     )
     mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU),
     )
     submodules = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
@@ -155,6 +201,7 @@ def transformer_config(shape: ModelShape, recipe: Recipe, dtype: torch.dtype) ->
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=functional.silu,
+        use_te_activation_func=True,  # (sic) the spec's activation module, ours
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -192,10 +192,16 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, number_format: Format, scale: Tensor | None, block_scale: BlockScale) -> Tensor:
         """Fake-quantized x; see fake_quantize."""
+        if scale is None and number_format is not Format.mxfp4:
+            raise ValueError(f"{number_format.value} needs a scale per tensor")
+        if x.is_cuda:
+            from halfbyte.training import kernels  # Triton comes with torch's CUDA builds only
+
+            check_blocks(x, BLOCK[number_format])
+            if kernels.supports(x, number_format, block_scale):
+                return kernels.fake(x, number_format, scale, block_scale)
         if number_format is Format.mxfp4:
             return mxfp4_fake(x)
-        if scale is None:
-            raise ValueError(f"{number_format.value} needs a scale per tensor")
         return fp8_fake(x, scale) if number_format is Format.fp8 else nvfp4_fake(x, scale, block_scale)
 
     @staticmethod
@@ -296,13 +302,12 @@ def _e4m3_scale(amax: Tensor, unit: Tensor) -> Tensor:
 def _squared_error(chunk: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     """Squared error of each block in units of scale_2, so that no tensor is too small or too large for FP32: [C, 1].
 
-    The order of the sum is part of the definition (halves onto halves): kernels must find the same block equal or not.
+    The order of the sum is part of the definition (neighbour by neighbour): kernels must prefer the same scale.
     """
     y = (chunk / (scale.float() * scale_2)).clamp_(-16.0, 16.0)  # beyond, both scales are 448 and the errors equal
     error = (y - round_e2m1(y.clone())).square_()
     while error.shape[-1] > 1:
-        half = error.shape[-1] // 2
-        error = error[:, :half] + error[:, half:]
+        error = error[:, 0::2] + error[:, 1::2]
     return error * scale.float().square()
 
 

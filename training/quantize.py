@@ -80,6 +80,12 @@ class Arithmetic:
         """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through."""
         return numerics.fake_quantize(x, self.format, self.scale, self.block_scale)
 
+    def rule(self) -> tuple[Any, torch.Tensor | None]:
+        """The same for a kernel that rounds what it is about to store: how (kernels.rule_of), and the scale."""
+        from halfbyte.training import kernels
+
+        return kernels.rule_of(self.format, self.block_scale), self.scale
+
 
 def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
     """This pipeline stage's linears to quantize, each with its format, by shape.layer_format.

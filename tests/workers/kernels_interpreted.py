@@ -13,7 +13,7 @@ import torch
 from triton.runtime import interpreter
 
 from halfbyte.training import kernels, numerics
-from halfbyte.training.config import SecondScale
+from halfbyte.training.config import BlockScale, Format, SecondScale
 
 
 def fused(self, x, y, z):
@@ -65,8 +65,12 @@ def main() -> None:
             scales.append(
                 torch.tensor(0x3FFFFFFF, dtype=torch.int32).view(torch.float32) * 2.0**-8
             )  # mantissa all ones
-            pairs = [(kernels.nvfp4_fake(x, s), numerics.nvfp4_fake(x, s), f"scale_2 {s}") for s in scales]
-            pairs.append((kernels.mxfp4_fake(x), numerics.mxfp4_fake(x), "mxfp4"))
+            rules = [(Format.nvfp4, choice, scale) for choice in BlockScale for scale in scales]
+            rules += [(Format.fp8, BlockScale.amax, scale) for scale in (*scales, numerics.fp8_scale(amax))]
+            rules.append((Format.mxfp4, BlockScale.amax, None))
+            pairs = [
+                (kernels.fake(x, f, s, c), numerics.fake_quantize(x, f, s, c), f"{f} {c} {s}") for f, c, s in rules
+            ]
             for found, expected, which in pairs:
                 count += 1
                 wrong = differences(found, expected)
