@@ -15,7 +15,7 @@ SHAPES = [(1, 32), (3, 64), (5, 7, 96), (257, 4096), (1, 32 * 12345)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("worker", "checks"), [("kernels_interpreted.py", 748), ("fused_interpreted.py", 60)])
+@pytest.mark.parametrize(("worker", "checks"), [("kernels_interpreted.py", 748), ("fused_interpreted.py", 88)])
 def test_the_logic_in_the_interpreter(environment, worker, checks):
     path = Path(__file__).with_name("workers") / worker
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, check=False)
@@ -133,3 +133,47 @@ def test_gradients_of_norm_and_swiglu(dtype, tolerance):
     pairs += [(t.grad, d.grad) for t, d in zip((*tensors, weight), doubles, strict=True)]
     for found, wanted in pairs:
         assert (found.double() - wanted).norm() / wanted.norm() < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_losses_on_the_gpu(dtype, tolerance, tmp_path):
+    from halfbyte.training import fused_losses
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        student, teacher = ((torch.randn(300, 2, 49152, device="cuda") * 4).to(dtype) for _ in range(2))
+        student.requires_grad_()
+        labels = torch.randint(49152, (300, 2), device="cuda")
+        double, grad = student.detach().double().requires_grad_(), torch.rand(300, 2, device="cuda")
+        p, q = teacher.double().log_softmax(-1), double.log_softmax(-1)
+        pairs = [
+            (fused_losses.cross_entropy(student, labels, group), -q.gather(-1, labels[..., None])[..., 0]),
+            (fused_losses.divergence(student, teacher, group, 1.0), (p.exp() * (p - q)).sum(-1)),
+        ]
+        for found, expected in pairs:
+            assert ((found.double() - expected).abs() < 1e-5 * (1 + expected.abs())).all()
+            slopes = [
+                torch.autograd.grad((y * grad).sum(), x, retain_graph=True)[0]
+                for y, x in ((found, student), (expected, double))
+            ]
+            assert (slopes[0].double() - slopes[1]).norm() / slopes[1].norm() < tolerance
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "width"), [(9, 64), (3, 64), (32, 128)])
+def test_rotary_is_megatrons(heads, width):
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from halfbyte.training import model
+
+    x = torch.randn(64, 2, heads, width, device="cuda", requires_grad=True)
+    freqs = torch.randn(64, 1, 1, width // 2, device="cuda").repeat(1, 1, 1, 2)
+    expected = rope_utils._apply_rotary_pos_emb_bshd(x, freqs, rotary_interleaved=False)
+    found, grad = model.rotary(x, freqs), torch.randn_like(x)
+    assert (found - expected).abs().max() < 1e-5
+    slopes = [torch.autograd.grad(y, x, grad)[0] for y in (found, expected)]
+    assert (slopes[0] - slopes[1]).abs().max() < 1e-5

@@ -28,6 +28,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from halfbyte.training import gradients
 from halfbyte.training.environment import serve_parent, starting_helpers
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import FUSED, NORMS, HFWeight, split_fused
@@ -198,10 +199,11 @@ def load(trainable: Trainable, path: Path) -> dict[str, Any]:
     trainable.model.load_state_dict(loaded["model"], strict=False)
     if trainable.optimizer is not None:
         trainable.optimizer.load_state_dict(loaded["optimizer"])
-        for part in _parts(trainable.optimizer):
-            for slot in part.optimizer.state.values():  # 0.19.2 hands every parameter the SAME step tensor
+        for part in gradients.parts(trainable.optimizer):
+            for parameter, slot in part.optimizer.state.items():  # 0.19.2 hands every parameter the SAME step tensor
                 if isinstance(slot.get("step"), torch.Tensor):
-                    slot["step"] = slot["step"].clone()
+                    slot["step"] = slot["step"].to(parameter.device, copy=True)
+            gradients.fuse_adam(part.optimizer)
     _set_rng(loaded["rng"])
     return loaded["plain"]
 
@@ -219,21 +221,17 @@ def _state(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
     if trainable.optimizer is None:
         return {"model": weights}
     # The distributed optimizer refuses its default sharding in 0.19; the plain one takes no such argument.
-    sharded = any(isinstance(part, DistributedOptimizer) for part in _parts(trainable.optimizer))
+    sharded = any(isinstance(part, DistributedOptimizer) for part in gradients.parts(trainable.optimizer))
     kind = {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}} if sharded else {}
     return {"model": weights, "optimizer": trainable.optimizer.sharded_state_dict(weights, is_loading=loading, **kind)}
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    return optimizer.chained_optimizers if hasattr(optimizer, "chained_optimizers") else [optimizer]
-
-
 def _give_state(optimizer: Any) -> None:
     """Torch's Adam has no state before its first step: make the slots that a load fills."""
-    for part in _parts(optimizer):
+    for part in gradients.parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
-        for slot in part.optimizer.state.values():
-            slot.setdefault("step", torch.tensor(0.0))
+        for parameter, slot in part.optimizer.state.items():
+            slot.setdefault("step", torch.tensor(0.0, device=parameter.device))
 
 
 def tolerate_plain_adam() -> None:

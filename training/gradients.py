@@ -1,4 +1,4 @@
-"""Weight gradients straight into Megatron's FP32 `main_grad`, without Apex or TransformerEngine.
+"""Weight gradients straight into Megatron's FP32 `main_grad`, and Adam in one pass, without Apex or TransformerEngine.
 
 Megatron-Core fuses the accumulation into the weight-gradient GEMM only where Apex's extension is installed. torch can
 do the same since 2.11: addmm with BF16 operands and an FP32 accumulator (pytorch#167931). It saves a BF16 rounding of
@@ -6,6 +6,7 @@ every micro-batch's gradient and one pass over the gradients (10 bytes per param
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import layers
@@ -37,3 +38,22 @@ def fuse(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
             module.gradient_accumulation_fusion = True
+
+
+def fuse_adam(adam: torch.optim.Optimizer) -> None:
+    """Update all parameters in one kernel on the GPU: 28 bytes of traffic a parameter instead of about 80.
+
+    Megatron builds torch's AdamW with its default, a dozen passes over all parameters. To be called again after a
+    state was loaded, which brings its own groups.
+
+    Args:
+        adam: torch.optim.AdamW; on the CPU nothing changes.
+    """
+    for group in adam.param_groups:
+        if all(parameter.is_cuda for parameter in group["params"]):
+            group["fused"], group["foreach"] = True, False
+
+
+def parts(optimizer: Any) -> list[Any]:
+    """The optimizers of a Megatron optimizer: one, or a chain."""
+    return optimizer.chained_optimizers if hasattr(optimizer, "chained_optimizers") else [optimizer]

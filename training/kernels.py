@@ -23,9 +23,8 @@ from halfbyte.training.config import BlockScale, Format
 
 NONE, NVFP4, FOUR_OVER_SIX, MXFP4, FP8 = (tl.constexpr(i) for i in range(5))
 """How a kernel rounds a tile."""
-ELEMENTS = 4096
-"""Elements per program."""
-WARPS = 4
+ELEMENTS, WARPS = 2048, 2
+"""Elements and warps per program; measured, see docs/evidence/h200_speed.md."""
 
 _SIGNLESS = tl.constexpr(0x7FFFFFFF)
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -62,7 +61,7 @@ def _round_e4m3(v):
 
 @triton.jit
 def _divide(x, s):
-    """Quotient x / s, correctly rounded, for |x| <= 16 s and finite; FP32 of one shape, s in [2^-125, 2^126).
+    """Quotient x / s, correctly rounded, for |x| <= 449 s and finite; FP32, s in [2^-125, 2^126), s broadcast to x.
 
     What depends on s alone is computed once per s: Triton keeps it in the shape that s had before it was broadcast.
     """
@@ -82,9 +81,10 @@ def _divide(x, s):
 
 @triton.jit
 def _block_scale(amax_bits, unit):
-    """numerics._e4m3_scale as FP32 [T]."""
-    ratio = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), tl.zeros_like(amax_bits).to(tl.float32) + unit)
-    return _round_e4m3(tl.minimum(tl.maximum(ratio, 0.001953125), 448.0))
+    """numerics._e4m3_scale as FP32 [T]; `unit` is one number, so its reciprocal is too."""
+    unit = tl.zeros((1,), tl.float32) + unit
+    amax = tl.minimum(amax_bits.to(tl.float32, bitcast=True), tl.minimum(449.0 * unit, _LARGEST))
+    return _round_e4m3(tl.minimum(tl.maximum(_divide(amax, unit), 0.001953125), 448.0))
 
 
 @triton.jit
@@ -129,7 +129,6 @@ def _mxfp4(x):
 def _fp8(x, scale):
     scale = tl.zeros((1, 1), tl.float32) + scale
     limit = tl.minimum(449.0 * scale, _LARGEST)
-    # _divide bounds |x| / s by 16 for the sake of s near the ends of FP32's range; scales of tensors stay in 2^+-116.
     y = tl.clamp(_divide(tl.clamp(x, -limit, limit), scale), -448.0, 448.0)
     return tl.where(x != x, x, _round_e4m3(y) * scale)
 

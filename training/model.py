@@ -5,6 +5,7 @@ the same parallel linears, an RMSNorm that marks its weight sequence-parallel, a
 Neither TransformerEngine nor Apex is needed. Shapes: S sequence, B batch, N heads, G key/value heads, D head dimension.
 """
 
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -90,6 +92,29 @@ class SwiGLU(torch.nn.Module):
         gate, up = h_SBF.chunk(2, dim=-1)
         out = functional.silu(gate) * up
         return out if self.rounding is None else self.rounding.fake(out)
+
+
+def rotary(x_SBND: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Megatron's fused rotary embedding, which it takes from TransformerEngine: the same in one kernel on a GPU.
+
+    Args:
+        x_SBND: Queries or keys, [S, B, N, D].
+        freqs: FP32 angles [S, 1, 1, D], or [1, B, 1, D] while decoding.
+        interleaved: Never, here.
+    """
+    width = x_SBND.shape[-1]
+    if x_SBND.is_cuda and freqs.shape == (x_SBND.shape[0], 1, 1, width) and width & (width - 1) == 0:
+        from halfbyte.training import fused
+
+        return fused.rotary(x_SBND, *_cos_sin(freqs, x_SBND.dtype))
+    return rope_utils._apply_rotary_pos_emb_bshd(x_SBND, freqs, rotary_interleaved=interleaved)
+
+
+@functools.lru_cache(maxsize=2)  # every layer asks with the same tensor: Megatron keeps it
+def _cos_sin(freqs: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """[S, D] cosines and sines, in the type in which Megatron multiplies by them."""
+    angles_SD = freqs[:, 0, 0]
+    return angles_SD.cos().to(dtype), angles_SD.sin().to(dtype)
 
 
 def _rule(rounding: Rounding | None) -> tuple[Any, torch.Tensor | None]:
@@ -182,7 +207,7 @@ def layer_spec() -> ModuleSpec:
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def transformer_config(shape: ModelShape, recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(shape: ModelShape, recipe: Recipe, dtype: torch.dtype, *, cuda: bool) -> TransformerConfig:
     """Megatron's configuration of this model under this layout.
 
     Losses are summed over tokens and divided once by the global token count (`calculate_per_token_loss`), so that the
@@ -215,6 +240,7 @@ def transformer_config(shape: ModelShape, recipe: Recipe, dtype: torch.dtype) ->
         calculate_per_token_loss=True,
         use_cpu_initialization=True,
         perform_initialization=False,
+        apply_rope_fusion=cuda,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # needs Apex or TransformerEngine
@@ -234,7 +260,9 @@ def build(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> GPTModel:
             f"parallel.tensor = {recipe.parallel.tensor}: does not divide the vocabulary of {shape.vocab} tokens; "
             "choose a divisor"
         )
-    config = transformer_config(shape, recipe, runtime.dtype)
+    rope_utils.fused_apply_rotary_pos_emb = rotary
+    cuda = runtime.device.type == "cuda"
+    config = transformer_config(shape, recipe, runtime.dtype, cuda=cuda)
     layers = get_num_layers_to_build(config)
     model = GPTModel(
         config,
@@ -249,7 +277,17 @@ def build(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> GPTModel:
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 1.0,
     )
+    if cuda:
+        model.compute_language_model_loss = _cross_entropy
     return model.to(device=runtime.device, dtype=runtime.dtype)
+
+
+def _cross_entropy(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """FP32 [B, S] of labels [B, S] and logits [S, B, V/tp], in one kernel each way."""
+    from halfbyte.training import fused_losses
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    return fused_losses.cross_entropy(logits, labels.transpose(0, 1), group).transpose(0, 1)
 
 
 def import_hf(model: GPTModel, model_dir: Path, shape: ModelShape, runtime: Runtime) -> None:

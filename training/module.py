@@ -73,6 +73,8 @@ class MegatronOptimizer:
             ),
             [ddp],
         )
+        for part in gradients.parts(self.megatron):
+            gradients.fuse_adam(part.optimizer)
         self.ddp = ddp
         self.train_config = train
         self.defaults: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The kernels of fused.py in Triton's interpreter, FP32 on the CPU; prints what differs, then `done N`."""
+"""The kernels of fused.py and fused_losses.py in Triton's interpreter, FP32; prints what differs, then `done N`."""
 
 import os
 
@@ -6,10 +6,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn import functional
 from triton.runtime import interpreter
 
-from halfbyte.training import fused, kernels, numerics
+from halfbyte.training import fused, fused_losses, kernels, numerics
 from halfbyte.training.config import BlockScale, Format
 
 count = 0
@@ -60,7 +61,53 @@ def main() -> None:
             else:
                 check(f"{shape} {name} norm", norm, numerics.fake_quantize(plain["norm"], number_format, scale), 0.0)
                 check(f"{shape} {name} glu", glu, numerics.fake_quantize(plain["glu"], number_format, scale), 0.0)
+    rotary()
+    losses()
     print(f"done {count}")
+
+
+def rotary() -> None:
+    """Against complex multiplication: (a + ib) e^(i angle)."""
+    for heads, width in ((3, 16), (8, 64)):
+        x = torch.randn(5, 2, heads, width, requires_grad=True)
+        angles = torch.randn(5, width // 2).repeat(1, 2)
+        double = x.detach().double().requires_grad_()
+        a, b = double.chunk(2, -1)
+        turned = torch.complex(a, b) * torch.polar(torch.ones(1).double(), angles[:, None, None, : width // 2].double())
+        expected = torch.cat([turned.real, turned.imag], -1)
+        found, grad = fused.rotary(x, angles.cos(), angles.sin()), torch.randn(x.shape)
+        (found * grad).sum().backward()
+        (expected * grad).sum().backward()
+        check("rotary", found, expected, 1e-6)
+        check("gradient of rotary", x.grad, double.grad, 1e-6)
+
+
+def losses() -> None:
+    """Against torch in FP64, with logits up to the hundreds and vocabularies around a step of the loop."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    for vocab, size in ((64, 3.0), (4096, 100.0), (4500, 3.0), (1, 1.0)):
+        logits, teacher = (torch.randn(3, 2, vocab) * size for _ in range(2))
+        logits.requires_grad_()
+        labels, grad = torch.randint(vocab, (3, 2)), torch.rand(3, 2)
+        double, target = logits.detach().double().requires_grad_(), teacher.double()
+        cases = {
+            "entropy": (
+                fused_losses.cross_entropy(logits, labels, group),
+                functional.cross_entropy(double.flatten(0, 1), labels.flatten(), reduction="none").view(3, 2),
+            )
+        }
+        for temperature in (1.0, 2.5):
+            p, q = (target / temperature).log_softmax(-1), (double / temperature).log_softmax(-1)
+            found = fused_losses.divergence(logits, teacher, group, temperature)
+            cases[f"divergence at {temperature}"] = (found, (p.exp() * (p - q)).sum(-1))
+        for what, (found, expected) in cases.items():
+            slope, wanted = (
+                torch.autograd.grad((y * grad).sum(), x)[0] for y, x in ((found, logits), (expected, double))
+            )
+            check(f"{what}, {vocab} columns", found + 1, expected + 1, 2e-6)
+            check(f"gradient of {what}, {vocab} columns", slope + 1, wanted + 1, 1e-5)
+    dist.destroy_process_group()
 
 
 patch_tensor = interpreter._patch_lang_tensor
