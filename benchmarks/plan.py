@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from halfbyte.training.config import (
+    BlockScale,
     Format,
     Method,
     Model,
@@ -42,6 +43,7 @@ class Arm:
 
     name: str
     format: Format | None = None
+    block_scale: BlockScale = BlockScale.amax
     modelopt: str | None = None
     """Name of a configuration in modelopt.torch.quantization; its kernels, its per-call path."""
 
@@ -49,8 +51,10 @@ class Arm:
 ARMS = {
     "bf16": Arm("bf16"),
     **{number_format.value: Arm(number_format.value, format=number_format) for number_format in Format},
+    "four_over_six": Arm("four_over_six", format=Format.nvfp4, block_scale=BlockScale.four_over_six),
     "modelopt_nvfp4": Arm("modelopt_nvfp4", modelopt="NVFP4_DEFAULT_CFG"),
     "modelopt_mxfp4": Arm("modelopt_mxfp4", modelopt="MXFP4_DEFAULT_CFG"),
+    "modelopt_four_over_six": Arm("modelopt_four_over_six", modelopt="NVFP4_FOUR_OVER_SIX_CFG"),
 }
 """bf16 is this project's own control: the same layers, the same schedule and optimizer, nothing quantized."""
 
@@ -92,7 +96,7 @@ def recipe(size: Size, layout: Layout, arm: Arm) -> Recipe:
         run=Run(name="bench", dir="bench"),
         method=Method.bf16 if arm.format is None else Method.qat,
         model=Model(path="none"),
-        quantize=Quantize(format=arm.format or Format.nvfp4),
+        quantize=Quantize(format=arm.format or Format.nvfp4, block_scale=arm.block_scale),
         parallel=Parallel(tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.tensor > 1),
         train=Train(
             steps=1000,

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from halfbyte.launch.summary import METRICS as SHOWN
-from halfbyte.training import metrics
-from halfbyte.training.metrics import Statistic
+from halfbyte.launch.summary import metric_form
 
 STAGES = {
     "bf16": "BF16",
@@ -14,25 +12,11 @@ STAGES = {
     "exported": "exported",
     "bf16_trained": "BF16 trained",
 }
-_LENGTHS = {
-    "output_tokens": ("mean output length, tokens", 1.0, "{:.1f}"),
-    "cut": ("outputs cut at the limit, %", 100.0, "{:.2f}"),
-}
 
 
 def stage_name(stage: str) -> str:
     """A stage as a heading."""
     return STAGES.get(stage, stage.upper().replace("_", " "))
-
-
-def metric_form(metric: str) -> tuple[str, float, str]:
-    """(label with unit, factor, format) of a metric in evaluate.json."""
-    for table in (SHOWN, _LENGTHS):
-        if metric in table:
-            return table[metric]
-    if metrics.METRICS.get(metric) is Statistic.perplexity:
-        return metric, 1.0, "{:.2f}"
-    return (f"{metric}, %", 100.0, "{:.2f}") if metric in metrics.METRICS else (metric, 1.0, "{:.4g}")
 
 
 def metric_text(metric: str, value: float) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.launch.report_blocks import Block, Cell, Group, Head, Missing, Ruling, Table, Text
-from halfbyte.launch.report_numbers import bytes_text, interval_text, metric_form, metric_text, stage_name
+from halfbyte.launch.report_numbers import bytes_text, interval_text, metric_text, stage_name
 from halfbyte.launch.report_run import Absent, RunFiles
+from halfbyte.launch.summary import metric_form
 from halfbyte.training.config import GateRule, Judges
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json

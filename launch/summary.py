@@ -4,17 +4,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from halfbyte.training import metrics
 from halfbyte.training.config import Recipe
 from halfbyte.training.files import damage, read_json
 
-METRICS = {
+SHOWN = {
     "accuracy": ("accuracy, %", 100.0, "{:.2f}"),
     "perplexity": ("perplexity", 1.0, "{:.2f}"),
     "bits_per_byte": ("bits per byte", 1.0, "{:.4f}"),
     "kl": ("KL to BF16, nats", 1.0, "{:.4f}"),
     "agreement": ("top-1 agreement, %", 100.0, "{:.2f}"),
+    "output_tokens": ("mean output length, tokens", 1.0, "{:.1f}"),
+    "cut": ("outputs cut at the limit, %", 100.0, "{:.2f}"),
 }
-"""Metric in evaluate.json -> label, factor, format."""
+"""Metric in evaluate.json -> label with unit, factor, format; a task's own metrics go by their names."""
+
+
+def metric_form(metric: str) -> tuple[str, float, str]:
+    """(label with unit, factor, format) of a metric in evaluate.json."""
+    if metric in SHOWN:
+        return SHOWN[metric]
+    return (f"{metric}, %", 100.0, "{:.2f}") if metric in metrics.METRICS else (metric, 1.0, "{:.4g}")
 
 
 def columns(rows: list[list[str]]) -> Iterable[str]:
@@ -32,10 +42,10 @@ def score_rows(scores: dict[str, dict[str, dict[str, float]]]) -> list[list[str]
     stages = list(scores)
     rows = [["task", "score", *(stage.upper().replace("_", " ") for stage in stages)]]
     for task, first in scores[stages[0]].items():
-        for metric, (label, factor, pattern) in METRICS.items():
+        found = dict.fromkeys(metric for stage in stages for metric in scores[stage].get(task, {}) if metric != "n")
+        for metric in found:
+            label, factor, pattern = metric_form(metric)
             values = [scores[stage].get(task, {}).get(metric) for stage in stages]
-            if all(value is None for value in values):
-                continue
             shown = ["-" if value is None else pattern.format(value * factor) for value in values]
             rows.append([f"{task} ({int(first['n'])})", label, *shown])
     return rows

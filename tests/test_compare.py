@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.launch import cli, handover
-from halfbyte.launch.summary import summary_text
+from halfbyte.launch.summary import score_rows, summary_text
 from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, USAGE, RecipeError, UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.resolve import load, resolve, save
@@ -332,3 +332,11 @@ def test_a_tasks_threshold_and_a_control_survive_the_run_folder(make_run, tmp_pa
     assert gate.control == str(control)  # from any working directory
     with pytest.raises(RecipeError, match="is this run; give the folder of a run of method bf16"):
         resolve("tiny", [f"run.dir={folder}", f"gate.control={folder}"])
+
+
+def test_the_summary_shows_what_a_task_of_lm_eval_measured():
+    scores = {"bf16": {"piqa": {"n": 3, "acc": 0.5, "bits_per_byte": 1.25}}, "ptq": {"piqa": {"n": 3, "acc": 0.25}}}
+    assert score_rows(scores)[1:] == [
+        ["piqa (3)", "acc, %", "50.00", "25.00"],
+        ["piqa (3)", "bits per byte", "1.2500", "-"],
+    ]

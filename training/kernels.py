@@ -23,7 +23,7 @@ from halfbyte.training.config import BlockScale, Format
 
 NONE, NVFP4, FOUR_OVER_SIX, MXFP4, FP8 = (tl.constexpr(i) for i in range(5))
 """How a kernel rounds a tile."""
-ELEMENTS, WARPS = 2048, 2
+ELEMENTS, WARPS = 1024, 1
 """Elements and warps per program; measured, see docs/evidence/h200_speed.md."""
 
 _SIGNLESS = tl.constexpr(0x7FFFFFFF)
