@@ -45,6 +45,9 @@ def _steps(size: Size, measured: Mapping[str, Any], gemm_flops: float) -> list[s
     for layout, arms in measured.items():
         base = arms["bf16"]
         for name, arm in arms.items():
+            if "failed" in arm:
+                rows.append(f"| {layout} | {name} | failed | {arm['failed']} | | | | | |")
+                continue
             spread = (max(arm["seconds"]) - min(arm["seconds"])) / arm["median"]
             used = size.step_flops / arm["median"] / (gemm_flops * (1 if layout == "tp1" else 2))
             cells = [

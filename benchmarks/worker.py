@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.tensor_parallel import layers
 
 from halfbyte.bench.plan import ARMS, LAYOUTS, Arm, Layout, Size, recipe
 from halfbyte.training import environment, model, module, quantize
@@ -26,6 +27,9 @@ from halfbyte.training.shape import ModelShape
 
 WARM_UP = 3
 """Steps before the clock runs: compilation, allocator, optimizer state."""
+REPLACED = ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight")
+FAILURES = (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError, TypeError, ValueError)
+"""What ModelOpt's arms may fail with, by format and layout; the table then names the reason."""
 
 
 def shape_of(size: Size) -> ModelShape:
@@ -79,13 +83,17 @@ def training(size: Size, layout: Layout, arm: Arm, runtime: Runtime, parts: list
 
 @contextlib.contextmanager
 def _modelopt_as_it_is(arm: Arm) -> Iterator[None]:
-    """ModelOpt's arms keep its own path per call, and its gradients unfused, as it sets them."""
+    """ModelOpt's arms keep its own path per call, and its gradients unfused, as it sets them.
+
+    It replaces functions of Megatron during each call and, when that call fails, leaves them replaced.
+    """
     if arm.modelopt is None:
         yield
         return
     with (
         mock.patch.object(module, "weights_once", return_value=contextlib.nullcontext()),
         mock.patch.object(module.gradients, "fuse"),
+        mock.patch.multiple(layers, **{name: getattr(layers, name) for name in REPLACED}),
     ):
         yield
 
@@ -114,28 +122,40 @@ def measure(
 
     Returns:
         Arm name -> seconds (of all timed steps), first_step (seconds, compilation included), peak_bytes (of this
-        rank), loss (of the last step).
+        rank), loss (of the last step), median; an arm of ModelOpt that does not run: failed (the reason).
     """
     parts = batches(size, runtime)
     found: dict[str, Any] = {arm.name: {"seconds": [], "first_step": None} for arm in arms}
     for _ in range(rounds):
         for arm in arms:
-            with training(size, layout, arm, runtime, parts) as trained:
-                warm = time_steps(trained, parts, WARM_UP, runtime)
-                if runtime.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                entry = found[arm.name]
-                entry["first_step"] = entry["first_step"] or warm[0]
-                entry["seconds"] += time_steps(trained, parts, steps, runtime)
-                entry["peak_bytes"] = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else None
-                entry["loss"] = trained.progress.losses[-1]
-            del trained
+            entry = found[arm.name]
+            if "failed" in entry:
+                continue
+            try:
+                _one_turn(entry, size, layout, arm, runtime, parts, steps)
+            except FAILURES as error:
+                if arm.modelopt is None:
+                    raise
+                entry["failed"] = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
             gc.collect()
             if runtime.device.type == "cuda":
                 torch.cuda.empty_cache()
     for entry in found.values():
-        entry["median"] = statistics.median(entry["seconds"])
+        entry["median"] = statistics.median(entry["seconds"]) if "failed" not in entry else None
     return found
+
+
+def _one_turn(
+    entry: dict[str, Any], size: Size, layout: Layout, arm: Arm, runtime: Runtime, parts: list[MicroBatch], steps: int
+) -> None:
+    with training(size, layout, arm, runtime, parts) as trained:
+        warm = time_steps(trained, parts, WARM_UP, runtime)
+        if runtime.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        entry["first_step"] = entry["first_step"] or warm[0]
+        entry["seconds"] += time_steps(trained, parts, steps, runtime)
+        entry["peak_bytes"] = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else None
+        entry["loss"] = trained.progress.losses[-1]
 
 
 def main(argv: list[str]) -> None:

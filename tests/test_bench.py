@@ -44,6 +44,7 @@ def test_the_table_divides_by_bf16():
     arms = {
         "bf16": {"seconds": [0.2, 0.19, 0.21], "median": 0.2, "first_step": 1.0, "peak_bytes": 10_000_000_000},
         "nvfp4": {"seconds": [0.203], "median": 0.203, "first_step": 1.5, "peak_bytes": 12_500_000_000},
+        "modelopt_nvfp4": {"seconds": [], "median": None, "first_step": None, "failed": "NotImplementedError: TP"},
     }
     kernels = {
         "kernels": {
@@ -56,7 +57,21 @@ def test_the_table_divides_by_bf16():
     assert "| tp1 | nvfp4 | 203.0 | 1.015 | 0.0 % | 1.5 | 12.50 | +2.50 |" in text
     assert "| tp1 | bf16 | 200.0 | 1.000 | 10.0 % |" in text
     assert "| nvfp4 | 110.0 | 3800 | 95 % |" in text
+    assert "| tp1 | modelopt_nvfp4 | failed | NotImplementedError: TP |" in text
     assert "- tp2 skipped: needs 2 GPUs, 1 found" in text
+
+
+@pytest.mark.slow
+def test_an_arm_of_modelopt_that_fails_is_named_and_ours_go_on():
+    helpers = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+    from halfbyte.bench import worker
+
+    with helpers["world_of_one"]() as runtime:  # ModelOpt's own fake quantization refuses CPU tensors
+        found = worker.measure(
+            SMALL, LAYOUTS["tp1"], [ARMS["modelopt_nvfp4"], ARMS["bf16"]], runtime, steps=1, rounds=2
+        )
+    assert found["modelopt_nvfp4"]["failed"].startswith("AssertionError: ")
+    assert len(found["bf16"]["seconds"]) == 2
 
 
 @pytest.mark.slow
