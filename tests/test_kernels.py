@@ -78,6 +78,7 @@ def test_a_view_is_quantized_as_what_it_shows():
     x = torch.randn(96, 64, device="cuda").bfloat16().t()[:, 32:]
     scale_2 = numerics.second_scale(x.abs().amax(), SecondScale.pow2)
     assert same(numerics.fake_quantize(x, Format.nvfp4, scale_2), numerics.nvfp4_fake(x.contiguous(), scale_2))
+    assert same(numerics.fake_quantize(x, Format.nvfp4, scale_2.cpu()), numerics.nvfp4_fake(x, scale_2))
     assert numerics.fake_quantize(x[:0], Format.mxfp4).shape == (0, 64)
     with pytest.raises(ValueError, match="not a multiple of the block of 32"):
         numerics.fake_quantize(x[:, :16], Format.mxfp4)

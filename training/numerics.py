@@ -199,6 +199,7 @@ class StraightThrough(torch.autograd.Function):
 
             check_blocks(x, BLOCK[number_format])
             if kernels.supports(x, number_format, block_scale):
+                scale = None if scale is None else scale.to(device=x.device, dtype=torch.float32)
                 return kernels.fake(x, number_format, scale, block_scale)
         if number_format is Format.mxfp4:
             return mxfp4_fake(x)
