@@ -7,6 +7,8 @@ command line stays fast. OmegaConf 2.3 has no Literal fields, hence the string e
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from halfbyte.training.config_distill import Distill
+
 
 class Method(StrEnum):
     """How accuracy is won back: not at all, by cross-entropy, by distillation; or no quantization (the control)."""
@@ -234,13 +236,6 @@ class Train:
     """Shard optimizer state over the data-parallel ranks (float64 always uses the plain optimizer)."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
-
-
-@dataclass
-class Distill:
-    """QAD: forward KL of the student to the BF16 model's logits."""
-
-    temperature: float = 1.0
 
 
 @dataclass

@@ -19,8 +19,14 @@ from halfbyte.training.shape import (
 
 def model_problems(recipe: Recipe, shape: ModelShape) -> list[str]:
     """Everything about the layout and the formats that the model's sizes rule out, one line each."""
-    problems = [*_layout(recipe, shape), *_formats(recipe, shape)]
+    problems = [*_layout(recipe, shape), *_formats(recipe, shape), *_distill(recipe, shape)]
     return problems if recipe.method == Method.bf16 else [*problems, *_patterns(recipe, shape), *_layers(recipe, shape)]
+
+
+def _distill(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    k = recipe.distill.top_k
+    if k is not None and k >= shape.vocab:
+        yield f"distill.top_k = {k}: the vocabulary has {shape.vocab} tokens; give less, or null for all of them"
 
 
 def _layout(recipe: Recipe, shape: ModelShape) -> Iterator[str]:

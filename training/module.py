@@ -17,10 +17,11 @@ from halfbyte.training import gradients, losses
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
+from halfbyte.training.distillation import Distillation
 from halfbyte.training.errors import UserError
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.runtime import Runtime
-from halfbyte.training.schedule import collect, train_batch
+from halfbyte.training.schedule import Loss, train_batch
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -159,7 +160,11 @@ class Training(pl.LightningModule):
         self.recipe, self.runtime, self.data = recipe, runtime, data
         self.progress = Progress()
         # Plain attributes in a list: Lightning must not walk, move or save these modules.
-        self._hidden = [model, wrap(model, recipe), teacher]
+        self._hidden = [model, wrap(model, recipe)]
+        self._distillation = None
+        if recipe.method == Method.qad:
+            assert teacher is not None
+            self._distillation = Distillation(model, teacher, recipe.distill)
         self.optimizer = MegatronOptimizer(self.ddp, recipe, runtime.dtype)
 
     @property
@@ -206,7 +211,7 @@ class Training(pl.LightningModule):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         with weights_once(self.gpt):
-            loss = train_batch(self.ddp, batch, self._loss(batch), needs_logits=self._distills)
+            loss = train_batch(self.ddp, batch, self._loss(batch), needs_logits=self._distillation is not None)
         if loss.tokens == 0:
             raise UserError(f"step {step}: no token carries loss; check data.answer_only and data.train")
         if not math.isfinite(loss.mean):
@@ -224,19 +229,8 @@ class Training(pl.LightningModule):
             rank_zero_only=True,
         )
 
-    @property
-    def _distills(self) -> bool:
-        return self.recipe.method == Method.qad
-
-    def _loss(self, batches: list[MicroBatch]) -> Callable[[torch.Tensor, MicroBatch, int], torch.Tensor]:
-        teacher = self._hidden[2]
-        if not self._distills or teacher is None:
-            return losses.cross_entropy
-        # The teacher walks the whole global batch first, so its logits must be kept: batch x tokens x V/tp values.
-        kept = collect(teacher, batches, lambda logits, index: logits.detach())
-        group = parallel_state.get_tensor_model_parallel_group()
-        temperature = self.recipe.distill.temperature
-        return lambda student, batch, index: losses.distillation(student, kept[index], group, temperature)
+    def _loss(self, batches: list[MicroBatch]) -> Loss:
+        return losses.cross_entropy if self._distillation is None else self._distillation.loss(batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store losses and token counts; their length is the data position."""

@@ -29,6 +29,7 @@ POSITIVE = (
     "sensitivity.tokens",
     "sensitivity.bits",
     "distill.temperature",
+    "distill.top_k",
     "checkpoint.keep",
     "evaluate.tokens_per_batch",
     "gate.perplexity_ratio",
@@ -43,12 +44,14 @@ NOT_NEGATIVE = (
     "train.weight_decay",
     "train.clip_grad",
     "checkpoint.every_steps",
+    "distill.cross_entropy",
+    "distill.hidden",
     "evaluate.kl_positions",
     "gate.threshold_pp",
     "verify.items",
     "launch.port",
 )
-FRACTIONS = ("train.beta1", "train.beta2", "gate.confidence")
+FRACTIONS = ("train.beta1", "train.beta2", "distill.beta", "gate.confidence")
 
 
 def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
