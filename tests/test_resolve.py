@@ -435,7 +435,7 @@ def test_resume_allows_what_does_not_touch_the_past():
     free = {"description", "run.dir", "run.name", "run.project", "run.wandb", "model.fetch", "model.config"}
     free |= {"train.steps", "train.micro_batch", "train.recompute", "train.distributed_optimizer"}
     free |= {"evaluate.tokens_per_batch"}
-    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "sensitivity.", "launch.")
+    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "sensitivity.", "generate.", "launch.")
     old = resolve("tiny", [])
     for key, value in rules.leaves(old):
         new = copy.deepcopy(old)

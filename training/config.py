@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from halfbyte.training.config_distill import Distill
+from halfbyte.training.config_generate import Generate
 
 
 class Method(StrEnum):
@@ -371,6 +372,7 @@ class Recipe:
     export: Export = field(default_factory=Export)
     verify: Verify = field(default_factory=Verify)
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
+    generate: Generate = field(default_factory=Generate)
     launch: Launch = field(default_factory=Launch)
 
     @property

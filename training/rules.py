@@ -28,6 +28,7 @@ POSITIVE = (
     "quantize.calibration_length",
     "sensitivity.tokens",
     "sensitivity.bits",
+    "generate.max_tokens",
     "distill.temperature",
     "distill.top_k",
     "checkpoint.keep",
@@ -48,6 +49,8 @@ NOT_NEGATIVE = (
     "distill.hidden",
     "evaluate.kl_positions",
     "gate.threshold_pp",
+    "generate.temperature",
+    "generate.seed",
     "verify.items",
     "launch.port",
 )
