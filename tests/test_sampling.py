@@ -12,7 +12,7 @@ from halfbyte.launch.generate import prepare
 from halfbyte.training import model, sampling
 from halfbyte.training.blocks import Blocks
 from halfbyte.training.config import Data, DataFormat, Model, Recipe
-from halfbyte.training.config_generate import Generate
+from halfbyte.training.config_commands import Generate
 from halfbyte.training.corpus import tokenize_corpus
 from halfbyte.training.errors import USAGE, RecipeError, UserError
 from halfbyte.training.evaluate import Examination

@@ -86,6 +86,8 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
             yield f"quantize.scale_2 = {quantize.scale_2}: {names} has no second-level scale; leave the key out"
         if quantize.block_scale != BlockScale.amax:
             yield f"quantize.block_scale = {quantize.block_scale}: {names} has no choice of scales; leave the key out"
+    if formats == [Format.mxfp4] and quantize.clip_gradient:
+        yield "quantize.clip_gradient = true: mxfp4 has no calibrated range to leave; leave the key out"
     sizes = linear_sizes(shape)
     told: set[tuple[str, Format]] = set()
     for name, number_format in planned.items():

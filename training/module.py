@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
 from halfbyte.training.distillation import Distillation
 from halfbyte.training.errors import UserError
+from halfbyte.training.fake_quant import clip_weight_gradients, unquantized
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import Loss, train_batch
@@ -210,7 +212,8 @@ class Training(pl.LightningModule):
         step = len(self.progress.losses)
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        with weights_once(self.gpt):
+        quantizes = step >= self.recipe.train.fake_quant_after_steps
+        with nullcontext() if quantizes else unquantized(self.gpt), weights_once(self.gpt):
             loss = train_batch(self.ddp, batch, self._loss(batch), needs_logits=self._distillation is not None)
         if loss.tokens == 0:
             raise UserError(f"step {step}: no token carries loss; check data.answer_only and data.train")
@@ -219,6 +222,8 @@ class Training(pl.LightningModule):
                 f"step {step}: loss is {loss.mean}: stopped before the update; lower train.learning_rate "
                 "or start from an earlier checkpoint"
             )
+        if quantizes and self.recipe.quantize.clip_gradient:
+            clip_weight_gradients(self.gpt)
         rate = self.optimizer.set_learning_rate(step)
         optimizer.step()
         self.progress.losses.append(loss.mean)

@@ -41,6 +41,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "train.seed",
     "train.warmup_steps",
+    "train.fake_quant_after_steps",
     "train.min_learning_rate",
     "train.weight_decay",
     "train.clip_grad",
@@ -135,6 +136,7 @@ def _steps(recipe: Recipe) -> Iterator[str]:
                 f"train.min_learning_rate = {train.min_learning_rate}: above train.learning_rate = "
                 f"{train.learning_rate}; lower it"
             )
+    yield from _late_start(recipe)
     if recipe.method != Method.bf16 and quantize.calibration_samples < 1:
         yield (
             f"quantize.calibration_samples = {quantize.calibration_samples}: nothing to calibrate with; "
@@ -163,6 +165,19 @@ def _files(recipe: Recipe) -> Iterator[str]:
         if path and not Path(path).is_file():
             wanted = "the YAML file of a task of lm-eval" if key in lm_eval else "a JSONL or JSONL.gz file"
             yield f"{key} = {path}: no such file; give {wanted}"
+
+
+def _late_start(recipe: Recipe) -> Iterator[str]:
+    late, steps = recipe.train.fake_quant_after_steps, recipe.train.steps
+    if late <= 0 or recipe.method not in (Method.qat, Method.qad):
+        return
+    if late >= steps > 0:
+        yield f"train.fake_quant_after_steps = {late}: train.steps = {steps} end before it; give less than {steps}"
+    if recipe.method == Method.qad and not recipe.distill.cross_entropy:
+        yield (
+            f"train.fake_quant_after_steps = {late}: until it is quantized, a QAD student is its teacher and has "
+            "nothing to learn; give 0, or distill.cross_entropy a weight"
+        )
 
 
 def _tasks(recipe: Recipe) -> Iterator[str]:
