@@ -93,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", metavar="PROMPTS", help="JSONL of texts to continue or conversations to answer")
     generate.add_argument("out", metavar="OUT", help="JSONL to write, in the form that data.train takes")
     generate.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. generate.temperature=0.7")
+    teacher = add("teacher", _teacher, "the BF16 model's top-k of the training text, for distill.teacher", recipe=True)
+    teacher.add_argument("--out", metavar="FOLDER", help="where to; none means <run.dir>_teacher")
     submit = add("submit", _submit, "hand the very same run to Slurm", recipe=True)
     submit.add_argument("--nodes", metavar="N", type=int, required=True, help="number of nodes")
     submit.add_argument("--dry-run", action="store_true", help="write and print the sbatch file only")
@@ -275,6 +277,18 @@ def _generate(args: argparse.Namespace) -> int:
     recipe = prepare(_recipe_or_run(args), args.prompts, args.out)
     save(recipe, Path(recipe.run.dir) / RESOLVED)
     return launch(recipe, [STAGE])
+
+
+def _teacher(args: argparse.Namespace) -> int:
+    from halfbyte.launch.start import RESOLVED, launch
+    from halfbyte.launch.teacher import STAGE, prepare
+    from halfbyte.training.resolve import save
+
+    recipe = _with_weights(args)
+    folder = Path(args.out or f"{recipe.run.dir}_teacher").absolute()
+    writing = prepare(recipe, folder)
+    save(writing, folder / RESOLVED)
+    return launch(writing, [STAGE])
 
 
 def _stage(args: argparse.Namespace) -> int:

@@ -128,7 +128,7 @@ def _stage_memory(recipe: Recipe, shape: ModelShape, stage: int) -> dict[str, fl
         "activations": in_flight * layers * kept + (layer if train.recompute else 0.0),
         "logits": logits,
     }
-    if recipe.method == Method.qad:
+    if recipe.method == Method.qad and recipe.distill.teacher is None:
         parts["teacher"] = 2 * held + (_teacher_said(recipe, shape) if last else 0.0)
     if recipe.method != Method.bf16:
         parts["rounded weights"] = 2 * layers * per_layer / layout.tensor

@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("workers") / "methods.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-VARIANTS = ("forward_kl", "everything")
+VARIANTS = ("forward_kl", "everything", "top_k", "files")
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +42,7 @@ def test_every_layout_gives_the_losses_of_one_process(found, layout, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_weights_move(found, variant):
     assert len(set(found["one"][variant])) == 2
+
+
+def test_files_give_the_losses_of_their_teacher(found):
+    assert found["one"]["files"] == pytest.approx(found["one"]["top_k"], rel=1e-12)

@@ -30,3 +30,5 @@ class Distill:
     """Weight of the cross-entropy to the labels, nats."""
     hidden: float = 0.0
     """Weight of the mean squared difference of student and teacher after the last norm, over the hidden size."""
+    teacher: str | None = None
+    """Folder that `halfbyte teacher` wrote: the top-k is read from there, and no teacher is loaded."""

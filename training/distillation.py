@@ -2,7 +2,8 @@
 
 Without pipeline parallelism the teacher runs right before each micro-batch's loss, so that one micro-batch of its
 logits is alive. A pipeline cannot stop between two micro-batches: there the teacher walks the whole global batch first
-and the last stage keeps what it said, which distill.top_k makes small. Shapes: B rows, S sequence, H hidden size.
+and the last stage keeps what it said, which distill.top_k makes small. With distill.teacher all of it comes from disk.
+Shapes: B rows, S sequence, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from halfbyte.training.config_distill import Distill
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.losses import compute_dtype, distillation
 from halfbyte.training.schedule import Loss, collect, forward_only
+from halfbyte.training.teacher_files import TeacherFiles
 from halfbyte.training.topk import TopK, label_cross_entropy, top_k, top_k_distillation
 
 
@@ -39,30 +41,38 @@ class Distillation:
 
     Args:
         student: This rank's GPTModel.
-        teacher: The BF16 model, same layout, not changed.
+        teacher: The BF16 model, same layout, not changed; or what it said, from disk.
         distill: The recipe's section.
     """
 
-    def __init__(self, student: GPTModel, teacher: GPTModel, distill: Distill):
+    def __init__(self, student: GPTModel, teacher: GPTModel | TeacherFiles, distill: Distill):
         self.teacher, self.distill = teacher, distill
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.sequence_parallel = student.config.sequence_parallel
         watched = bool(distill.hidden) and parallel_state.is_pipeline_last_stage()
-        self.hidden = [FinalHidden(model) for model in (student, teacher)] if watched else None
+        self.hidden = None
+        if watched and not isinstance(teacher, TeacherFiles):
+            self.hidden = [FinalHidden(model) for model in (student, teacher)]
 
     def loss(self, batches: Sequence[MicroBatch]) -> Loss:
         """The loss per token of one global batch; collective, to be called right before schedule.train_batch."""
+        if isinstance(self.teacher, TeacherFiles):
+            return self._from_files(self.teacher)
         pipeline = parallel_state.get_pipeline_model_parallel_world_size()
-        return self.batch_by_batch() if pipeline == 1 else self.beforehand(batches)
+        return self.batch_by_batch(self.teacher) if pipeline == 1 else self.beforehand(batches)
 
-    def batch_by_batch(self) -> Loss:
-        """The teacher computes inside the loss of each micro-batch."""
+    def _from_files(self, files: TeacherFiles) -> Loss:
         return lambda student, batch, index: self._compare(
-            student, batch, self._keep(forward_only(self.teacher, batch))
+            student, batch, Said(files.read(batch.windows, student.device), None)
         )
+
+    def batch_by_batch(self, teacher: GPTModel) -> Loss:
+        """The teacher computes inside the loss of each micro-batch."""
+        return lambda student, batch, index: self._compare(student, batch, self._keep(forward_only(teacher, batch)))
 
     def beforehand(self, batches: Sequence[MicroBatch]) -> Loss:
         """The teacher walks all micro-batches now."""
+        assert not isinstance(self.teacher, TeacherFiles)
         kept = dict(enumerate(collect(self.teacher, batches, lambda logits, index: self._keep(logits))))
         return lambda student, batch, index: self._compare(student, batch, kept.pop(index))
 

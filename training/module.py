@@ -24,6 +24,7 @@ from halfbyte.training.fake_quant import clip_weight_gradients, unquantized
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import Loss, train_batch
+from halfbyte.training.teacher_files import TeacherFiles
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -148,14 +149,20 @@ class Training(pl.LightningModule):
 
     Args:
         model: This rank's GPTModel, quantized or not.
-        teacher: The BF16 model for QAD, same layout; else None.
+        teacher: For QAD the BF16 model, same layout, or its files; else None.
         recipe: The recipe.
         runtime: This process.
         data: Packed training windows.
     """
 
     def __init__(
-        self, model: GPTModel, *, teacher: GPTModel | None, recipe: Recipe, runtime: Runtime, data: PackedDataset
+        self,
+        model: GPTModel,
+        *,
+        teacher: GPTModel | TeacherFiles | None,
+        recipe: Recipe,
+        runtime: Runtime,
+        data: PackedDataset,
     ):
         super().__init__()
         self.automatic_optimization = False

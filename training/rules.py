@@ -69,7 +69,7 @@ def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
         One line per problem; empty for a recipe that can run.
     """
     shape, found = find_shape(recipe)
-    found += [*_numbers(recipe), *_steps(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
+    found += [*_numbers(recipe), *_steps(recipe), *_teacher(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
     if shape is not None:
         found += model_problems(recipe, shape)
     if need_weights:
@@ -148,6 +148,19 @@ def _steps(recipe: Recipe) -> Iterator[str]:
             f"train.global_batch = {train.global_batch}: not a multiple of train.micro_batch x parallel.data = "
             f"{per_pass}; give a multiple of {per_pass}"
         )
+
+
+def _teacher(recipe: Recipe) -> Iterator[str]:
+    distill = recipe.distill
+    if distill.teacher is None:
+        return
+    key = f"distill.teacher = {distill.teacher}"
+    if not (Path(distill.teacher) / "teacher.json").is_file():
+        yield f"{key}: holds no teacher.json; write the files with halfbyte teacher, or set null"
+    if distill.top_k is None:
+        yield f"{key}: holds top-k only; give distill.top_k the files' number"
+    if distill.hidden:
+        yield f"{key}: holds no hidden states; set distill.hidden=0, or distill.teacher=null to load a teacher"
 
 
 def _files(recipe: Recipe) -> Iterator[str]:

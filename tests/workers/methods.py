@@ -20,9 +20,10 @@ from halfbyte.training.data import calibration_windows, plain_batches, rank_micr
 from halfbyte.training.files import write_json
 from halfbyte.training.module import Training
 from halfbyte.training.packing import PackingReport
-from halfbyte.training.runtime import Runtime, close_runtime, open_runtime
+from halfbyte.training.runtime import Runtime, close_runtime, on_first_rank, open_runtime
 from halfbyte.training.schedule import collect
 from halfbyte.training.shape import read_shape
+from halfbyte.training.teacher_files import TeacherFiles, ask, begin, fingerprint, needed_windows, write_file
 
 LAYOUTS = {
     1: {"one": Parallel()},
@@ -36,6 +37,8 @@ EVERYTHING = Distill(loss=Divergence.jensen_shannon, beta=0.3, temperature=2.0, 
 VARIANTS = {
     "forward_kl": (Method.qad, {}, {}, Distill()),
     "everything": (Method.qad, {}, {}, EVERYTHING),
+    "top_k": (Method.qad, {}, {}, Distill(top_k=8)),
+    "files": (Method.qad, {}, {}, Distill(top_k=8, teacher="what halfbyte teacher would write")),
 }
 """Name -> method, changes of `train`, changes of `quantize`, `distill`."""
 STEPS, WINDOWS, LENGTH = 2, 8, 16
@@ -61,7 +64,20 @@ def corpus(vocab: int) -> PackedDataset:
     return PackedDataset(tokens, mask, np.zeros((WINDOWS, LENGTH), np.int32), False, report, Path("random"))
 
 
-def losses(folder: Path, recipe: Recipe, runtime: Runtime) -> list[float]:
+def files_of(place: Path, folder: Path, teacher, data: PackedDataset, recipe: Recipe, runtime: Runtime) -> TeacherFiles:
+    """The teacher's files: written under the first layout, read under all."""
+    recipe.model.path = str(folder)
+    windows = needed_windows(recipe, data)
+    made_from = fingerprint(recipe, data)
+    if not on_first_rank(runtime, place.exists):
+        said = ask(teacher, recipe, data, windows, runtime.device)
+        on_first_rank(runtime, lambda: begin(place, made_from, windows))
+        assert said is not None  # the first layout is no pipeline
+        on_first_rank(runtime, lambda: write_file(place, 0, said))
+    return TeacherFiles(place, made_from, windows)
+
+
+def losses(folder: Path, recipe: Recipe, runtime: Runtime, place: Path) -> list[float]:
     """Mean loss per token of every step."""
     shape = read_shape(folder / "config.json")
 
@@ -74,6 +90,8 @@ def losses(folder: Path, recipe: Recipe, runtime: Runtime) -> list[float]:
     student, teacher = load(), load().requires_grad_(False)
     windows = plain_batches(calibration_windows(data, WINDOWS, 0), 4, runtime.device)
     quantize.quantize(student, recipe, runtime, lambda stage: collect(stage, windows, None))
+    if recipe.distill.teacher is not None:
+        teacher = files_of(place, folder, teacher, data, recipe, runtime)
     module = Training(student, teacher=teacher, recipe=recipe, runtime=runtime, data=data)
     module.optimizers = lambda: module.optimizer  # what Lightning's trainer would give it
     module.log_dict = lambda *_, **__: None
@@ -102,7 +120,9 @@ def main(folder: Path, out: Path) -> None:
         else:  # other groups of the same processes
             parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
-        found[layout] = {name: losses(folder, recipe, runtime) for name, recipe in recipes.items()}
+        found[layout] = {
+            name: losses(folder, recipe, runtime, out.parent / "files") for name, recipe in recipes.items()
+        }
         torch.distributed.barrier()
     assert runtime is not None
     if runtime.first:
