@@ -181,7 +181,7 @@ def test_a_folder_of_another_teacher_is_not_written_into(written, recipe):
 @pytest.mark.slow
 def test_the_command_and_a_run_from_its_files(halfbyte, tiny_model, tmp_path):
     common = ["method=qad", "distill.top_k=16", f"model.path={tiny_model}", "train.steps=2"]
-    done = halfbyte("teacher", "tiny", *common, "parallel.pipeline=2", "--out", "files")
+    done = halfbyte("teacher", "tiny", *common, "--out", "files")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 windows, top 16" in done.stdout
     run = [*common, "run.wandb=disabled", "evaluate.tasks.english.limit=2", "evaluate.tasks.lambada.limit=2"]

@@ -1,6 +1,6 @@
 """Losses of a few training steps under several layouts, one recipe after another, in float64.
 
-Usage: methods.py MODEL OUT.json, alone or under torchrun with two processes. MODEL is a Hugging Face directory. Judges
+Usage: methods.py MODEL OUT.json under torchrun with two processes. MODEL is a Hugging Face directory. Judges
 nothing: rank 0 writes {layout: {variant: [loss of every step]}}.
 """
 
@@ -26,12 +26,9 @@ from halfbyte.training.shape import read_shape
 from halfbyte.training.teacher_files import TeacherFiles, ask, begin, fingerprint, needed_windows, write_file
 
 LAYOUTS = {
-    1: {"one": Parallel()},
-    2: {
-        "tp2_sp": Parallel(tensor=2, sequence=True),
-        "pp2": Parallel(pipeline=2),
-        "dp2": Parallel(data=2),
-    },
+    "pp2": Parallel(pipeline=2),
+    "tp2_sp": Parallel(tensor=2, sequence=True),
+    "dp2": Parallel(data=2),
 }
 EVERYTHING = Distill(loss=Divergence.jensen_shannon, beta=0.3, temperature=2.0, top_k=8, cross_entropy=0.5, hidden=2.0)
 VARIANTS = {
@@ -72,8 +69,9 @@ def files_of(place: Path, folder: Path, teacher, data: PackedDataset, recipe: Re
     if not on_first_rank(runtime, place.exists):
         said = ask(teacher, recipe, data, windows, runtime.device)
         on_first_rank(runtime, lambda: begin(place, made_from, windows))
-        assert said is not None  # the first layout is no pipeline
-        on_first_rank(runtime, lambda: write_file(place, 0, said))
+        if said is not None:  # the last stage of the pipeline that is the first layout
+            write_file(place, 0, said)
+        torch.distributed.barrier()
     return TeacherFiles(place, made_from, windows)
 
 
@@ -110,10 +108,10 @@ def losses(folder: Path, recipe: Recipe, runtime: Runtime, place: Path) -> list[
 
 
 def main(folder: Path, out: Path) -> None:
-    """Train every variant under every layout of this world size."""
+    """Train every variant under every layout."""
     found: dict[str, dict[str, list[float]]] = {}
     runtime = None
-    for layout, parallel in LAYOUTS[environment.coordinates()[1]].items():
+    for layout, parallel in LAYOUTS.items():
         recipes = {name: recipe_of(name, copy.deepcopy(parallel)) for name in VARIANTS}
         if runtime is None:
             runtime = open_runtime(recipes["forward_kl"])
