@@ -239,6 +239,9 @@ class Train:
     """Shard optimizer state over the data-parallel ranks (float64 always uses the plain optimizer)."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
+    freeze: list[str] = field(default_factory=list)
+    """fnmatch patterns on Hugging Face module names (*norm*, lm_head, model.layers.0.mlp.*) that are not trained.
+    q/k/v, gate/up and tied embeddings are one parameter each: all members or none."""
     fake_quant_after_steps: int = 0
     """The first N steps train in BF16; the scales are those of the calibration before them."""
 

@@ -1,10 +1,11 @@
 """Whether a recipe fits its model: layout, block sizes, exclude patterns. Pure and torch-free; a line per problem."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from halfbyte.training.config import BLOCK, TWO_LEVEL, BlockScale, Format, Method, Recipe, SecondScale
+from halfbyte.training.pattern_rules import freeze_problems, pattern_problems, some
 from halfbyte.training.shape import (
     FUSED_GROUPS,
     ROW_PARALLEL,
@@ -20,7 +21,9 @@ from halfbyte.training.shape import (
 def model_problems(recipe: Recipe, shape: ModelShape) -> list[str]:
     """Everything about the layout and the formats that the model's sizes rule out, one line each."""
     problems = [*_layout(recipe, shape), *_formats(recipe, shape), *_distill(recipe, shape)]
-    return problems if recipe.method == Method.bf16 else [*problems, *_patterns(recipe, shape), *_layers(recipe, shape)]
+    if recipe.method != Method.bf16:
+        problems += [*_patterns(recipe, shape), *_layers(recipe, shape)]
+    return problems if recipe.method == Method.ptq else [*problems, *freeze_problems(recipe, shape)]
 
 
 def _distill(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
@@ -117,24 +120,7 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
 
 def _patterns(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     modules = [*linear_sizes(shape), "lm_head", "model.embed_tokens"]
-    for pattern in recipe.quantize.exclude:
-        if not any(fnmatchcase(module, pattern) for module in modules):
-            yield (
-                f"quantize.exclude = {pattern}: matches no module; write a Hugging Face module name such as "
-                "model.layers.0.mlp.down_proj, * stands for anything"
-            )
-    for group in FUSED_GROUPS:
-        split = [
-            layer
-            for layer in range(shape.layers)
-            if 0 < sum(excluded(f"model.layers.{layer}.{name}", recipe.quantize.exclude) for name in group) < len(group)
-        ]
-        if split:
-            members = ", ".join(name.rpartition(".")[2] for name in group)
-            yield (
-                f"quantize.exclude = [{', '.join(recipe.quantize.exclude)}]: splits {members} of layer {_some(split)}, "
-                "one layer at training time; exclude all of them or none"
-            )
+    yield from pattern_problems("quantize.exclude", recipe.quantize.exclude, modules, shape)
 
 
 def _layers(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
@@ -165,10 +151,6 @@ def _layers(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
                 split.setdefault(shown, []).append(layer)
         for shown, layers in split.items():
             yield (
-                f"quantize.layers: gives {shown} in layer {_some(layers)}, one layer at training time and in every "
+                f"quantize.layers: gives {shown} in layer {some(layers)}, one layer at training time and in every "
                 "runtime; match all of them with one pattern"
             )
-
-
-def _some(items: Sequence[int]) -> str:
-    return ", ".join(map(str, items[:4])) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

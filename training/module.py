@@ -22,6 +22,7 @@ from halfbyte.training.distillation import Distillation
 from halfbyte.training.errors import UserError
 from halfbyte.training.fake_quant import clip_weight_gradients, unquantized
 from halfbyte.training.fast_path import weights_once
+from halfbyte.training.freeze import freeze
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import Loss, train_batch
 from halfbyte.training.teacher_files import TeacherFiles
@@ -169,6 +170,7 @@ class Training(pl.LightningModule):
         self.recipe, self.runtime, self.data = recipe, runtime, data
         self.progress = Progress()
         # Plain attributes in a list: Lightning must not walk, move or save these modules.
+        freeze(model, recipe.train.freeze, recompute=recipe.train.recompute)
         self._hidden = [model, wrap(model, recipe)]
         self._distillation = None
         if recipe.method == Method.qad:
