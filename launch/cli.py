@@ -88,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("recipe", metavar="RUN_OR_RECIPE", help="folder of a run, a YAML file or a recipe's name")
     sensitivity.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. sensitivity.tokens=16384")
     sensitivity.add_argument("--bits", metavar="B", help="budget of a mixed plan, bits per weight (sensitivity.bits)")
+    generate = add("generate", _generate, "training text in the BF16 model's own words")
+    generate.add_argument("recipe", metavar="RECIPE_OR_RUN", help="a YAML file, a recipe's name or folder of a run")
+    generate.add_argument("prompts", metavar="PROMPTS", help="JSONL of texts to continue or conversations to answer")
+    generate.add_argument("out", metavar="OUT", help="JSONL to write, in the form that data.train takes")
+    generate.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. generate.temperature=0.7")
+    teacher = add("teacher", _teacher, "the BF16 model's top-k of the training text, for distill.teacher", recipe=True)
+    teacher.add_argument("--out", metavar="FOLDER", help="where to; none means <run.dir>_teacher")
     submit = add("submit", _submit, "hand the very same run to Slurm", recipe=True)
     submit.add_argument("--nodes", metavar="N", type=int, required=True, help="number of nodes")
     submit.add_argument("--dry-run", action="store_true", help="write and print the sbatch file only")
@@ -230,27 +237,58 @@ def _gate_against(args: argparse.Namespace) -> int:
 def _sensitivity(args: argparse.Namespace) -> int:
     from halfbyte.launch.sensitivity import STAGE, prepare
     from halfbyte.launch.start import RESOLVED, is_first, launch
-    from halfbyte.training.resolve import load, save
-    from halfbyte.training.rules import problems
+    from halfbyte.training.resolve import save
 
     if args.bits is not None:
         args.overrides.append(f"sensitivity.bits={args.bits}")
-    resolved = Path(args.recipe) / RESOLVED
-    if resolved.is_file():
-        recipe = load(resolved, [*args.overrides, f"run.dir={args.recipe}"])
-        found = problems(recipe, need_weights=True)
-        if found:
-            raise RecipeError(found)
-    else:
-        recipe = _with_weights(args)
+    recipe = _recipe_or_run(args)
     measured = prepare(recipe)
     save(measured, Path(measured.run.dir) / RESOLVED)
     code = launch(measured, [STAGE])
     plan = Path(recipe.run.dir) / "sensitivity.yaml"
     if code == OK and recipe.sensitivity.bits is not None and is_first():
+        resolved = Path(args.recipe) / RESOLVED
         source = resolved if resolved.is_file() else args.recipe
         print(f"  run it: halfbyte run {source} {plan} run.dir={recipe.run.dir}_mixed")
     return code
+
+
+def _recipe_or_run(args: argparse.Namespace):
+    """The recipe that is named, or that of the run folder that is named; its weights must be there."""
+    from halfbyte.launch.start import RESOLVED
+    from halfbyte.training.resolve import load
+    from halfbyte.training.rules import problems
+
+    resolved = Path(args.recipe) / RESOLVED
+    if not resolved.is_file():
+        return _with_weights(args)
+    recipe = load(resolved, [*args.overrides, f"run.dir={args.recipe}"])
+    found = problems(recipe, need_weights=True)
+    if found:
+        raise RecipeError(found)
+    return recipe
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from halfbyte.launch.generate import STAGE, prepare
+    from halfbyte.launch.start import RESOLVED, launch
+    from halfbyte.training.resolve import save
+
+    recipe = prepare(_recipe_or_run(args), args.prompts, args.out)
+    save(recipe, Path(recipe.run.dir) / RESOLVED)
+    return launch(recipe, [STAGE])
+
+
+def _teacher(args: argparse.Namespace) -> int:
+    from halfbyte.launch.start import RESOLVED, launch
+    from halfbyte.launch.teacher import STAGE, prepare
+    from halfbyte.training.resolve import save
+
+    recipe = _with_weights(args)
+    folder = Path(args.out or f"{recipe.run.dir}_teacher").absolute()
+    writing = prepare(recipe, folder)
+    save(writing, folder / RESOLVED)
+    return launch(writing, [STAGE])
 
 
 def _stage(args: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ def run_stages(recipe: Recipe, stages: Sequence[str], stop: Stop, *, allow_faile
     Args:
         recipe: Resolved recipe; run.dir exists and holds resolved.yaml.
         stages: Some of STAGES. All of them: what a run folder already holds is not done again. Fewer: these are. Or
-            "sensitivity" alone, which is not a stage of a run.
+            "sensitivity" or "generate" alone, which are not stages of a run.
         stop: Installed signal handling.
         allow_failed_gate: Export even if the gate does not pass, with the verdict in the files.
 
@@ -45,10 +45,20 @@ def run_stages(recipe: Recipe, stages: Sequence[str], stop: Stop, *, allow_faile
     Raises:
         UserError: a stage stopped; its message is one line.
     """
+    if list(stages) == ["generate"]:
+        from halfbyte.launch.generate import generate
+
+        generate(recipe, stop)
+        return OK
     if list(stages) == ["sensitivity"]:
         from halfbyte.launch.sensitivity import measure
 
         measure(recipe, stop)
+        return OK
+    if list(stages) == ["teacher"]:
+        from halfbyte.launch.teacher import write
+
+        write(recipe, stop)
         return OK
     resume = set(stages) == set(STAGES)
     first = environment.coordinates()[0] == 0

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from halfbyte.training.config import BLOCK, TWO_LEVEL, Format, GateRule, Method, Recipe, Task
+from halfbyte.training.config_distill import Distill
 from halfbyte.training.rules import missing_weights, must_fetch
 from halfbyte.training.shape import (
     ROW_PARALLEL,
@@ -77,8 +78,8 @@ def memory_per_rank(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     data-parallel ranks under the distributed optimizer. Activations per layer and micro-batch are 34 s b h bytes
     without the attention scores (arXiv 2205.05198, section 4), of which tensor parallelism divides 24 and sequence
     parallelism all; stage i of p holds p - i micro-batches. Recomputation keeps 2 s b h per layer and one whole layer.
-    The last stage holds logits and their gradient in FP32, 8 s b v. QAD adds the teacher's weights and logits. Fake
-    quantization holds one layer's rounded weights.
+    The last stage holds logits and their gradient in FP32, 8 s b v. QAD adds the teacher's weights, and the logits of
+    one micro-batch or, in a pipeline, of the global batch. Fake quantization holds one layer's rounded weights.
 
     Returns:
         Part -> bytes, of the stage with the largest sum.
@@ -94,6 +95,17 @@ def _stage_layers(recipe: Recipe, shape: ModelShape, *, last: bool) -> float:
     if fixed is None or pipeline == 1:
         return shape.layers / pipeline
     return fixed if last else (shape.layers - fixed) / (pipeline - 1)
+
+
+def _teacher_said(recipe: Recipe, shape: ModelShape) -> float:
+    """Bytes that the last stage keeps of a BF16 teacher: its logits, or K values, int32 indices and one FP32 tail."""
+    layout, train, k = recipe.parallel, recipe.train, recipe.distill.top_k
+    batches = train.global_batch // (train.micro_batch * layout.data) if layout.pipeline > 1 else 1
+    tokens = train.sequence_length * train.micro_batch
+    whole = 2 * shape.vocab / layout.tensor
+    if k is None:
+        return batches * tokens * whole
+    return batches * tokens * (6 * k + 4) + tokens * whole  # top-k is taken of one micro-batch's logits at a time
 
 
 def _stage_memory(recipe: Recipe, shape: ModelShape, stage: int) -> dict[str, float]:
@@ -116,8 +128,8 @@ def _stage_memory(recipe: Recipe, shape: ModelShape, stage: int) -> dict[str, fl
         "activations": in_flight * layers * kept + (layer if train.recompute else 0.0),
         "logits": logits,
     }
-    if recipe.method == Method.qad:
-        parts["teacher"] = 2 * held + logits / 2
+    if recipe.method == Method.qad and recipe.distill.teacher is None:
+        parts["teacher"] = 2 * held + (_teacher_said(recipe, shape) if last else 0.0)
     if recipe.method != Method.bf16:
         parts["rounded weights"] = 2 * layers * per_layer / layout.tensor
     return parts
@@ -158,13 +170,28 @@ def _training(recipe: Recipe) -> list[str]:
     per_step = train.global_batch * train.sequence_length
     micro = train.global_batch // (train.micro_batch * recipe.parallel.data)
     return [
-        f"{recipe.method}: {train.steps} steps of {train.global_batch} x {train.sequence_length} = {per_step:,} "
+        f"{_method(recipe)}: {train.steps} steps of {train.global_batch} x {train.sequence_length} = {per_step:,} "
         f"tokens each, {train.steps * per_step:,} in all",
         f"per rank and step: {micro} micro-{_plural(micro, 'batch')} of {train.micro_batch}",
         f"learning rate {train.learning_rate:g} to {train.min_learning_rate:g}, {train.warmup_steps} steps of warmup, "
         f"clip {train.clip_grad:g}, dtype {train.dtype}, seed {train.seed}",
         f"text {_path(recipe.data.train or '')}",
     ]
+
+
+def _method(recipe: Recipe) -> str:
+    if recipe.method != Method.qad:
+        return recipe.method
+    distill = recipe.distill
+    over = "" if distill.top_k is None else f" over the top {distill.top_k} and the rest"
+    parts = [f"{distill.loss}{over} at temperature {distill.temperature:g}"]
+    parts += [f"{weight:g} x {name}" for name, weight in _mixed_in(distill).items()]
+    return f"qad by {' + '.join(parts)}"
+
+
+def _mixed_in(distill: Distill) -> dict[str, float]:
+    weights = {"cross-entropy": distill.cross_entropy, "hidden states": distill.hidden}
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def _quantize(recipe: Recipe, shape: ModelShape) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from halfbyte.launch.report_numbers import stage_name
 from halfbyte.launch.report_plots import Plot, Series, draw, moving_mean
 from halfbyte.launch.report_run import Absent, RunFiles
 from halfbyte.training.config import Method, TaskKind
+from halfbyte.training.config_distill import Distill
 from halfbyte.training.errors import UserError
 from halfbyte.training.scoring import kl_places
 
@@ -31,8 +33,10 @@ def loss(files: RunFiles) -> list[Block]:
     if not losses:
         raise Absent("train.json holds no loss: no step was made")
     steps = list(range(1, len(losses) + 1))
-    distilled = files.recipe.method is Method.qad
-    label = "KL to BF16, nats per token" if distilled else "cross-entropy, nats per token"
+    label = "cross-entropy, nats per token"
+    if files.recipe.method is Method.qad:
+        plain = replace(files.recipe.distill, temperature=1.0) == Distill()
+        label = "KL to BF16, nats per token" if plain else "distillation loss per token"
     series, text = [Series("", steps, losses)], ""
     if len(losses) >= 50:
         width = max(5, len(losses) // 20)

@@ -21,6 +21,7 @@ from halfbyte.training.interrupt import Stop
 from halfbyte.training.runtime import Runtime, on_first_rank
 from halfbyte.training.schedule import collect
 from halfbyte.training.shape import ModelShape, read_shape
+from halfbyte.training.teacher_files import TeacherFiles, fingerprint, needed_windows
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Work:
             gpt = model.build(shape, recipe, runtime)
             model.import_hf(gpt, folder, shape, runtime)
             teacher = None
-            if recipe.method == Method.qad:
+            if recipe.method == Method.qad and recipe.distill.teacher is None:
                 teacher = model.build(shape, recipe, runtime)
                 model.import_hf(teacher, folder, shape, runtime)
                 teacher.requires_grad_(False)
@@ -161,7 +162,7 @@ class Work:
         recipe = self.recipe
         length = recipe.quantize.calibration_length or recipe.train.sequence_length
         source = Path(recipe.quantize.calibration_data or recipe.data.train or "")
-        packed = self._packed(source, length)
+        packed = self.packed(source, length)
         windows = data.calibration_windows(packed, recipe.quantize.calibration_samples, recipe.train.seed)
         rows = max(1, recipe.evaluate.tokens_per_batch // length)
         batches = data.plain_batches(windows, rows, self.runtime.device)
@@ -171,7 +172,13 @@ class Work:
             for start in range(0, len(batches), group):
                 collect(stage, batches[start : start + group], None)
 
-    def _packed(self, source: Path, length: int) -> corpus.PackedDataset:
+    def packed(self, source: Path, length: int) -> corpus.PackedDataset:
+        """A text file as windows of `length` tokens: made once, then mapped from the run's cache.
+
+        Raises:
+            UserError: see corpus.prepare, and token ids that the model has no embedding for.
+        """
+
         def prepare() -> corpus.PackedDataset:
             return corpus.prepare(source, self.tokenizer, self.recipe.data, length, self.folder / "cache")
 
@@ -196,13 +203,14 @@ class Work:
         from halfbyte.training.module import Training
 
         assert self.recipe.data.train is not None  # resolve.py has checked it
-        packed = self._packed(Path(self.recipe.data.train), self.recipe.train.sequence_length)
+        packed = self.packed(Path(self.recipe.data.train), self.recipe.train.sequence_length)
         last = on_first_rank(self.runtime, lambda: checkpoint.repair_link(self.checkpoints))
         done = int(last.name.removeprefix("step_")) if last else 0
         if done > steps:
             raise UserError(f"train.steps = {steps}: {last} is already past it; raise train.steps or use a new run.dir")
         with self.console.stage("train") as notes:
-            module = Training(self.gpt, teacher=self.teacher, recipe=self.recipe, runtime=self.runtime, data=packed)
+            teacher = self.teacher if self.recipe.distill.teacher is None else self._teacher_files(packed)
+            module = Training(self.gpt, teacher=teacher, recipe=self.recipe, runtime=self.runtime, data=packed)
             seconds = fit(module, self.recipe, self.runtime, self.stop) if done < steps else []
             progress = module.progress
             if seconds:
@@ -214,6 +222,11 @@ class Work:
                 )
         self.current = bool(seconds)
         self._mark("train", steps)
+
+    def _teacher_files(self, packed: corpus.PackedDataset) -> TeacherFiles:
+        folder = Path(self.recipe.distill.teacher or "")
+        made_from = on_first_rank(self.runtime, lambda: fingerprint(self.recipe, packed))
+        return TeacherFiles(folder, made_from, needed_windows(self.recipe, packed))
 
     def _write_training(self, progress: Any, seconds: list[float], tokens: int) -> None:
         errors = {} if self.recipe.method == Method.bf16 else quantize.weight_errors(self.gpt, self.recipe.quantize)

@@ -149,3 +149,10 @@ def test_distillation_over_vocabulary_shards(together):
     found = together["tp2_sp"]["distillation"]
     assert set(found) == {"value_1", "gradient_1", "value_2", "gradient_2"}
     assert max(found.values()) <= 1e-6
+
+
+@pytest.mark.slow
+def test_every_divergence_over_vocabulary_shards(together):
+    found = together["tp2_sp"]["divergences"]
+    assert len(found) == 3 * 5 + 1
+    assert max(found.values()) <= 1e-10

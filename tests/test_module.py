@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import runpy
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from halfbyte.training.config import Distill, Method, Recipe, Train
+from halfbyte.training.config import Method, Recipe, Train
+from halfbyte.training.config_distill import Distill
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.errors import UserError
 
@@ -231,7 +233,7 @@ def test_distillation_compares_with_the_teacher(world):
         total += float((kl * part.loss_mask).sum())
     bench.step(parts)
     assert bench.module.progress.losses == pytest.approx([total / bench.module.progress.tokens[0]], rel=1e-5)
-    kept = bench.module._hidden[2]
+    kept = bench.module._distillation.teacher
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), teacher.parameters(), strict=True))
 
 
@@ -242,3 +244,72 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(world):
     bench.step(batches(8))
     assert bench.module.progress.losses == pytest.approx([0.0], abs=1e-7)
     assert bench.logged[0]["gradient_norm"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "distill",
+    [Distill(), Distill(top_k=5, temperature=2.0), Distill(top_k=3, hidden=1.5, cross_entropy=0.5)],
+    ids=["full", "top_k", "mixed"],
+)
+def test_the_teacher_may_compute_batch_by_batch_or_beforehand(world, monkeypatch, distill):
+    from halfbyte.training.distillation import Distillation
+
+    recipe = make_recipe()
+    recipe.method, recipe.distill = Method.qad, distill
+    runs = [Bench(world, recipe, teacher_seed=1) for _ in range(2)]
+    runs[0].step(batches(9, 3))
+    monkeypatch.setattr(Distillation, "loss", Distillation.beforehand)
+    runs[1].step(batches(9, 3))
+    assert runs[0].module.progress == runs[1].module.progress
+    assert same(runs[0].state(), runs[1].state())
+
+
+def test_batch_by_batch_one_micro_batch_of_the_teacher_is_alive(world, monkeypatch):
+    from halfbyte.training import distillation
+
+    alive: list[weakref.ref] = []
+    most = []
+    forward = distillation.forward_only
+
+    def watched(model, batch):
+        logits = forward(model, batch)
+        alive.append(weakref.ref(logits))
+        most.append(sum(one() is not None for one in alive))
+        return logits
+
+    monkeypatch.setattr(distillation, "forward_only", watched)
+    recipe = make_recipe()
+    recipe.method = Method.qad
+    Bench(world, recipe, teacher_seed=1).step(batches(10, 4))
+    assert most == [1, 1, 1, 1]
+
+
+def test_the_mixed_loss_is_its_parts(world):
+    recipe, parts = make_recipe(), batches(11, 3)
+    recipe.method, recipe.distill = Method.qad, Distill(cross_entropy=0.25, hidden=3.0)
+    bench = Bench(world, recipe, teacher_seed=1)
+    bench.step(parts)
+    total = 0.0
+    models = [world[0](recipe, seed) for seed in (0, 1)]
+    for part in parts:
+        positions = torch.arange(part.tokens.shape[1]).expand_as(part.tokens)
+        hidden, logits = [], []
+        for gpt in models:
+            gpt.decoder.register_forward_hook(lambda module, args, out, into=hidden: into.append(out.detach().double()))
+            logits.append(gpt(part.tokens, positions, None).detach().double().log_softmax(-1))
+            gpt.decoder._forward_hooks.clear()
+        kl = functional.kl_div(*logits, log_target=True, reduction="none").sum(-1)
+        ce = -logits[0].gather(-1, part.labels.unsqueeze(-1)).squeeze(-1)
+        mse = (hidden[0] - hidden[1]).square().mean(-1).T
+        total += float(((kl + 0.25 * ce + 3 * mse) * part.loss_mask).sum())
+    assert bench.module.progress.losses == pytest.approx([total / bench.module.progress.tokens[0]], rel=1e-5)
+
+
+def test_hidden_states_teach(world):
+    """With a weight that drowns the divergence, the error of the hidden states falls."""
+    recipe, part = make_recipe(learning_rate=3e-3, steps=1000), batches(12, 1)
+    recipe.method, recipe.distill = Method.qad, Distill(hidden=1e4)
+    bench = Bench(world, recipe, teacher_seed=1)
+    for _ in range(30):
+        bench.step(part)
+    assert bench.module.progress.losses[-1] < 0.3 * bench.module.progress.losses[0]

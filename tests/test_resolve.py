@@ -135,6 +135,11 @@ def test_tasks_by_number_name_and_brackets():
         ("train.min_learning_rate=1", "train.min_learning_rate = 1", "train.learning_rate = 0.001"),
         ("train.micro_batch=3", "train.global_batch = 4", "multiple of 3"),
         ("train.sequence_length=512", "train.sequence_length = 512", "256 positions"),
+        ("distill.top_k=0", "distill.top_k = 0", "at least 1"),
+        ("distill.top_k=100000", "distill.top_k = 100000", "null for all"),
+        ("distill.loss=kl", "distill.loss = kl", "forward_kl, reverse_kl, jensen_shannon"),
+        ("distill.beta=1", "distill.beta = 1", "between 0 and 1"),
+        ("distill.hidden=-1", "distill.hidden = -1", "not be negative"),
         ("quantize.calibration_length=512", "quantize.calibration_length = 512", "256 positions"),
         ("quantize.calibration_samples=0", "quantize.calibration_samples = 0", "nothing to calibrate with"),
         ("parallel.sequence=true", "parallel.sequence = true", "parallel.tensor = 1"),
@@ -430,7 +435,7 @@ def test_resume_allows_what_does_not_touch_the_past():
     free = {"description", "run.dir", "run.name", "run.project", "run.wandb", "model.fetch", "model.config"}
     free |= {"train.steps", "train.micro_batch", "train.recompute", "train.distributed_optimizer"}
     free |= {"evaluate.tokens_per_batch"}
-    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "sensitivity.", "launch.")
+    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "sensitivity.", "generate.", "launch.")
     old = resolve("tiny", [])
     for key, value in rules.leaves(old):
         new = copy.deepcopy(old)
@@ -438,7 +443,8 @@ def test_resume_allows_what_does_not_touch_the_past():
         owner = new
         for name in path:
             owner = getattr(owner, name)
-        setattr(owner, last, [] if isinstance(value, list) else f"{value}x")
+        other = ([] if value else ["x"]) if isinstance(value, list) else f"{value}x"
+        setattr(owner, last, other)
         found = resume_problems(old, new)
         if key in free or key.startswith(groups):
             assert found == [], key

@@ -7,6 +7,9 @@ command line stays fast. OmegaConf 2.3 has no Literal fields, hence the string e
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from halfbyte.training.config_commands import Generate, Sensitivity
+from halfbyte.training.config_distill import Distill
+
 
 class Method(StrEnum):
     """How accuracy is won back: not at all, by cross-entropy, by distillation; or no quantization (the control)."""
@@ -166,6 +169,8 @@ class Quantize:
     scale_2: SecondScale = SecondScale.pow2
     block_scale: BlockScale = BlockScale.amax
     """Of NVFP4 weights; activations always scale a block by its maximum."""
+    clip_gradient: bool = False
+    """The straight-through gradient is zero where a value exceeds what the calibrated scale can represent."""
     exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])
     """fnmatch patterns on Hugging Face module names (model.layers.0.mlp.down_proj) that stay unquantized.
     q/k/v and gate/up are one layer each at training time: exclude all members or none."""
@@ -234,13 +239,11 @@ class Train:
     """Shard optimizer state over the data-parallel ranks (float64 always uses the plain optimizer)."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
-
-
-@dataclass
-class Distill:
-    """QAD: forward KL of the student to the BF16 model's logits."""
-
-    temperature: float = 1.0
+    freeze: list[str] = field(default_factory=list)
+    """fnmatch patterns on Hugging Face module names (*norm*, lm_head, model.layers.0.mlp.*) that are not trained.
+    q/k/v, gate/up and tied embeddings are one parameter each: all members or none."""
+    fake_quant_after_steps: int = 0
+    """The first N steps train in BF16; the scales are those of the calibration before them."""
 
 
 @dataclass
@@ -327,20 +330,6 @@ class Verify:
 
 
 @dataclass
-class Sensitivity:
-    """What `halfbyte sensitivity` measures; a run does not read it."""
-
-    data: str | None = None
-    """JSONL of text that nothing is trained on; none means the first evaluation task of kind text."""
-    tokens: int = 4096
-    """Positions at which every variant is compared with the BF16 model: texts, cut to a sixteenth of it (or 32 tokens),
-    until there are as many."""
-    bits: float | None = None
-    """Budget of the mixed plan, bits per weight with block scales, over the linears that quantize.exclude leaves.
-    None chooses no plan."""
-
-
-@dataclass
 class Launch:
     """How processes start. World size comes from `parallel`."""
 
@@ -376,6 +365,7 @@ class Recipe:
     export: Export = field(default_factory=Export)
     verify: Verify = field(default_factory=Verify)
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
+    generate: Generate = field(default_factory=Generate)
     launch: Launch = field(default_factory=Launch)
 
     @property

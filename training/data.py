@@ -6,7 +6,7 @@ The order is a function of (seed, step) alone, so a resume needs no data state b
 Shapes: L = sequence length in tokens, n = windows, b = micro-batch size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -29,6 +29,7 @@ __all__ = [
     "read_jsonl",
     "step_windows",
     "tokenize_corpus",
+    "window_batch",
     "window_index",
 ]
 
@@ -42,17 +43,21 @@ class MicroBatch:
         labels: int64 [b, L] the next token of each input.
         loss_mask: float32 [b, L]; 1 where the label carries loss.
         segments: int64 [b, L] when documents are isolated, else None.
+        windows: Numbers of the b windows in the packed corpus; empty if they are not from there.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     segments: torch.Tensor | None
+    windows: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         segments = None if self.segments is None else self.segments.to(device)
-        return MicroBatch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device), segments)
+        return MicroBatch(
+            self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device), segments, self.windows
+        )
 
 
 def calibration_windows(dataset: PackedDataset, samples: int, seed: int) -> torch.Tensor:
@@ -150,7 +155,7 @@ def rank_micro_batches(
     indices = step_windows(dataset, step, global_batch=global_batch, seed=seed)
     share = global_batch // data_size
     mine = indices[data_rank * share : (data_rank + 1) * share]
-    return [_micro_batch(dataset, mine[i : i + micro_batch]) for i in range(0, share, micro_batch)]
+    return [window_batch(dataset, mine[i : i + micro_batch]) for i in range(0, share, micro_batch)]
 
 
 class StepStream(IterableDataset):
@@ -196,11 +201,18 @@ class StepStream(IterableDataset):
         return map(self._at, range(self.start_step, self.stop_step))
 
 
-def _micro_batch(dataset: PackedDataset, rows: list[int]) -> MicroBatch:
+def window_batch(dataset: PackedDataset, rows: Sequence[int]) -> MicroBatch:
+    """Windows of a corpus as one micro-batch, on the CPU.
+
+    Args:
+        dataset: The packed corpus.
+        rows: Numbers of b windows.
+    """
+    rows = list(rows)
     windows = torch.from_numpy(dataset.tokens[rows].astype(np.int64))
     mask = torch.from_numpy(dataset.loss_mask[rows].astype(np.float32))
     segments = torch.from_numpy(dataset.segments[rows].astype(np.int64)) if dataset.isolate_documents else None
-    return MicroBatch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), mask, segments)
+    return MicroBatch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), mask, segments, tuple(rows))
 
 
 @lru_cache(maxsize=2)  # a batch touches two epochs at most

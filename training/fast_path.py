@@ -103,6 +103,8 @@ def _bypass(linear: torch.nn.Module, producer: torch.nn.Module | None) -> None:
     base, quantizer = _base_forward(linear), linear.input_quantizer
     assert base is not None
     rounding = quantizer._quantizer_cache if quantizer.is_enabled else None
+    if rounding is not None and rounding.limit is not None:
+        producer = None  # a producer's kernel knows no clipped gradient
     if rounding is None or producer is not None:
         if producer is not None:
             producer.__dict__["rounding"] = rounding

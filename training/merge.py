@@ -101,6 +101,8 @@ def _make_absolute(recipe: Recipe) -> None:
     recipe.data.train = absolute(recipe.data.train)
     recipe.quantize.calibration_data = absolute(recipe.quantize.calibration_data)
     recipe.sensitivity.data = absolute(recipe.sensitivity.data)
+    recipe.distill.teacher = absolute(recipe.distill.teacher)
+    recipe.generate.prompts, recipe.generate.out = absolute(recipe.generate.prompts), absolute(recipe.generate.out)
     for task in recipe.evaluate.tasks:
         task.data = absolute(task.data) or ""
 

@@ -1,10 +1,11 @@
 """Whether a recipe fits its model: layout, block sizes, exclude patterns. Pure and torch-free; a line per problem."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from halfbyte.training.config import BLOCK, TWO_LEVEL, BlockScale, Format, Method, Recipe, SecondScale
+from halfbyte.training.pattern_rules import freeze_problems, pattern_problems, some
 from halfbyte.training.shape import (
     FUSED_GROUPS,
     ROW_PARALLEL,
@@ -19,8 +20,16 @@ from halfbyte.training.shape import (
 
 def model_problems(recipe: Recipe, shape: ModelShape) -> list[str]:
     """Everything about the layout and the formats that the model's sizes rule out, one line each."""
-    problems = [*_layout(recipe, shape), *_formats(recipe, shape)]
-    return problems if recipe.method == Method.bf16 else [*problems, *_patterns(recipe, shape), *_layers(recipe, shape)]
+    problems = [*_layout(recipe, shape), *_formats(recipe, shape), *_distill(recipe, shape)]
+    if recipe.method != Method.bf16:
+        problems += [*_patterns(recipe, shape), *_layers(recipe, shape)]
+    return problems if recipe.method == Method.ptq else [*problems, *freeze_problems(recipe, shape)]
+
+
+def _distill(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    k = recipe.distill.top_k
+    if k is not None and k >= shape.vocab:
+        yield f"distill.top_k = {k}: the vocabulary has {shape.vocab} tokens; give less, or null for all of them"
 
 
 def _layout(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
@@ -80,6 +89,8 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
             yield f"quantize.scale_2 = {quantize.scale_2}: {names} has no second-level scale; leave the key out"
         if quantize.block_scale != BlockScale.amax:
             yield f"quantize.block_scale = {quantize.block_scale}: {names} has no choice of scales; leave the key out"
+    if formats == [Format.mxfp4] and quantize.clip_gradient:
+        yield "quantize.clip_gradient = true: mxfp4 has no calibrated range to leave; leave the key out"
     sizes = linear_sizes(shape)
     told: set[tuple[str, Format]] = set()
     for name, number_format in planned.items():
@@ -109,24 +120,7 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
 
 def _patterns(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     modules = [*linear_sizes(shape), "lm_head", "model.embed_tokens"]
-    for pattern in recipe.quantize.exclude:
-        if not any(fnmatchcase(module, pattern) for module in modules):
-            yield (
-                f"quantize.exclude = {pattern}: matches no module; write a Hugging Face module name such as "
-                "model.layers.0.mlp.down_proj, * stands for anything"
-            )
-    for group in FUSED_GROUPS:
-        split = [
-            layer
-            for layer in range(shape.layers)
-            if 0 < sum(excluded(f"model.layers.{layer}.{name}", recipe.quantize.exclude) for name in group) < len(group)
-        ]
-        if split:
-            members = ", ".join(name.rpartition(".")[2] for name in group)
-            yield (
-                f"quantize.exclude = [{', '.join(recipe.quantize.exclude)}]: splits {members} of layer {_some(split)}, "
-                "one layer at training time; exclude all of them or none"
-            )
+    yield from pattern_problems("quantize.exclude", recipe.quantize.exclude, modules, shape)
 
 
 def _layers(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
@@ -157,10 +151,6 @@ def _layers(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
                 split.setdefault(shown, []).append(layer)
         for shown, layers in split.items():
             yield (
-                f"quantize.layers: gives {shown} in layer {_some(layers)}, one layer at training time and in every "
+                f"quantize.layers: gives {shown} in layer {some(layers)}, one layer at training time and in every "
                 "runtime; match all of them with one pattern"
             )
-
-
-def _some(items: Sequence[int]) -> str:
-    return ", ".join(map(str, items[:4])) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,14 @@ from halfbyte.training import gradients, losses
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
+from halfbyte.training.distillation import Distillation
 from halfbyte.training.errors import UserError
+from halfbyte.training.fake_quant import clip_weight_gradients, unquantized
 from halfbyte.training.fast_path import weights_once
+from halfbyte.training.freeze import freeze
 from halfbyte.training.runtime import Runtime
-from halfbyte.training.schedule import collect, train_batch
+from halfbyte.training.schedule import Loss, train_batch
+from halfbyte.training.teacher_files import TeacherFiles
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -147,21 +152,32 @@ class Training(pl.LightningModule):
 
     Args:
         model: This rank's GPTModel, quantized or not.
-        teacher: The BF16 model for QAD, same layout; else None.
+        teacher: For QAD the BF16 model, same layout, or its files; else None.
         recipe: The recipe.
         runtime: This process.
         data: Packed training windows.
     """
 
     def __init__(
-        self, model: GPTModel, *, teacher: GPTModel | None, recipe: Recipe, runtime: Runtime, data: PackedDataset
+        self,
+        model: GPTModel,
+        *,
+        teacher: GPTModel | TeacherFiles | None,
+        recipe: Recipe,
+        runtime: Runtime,
+        data: PackedDataset,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.recipe, self.runtime, self.data = recipe, runtime, data
         self.progress = Progress()
         # Plain attributes in a list: Lightning must not walk, move or save these modules.
-        self._hidden = [model, wrap(model, recipe), teacher]
+        freeze(model, recipe.train.freeze, recompute=recipe.train.recompute)
+        self._hidden = [model, wrap(model, recipe)]
+        self._distillation = None
+        if recipe.method == Method.qad:
+            assert teacher is not None
+            self._distillation = Distillation(model, teacher, recipe.distill)
         self.optimizer = MegatronOptimizer(self.ddp, recipe, runtime.dtype)
 
     @property
@@ -207,8 +223,9 @@ class Training(pl.LightningModule):
         step = len(self.progress.losses)
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        with weights_once(self.gpt):
-            loss = train_batch(self.ddp, batch, self._loss(batch), needs_logits=self._distills)
+        quantizes = step >= self.recipe.train.fake_quant_after_steps
+        with nullcontext() if quantizes else unquantized(self.gpt), weights_once(self.gpt):
+            loss = train_batch(self.ddp, batch, self._loss(batch), needs_logits=self._distillation is not None)
         if loss.tokens == 0:
             raise UserError(f"step {step}: no token carries loss; check data.answer_only and data.train")
         if not math.isfinite(loss.mean):
@@ -216,6 +233,8 @@ class Training(pl.LightningModule):
                 f"step {step}: loss is {loss.mean}: stopped before the update; lower train.learning_rate "
                 "or start from an earlier checkpoint"
             )
+        if quantizes and self.recipe.quantize.clip_gradient:
+            clip_weight_gradients(self.gpt)
         rate = self.optimizer.set_learning_rate(step)
         optimizer.step()
         self.progress.losses.append(loss.mean)
@@ -226,19 +245,8 @@ class Training(pl.LightningModule):
             rank_zero_only=True,
         )
 
-    @property
-    def _distills(self) -> bool:
-        return self.recipe.method == Method.qad
-
-    def _loss(self, batches: list[MicroBatch]) -> Callable[[torch.Tensor, MicroBatch, int], torch.Tensor]:
-        teacher = self._hidden[2]
-        if not self._distills or teacher is None:
-            return losses.cross_entropy
-        # The teacher walks the whole global batch first, so its logits must be kept: batch x tokens x V/tp values.
-        kept = collect(teacher, batches, lambda logits, index: logits.detach())
-        group = parallel_state.get_tensor_model_parallel_group()
-        temperature = self.recipe.distill.temperature
-        return lambda student, batch, index: losses.distillation(student, kept[index], group, temperature)
+    def _loss(self, batches: list[MicroBatch]) -> Loss:
+        return losses.cross_entropy if self._distillation is None else self._distillation.loss(batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store losses and token counts; their length is the data position."""

@@ -95,10 +95,7 @@ class Packer:
         first = next(records)
         self._note_tokens([self.tokenizer.eos_token_id, self.tokenizer.pad_token_id or 0], first[0])  # they are added
         records = chain([first], records)
-        chat = self.data.format == DataFormat.chat or (
-            self.data.format == DataFormat.auto and isinstance(first[1].get(self.data.chat_key), list)
-        )
-        windows = self._pack_chat(records) if chat else self._pack_text(records)
+        windows = self._pack_chat(records) if is_chat(first[1], self.data) else self._pack_text(records)
         count = 0
         for window in windows:
             count += 1
@@ -186,7 +183,7 @@ class Packer:
     def _conversation(self, line: int, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
         """Token ids and a mask of those that carry loss; None when there is nothing to learn or it is skipped."""
         where = f"{self.path}:{line}"
-        messages = _messages(record, self.data.chat_key, where)
+        messages = turns_of(record, self.data.chat_key, where)
         text, answers = render_chat(self.tokenizer, messages, where, answer_only=self.data.answer_only)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = np.array(encoding["input_ids"], np.int32)
@@ -267,7 +264,24 @@ def render_chat(
     return text, answers
 
 
-def _messages(record: dict[str, Any], key: str, where: str) -> list[dict[str, str]]:
+def is_chat(first: dict[str, Any], data: config.Data) -> bool:
+    """Whether a file is chat or text, from its first record where data.format is auto."""
+    return data.format == DataFormat.chat or (
+        data.format == DataFormat.auto and isinstance(first.get(data.chat_key), list)
+    )
+
+
+def turns_of(record: dict[str, Any], key: str, where: str) -> list[dict[str, str]]:
+    """The turns of a conversation, each with a `role` and a `content`.
+
+    Args:
+        record: One parsed line.
+        key: Key of the list of turns.
+        where: `file:line` for the error.
+
+    Raises:
+        UserError: there is no such list, or a turn lacks one of the two.
+    """
     if not isinstance(messages := record.get(key), list) or not messages:
         raise UserError(f"{where}: {key!r} is not a list of turns (keys: {', '.join(record)}); set data.chat_key")
     for turn, message in enumerate(messages, start=1):

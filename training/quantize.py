@@ -21,6 +21,7 @@ from modelopt.torch.quantization.nn.modules import tensor_quantizer
 from halfbyte.training import numerics
 from halfbyte.training.config import BLOCK, BlockScale, Format, Quantize, Recipe
 from halfbyte.training.errors import UserError
+from halfbyte.training.fake_quant import clip_gradient, largest
 from halfbyte.training.files import damage, read_json
 from halfbyte.training.hf_map import FUSED
 from halfbyte.training.runtime import Runtime
@@ -61,11 +62,13 @@ class Arithmetic:
         format: The number format.
         scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; None for MXFP4.
         block_scale: How NVFP4 chooses its block scales.
+        limit: FP32 [] magnitude beyond which the gradient is zero; None passes it everywhere.
     """
 
     format: Format
     scale: torch.Tensor | None
     block_scale: BlockScale = BlockScale.amax
+    limit: torch.Tensor | None = None
 
     @classmethod
     def of(cls, side: str, number_format: Format, amax: torch.Tensor | None, quantize: Quantize) -> "Arithmetic":
@@ -74,11 +77,11 @@ class Arithmetic:
         if number_format is Format.mxfp4 or amax is None:
             return cls(number_format, None)
         scale = numerics.tensor_scale(amax.float(), number_format, quantize.scale_2, block_scale)
-        return cls(number_format, scale, block_scale)
+        return cls(number_format, scale, block_scale, largest(number_format, scale) if quantize.clip_gradient else None)
 
     def fake(self, x: torch.Tensor) -> torch.Tensor:
-        """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through."""
-        return numerics.fake_quantize(x, self.format, self.scale, self.block_scale)
+        """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through, within `limit`."""
+        return numerics.fake_quantize(clip_gradient(x, self.limit), self.format, self.scale, self.block_scale)
 
     def rule(self) -> tuple[Any, torch.Tensor | None]:
         """The same for a kernel that rounds what it is about to store: how (kernels.rule_of), and the scale."""

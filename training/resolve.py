@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "export.*",
     "verify.*",
     "sensitivity.*",
+    "generate.*",
     "launch.*",
 )
 """Keys that an existing run may change: they do not touch what was calibrated, trained or scored so far."""

@@ -28,7 +28,9 @@ POSITIVE = (
     "quantize.calibration_length",
     "sensitivity.tokens",
     "sensitivity.bits",
+    "generate.max_tokens",
     "distill.temperature",
+    "distill.top_k",
     "checkpoint.keep",
     "evaluate.tokens_per_batch",
     "gate.perplexity_ratio",
@@ -39,16 +41,21 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "train.seed",
     "train.warmup_steps",
+    "train.fake_quant_after_steps",
     "train.min_learning_rate",
     "train.weight_decay",
     "train.clip_grad",
     "checkpoint.every_steps",
+    "distill.cross_entropy",
+    "distill.hidden",
     "evaluate.kl_positions",
     "gate.threshold_pp",
+    "generate.temperature",
+    "generate.seed",
     "verify.items",
     "launch.port",
 )
-FRACTIONS = ("train.beta1", "train.beta2", "gate.confidence")
+FRACTIONS = ("train.beta1", "train.beta2", "distill.beta", "gate.confidence")
 
 
 def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
@@ -62,7 +69,7 @@ def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
         One line per problem; empty for a recipe that can run.
     """
     shape, found = find_shape(recipe)
-    found += [*_numbers(recipe), *_steps(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
+    found += [*_numbers(recipe), *_steps(recipe), *_teacher(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
     if shape is not None:
         found += model_problems(recipe, shape)
     if need_weights:
@@ -129,6 +136,7 @@ def _steps(recipe: Recipe) -> Iterator[str]:
                 f"train.min_learning_rate = {train.min_learning_rate}: above train.learning_rate = "
                 f"{train.learning_rate}; lower it"
             )
+    yield from _late_start(recipe)
     if recipe.method != Method.bf16 and quantize.calibration_samples < 1:
         yield (
             f"quantize.calibration_samples = {quantize.calibration_samples}: nothing to calibrate with; "
@@ -140,6 +148,19 @@ def _steps(recipe: Recipe) -> Iterator[str]:
             f"train.global_batch = {train.global_batch}: not a multiple of train.micro_batch x parallel.data = "
             f"{per_pass}; give a multiple of {per_pass}"
         )
+
+
+def _teacher(recipe: Recipe) -> Iterator[str]:
+    distill = recipe.distill
+    if distill.teacher is None:
+        return
+    key = f"distill.teacher = {distill.teacher}"
+    if not (Path(distill.teacher) / "teacher.json").is_file():
+        yield f"{key}: holds no teacher.json; write the files with halfbyte teacher, or set null"
+    if distill.top_k is None:
+        yield f"{key}: holds top-k only; give distill.top_k the files' number"
+    if distill.hidden:
+        yield f"{key}: holds no hidden states; set distill.hidden=0, or distill.teacher=null to load a teacher"
 
 
 def _files(recipe: Recipe) -> Iterator[str]:
@@ -157,6 +178,19 @@ def _files(recipe: Recipe) -> Iterator[str]:
         if path and not Path(path).is_file():
             wanted = "the YAML file of a task of lm-eval" if key in lm_eval else "a JSONL or JSONL.gz file"
             yield f"{key} = {path}: no such file; give {wanted}"
+
+
+def _late_start(recipe: Recipe) -> Iterator[str]:
+    late, steps = recipe.train.fake_quant_after_steps, recipe.train.steps
+    if late <= 0 or recipe.method not in (Method.qat, Method.qad):
+        return
+    if late >= steps > 0:
+        yield f"train.fake_quant_after_steps = {late}: train.steps = {steps} end before it; give less than {steps}"
+    if recipe.method == Method.qad and not recipe.distill.cross_entropy:
+        yield (
+            f"train.fake_quant_after_steps = {late}: until it is quantized, a QAD student is its teacher and has "
+            "nothing to learn; give 0, or distill.cross_entropy a weight"
+        )
 
 
 def _tasks(recipe: Recipe) -> Iterator[str]:

@@ -52,6 +52,12 @@ def _forward(model: torch.nn.Module, batch: MicroBatch, labels: torch.Tensor | N
     return model(batch.tokens, positions, attention_mask(batch), labels=labels)
 
 
+def forward_only(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Logits [B, S, V/tp] of one micro-batch without a graph, where there is no pipeline: not through the schedule."""
+    with torch.no_grad():
+        return _forward(model, batch, None)
+
+
 def train_batch(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Loss, *, needs_logits: bool) -> StepLoss:
     """Forward and backward of one rank's share of a global batch; gradients are left in the DDP buffers.
 

@@ -14,6 +14,7 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 FUSED_GROUPS = (QKV, GATE_UP)
 """Linears that are one layer at training time and share one second-level scale."""
+LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
 """Linears whose K is split over tensor-parallel ranks; the others split N."""
 

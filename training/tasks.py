@@ -90,7 +90,7 @@ def _continuation_item(
     whole = _encode(tokenizer, stripped + continuation)
     prompt = _encode(tokenizer, stripped)
     if not prompt:
-        prompt = [_prefix(tokenizer)]
+        prompt = [prefix_token(tokenizer)]
         whole = prompt + whole
     if len(whole) <= len(prompt):
         raise UserError(f"{where}: {task.continuation_key!r} adds no token to the context; drop the line")
@@ -117,14 +117,15 @@ def _text_item(
         raise UserError(f"{where}: {task.text_key!r} is empty; drop the line")
     # Characters up to the end of the last scored token: decoding instead could change spaces or split characters.
     end = len(text) if len(ids) == len(encoding["input_ids"]) else encoding["offset_mapping"][len(ids) - 1][1]
-    return Item(index, (_prefix(tokenizer), *ids), 1, len(text[:end].encode()))
+    return Item(index, (prefix_token(tokenizer), *ids), 1, len(text[:end].encode()))
 
 
 def _encode(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _prefix(tokenizer: "PreTrainedTokenizerFast") -> int:
+def prefix_token(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """What every text starts with: BOS, or EOS for a tokenizer without one."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region as gather
 
-from halfbyte.training import environment, losses, model
+from halfbyte.training import environment, losses, model, topk
 from halfbyte.training.config import Parallel, Recipe, Train
+from halfbyte.training.config_distill import Divergence
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.files import write_json
 from halfbyte.training.runtime import Runtime, close_runtime, open_runtime
@@ -86,6 +87,43 @@ def distillation() -> dict[str, float]:
     return found
 
 
+def divergences() -> dict[str, float]:
+    """Every divergence, full and top-k, and the label cross-entropy, in float64: vocabulary shards against the whole.
+
+    A process alone computes both sides with the same functions; tests/test_divergences.py holds those against torch.
+    """
+    group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = (3 * torch.randn(2, 5, 96, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(96, (2, 5), generator=generator)
+    half = slice(rank * 48, (rank + 1) * 48)
+    found = {}
+    for loss in Divergence:
+        for k in (None, 1, 7, 60, 96):
+
+            def value(x: torch.Tensor, t: torch.Tensor, shards, loss=loss, k=k) -> torch.Tensor:
+                if k is None:
+                    return losses.distillation(x, t, shards, 1.5, loss, 0.3)
+                return topk.top_k_distillation(x, topk.top_k(t, k, 1.5, shards), shards, 1.5, loss, 0.3)
+
+            found[f"{loss.value}_{k}"] = distance(value, student, teacher, half, group)
+    found["label_cross_entropy"] = distance(
+        lambda x, t, shards: topk.label_cross_entropy(x, labels, shards), student, teacher, half, group
+    )
+    return found
+
+
+def distance(value, student: torch.Tensor, teacher: torch.Tensor, mine: slice, group) -> float:
+    """Largest difference of values and gradients between this rank's shard under `group` and the whole without one."""
+    whole, shard = student.clone().requires_grad_(), student[..., mine].clone().requires_grad_()
+    expected, loss = value(whole, teacher, None), value(shard, teacher[..., mine], group)
+    expected.sum().backward()
+    loss.sum().backward()
+    assert whole.grad is not None
+    assert shard.grad is not None
+    return max(float((loss - expected).abs().max()), float((shard.grad - whole.grad[..., mine]).abs().max()))
+
+
 def main(folder: Path, out: Path) -> None:
     """Measure every layout of this world size on every model."""
     layouts = LAYOUTS[environment.coordinates()[1]]
@@ -101,6 +139,7 @@ def main(folder: Path, out: Path) -> None:
         mine = {path.stem: parity(path.with_suffix(""), recipe, runtime) for path in models(folder, parallel)}
         if parallel.tensor > 1:
             mine["distillation"] = distillation()
+            mine["divergences"] = divergences()
         found[layout] = worst(mine, runtime)
     if runtime.first:
         write_json(out, found)

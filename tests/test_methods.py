@@ -1,0 +1,47 @@
+"""Training methods under every layout: the losses are the same. Float64, as in test_layouts.py.
+
+Data-parallel ranks compute as one process does, and that is held against plain torch in test_module.py.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+WORKER = Path(__file__).with_name("workers") / "methods.py"
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+VARIANTS = ("forward_kl", "everything", "top_k", "files")
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model, environment, tmp_path_factory) -> dict[str, dict[str, list[float]]]:
+    """Layout -> variant -> losses."""
+    out = tmp_path_factory.mktemp("methods") / "found.json"
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "--nproc-per-node", "2", str(WORKER), str(tiny_model), str(out)],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
+def test_every_layout_gives_the_losses_of_data_parallelism(found, layout, variant):
+    assert found[layout][variant] == pytest.approx(found["dp2"][variant], rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_weights_move(found, variant):
+    assert len(set(found["dp2"][variant])) == 2
+
+
+def test_files_give_the_losses_of_their_teacher(found):
+    assert found["dp2"]["files"] == pytest.approx(found["dp2"]["top_k"], rel=1e-12)
