@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from halfbyte.training import numerics
-from halfbyte.training.config import BlockScale, Format, SecondScale
+from halfbyte.training.config import BlockScale, SecondScale
+from halfbyte.training.formats import Rounding
 
 ROWS, COLUMNS = 8192, 14336
 GEMM = 8192
@@ -24,10 +25,10 @@ def measure() -> dict[str, Any]:
     out = torch.empty_like(x)
     runs: dict[str, Callable[[], Any]] = {
         "copy": lambda: out.copy_(x),
-        "nvfp4": lambda: numerics.fake_quantize(x, Format.nvfp4, scale_2),
-        "four_over_six": lambda: numerics.fake_quantize(x, Format.nvfp4, scale_2, BlockScale.four_over_six),
-        "mxfp4": lambda: numerics.fake_quantize(x, Format.mxfp4),
-        "fp8": lambda: numerics.fake_quantize(x, Format.fp8, scale_2),
+        "nvfp4": lambda: numerics.fake_quantize(x, Rounding.nvfp4, scale_2),
+        "four_over_six": lambda: numerics.fake_quantize(x, Rounding.nvfp4, scale_2, BlockScale.four_over_six),
+        "mxfp4": lambda: numerics.fake_quantize(x, Rounding.mxfp4),
+        "fp8": lambda: numerics.fake_quantize(x, Rounding.fp8, scale_2),
         "modelopt_nvfp4": _modelopt_nvfp4(x),
     }
     moved = 2 * x.numel() * x.element_size()

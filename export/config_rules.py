@@ -10,40 +10,59 @@ from typing import Any
 
 from halfbyte.export.reader import Checkpoint
 from halfbyte.training.config import Format
+from halfbyte.training.kv_format import KVCache
 
 ALGORITHM = {
     Format.nvfp4: {"quant_algo": "NVFP4", "group_size": 16},
     Format.w4a16_nvfp4: {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+    Format.w4a8_nvfp4_fp8: {"quant_algo": "W4A8_NVFP4_FP8", "group_size": 32},
     Format.fp8: {"quant_algo": "FP8"},
 }
 """A format as ModelOpt's readers know it."""
-ELEMENTS = {
-    Format.nvfp4: {"num_bits": 4, "type": "float", "group_size": 16},
-    Format.w4a16_nvfp4: {"num_bits": 4, "type": "float", "group_size": 16},
-    Format.mxfp4: {"num_bits": 4, "type": "float", "group_size": 32},
-    Format.fp8: {"num_bits": 8, "type": "float", "group_size": None},
+FP4_16, FP4_32, FP8 = (
+    {"num_bits": bits, "type": "float", "group_size": size} for bits, size in [(4, 16), (4, 32), (8, None)]
+)
+OPERANDS = {
+    Format.nvfp4: {"weights": FP4_16, "input_activations": FP4_16},
+    Format.w4a16_nvfp4: {"weights": FP4_16},
+    Format.w4a8_nvfp4_fp8: {"weights": FP4_32, "input_activations": FP8},
+    Format.mxfp4: {"weights": FP4_32, "input_activations": FP4_32},
+    Format.w4a16_mxfp4: {"weights": FP4_32},
+    Format.fp8: {"weights": FP8, "input_activations": FP8},
 }
-"""What a config group says about the elements of an operand."""
+"""What a config group says about the elements of each operand that is quantized."""
+MIXED = {Format.nvfp4, Format.w4a16_nvfp4, Format.fp8}
+"""Formats that runtimes read beside each other."""
 
 
-def broken_configs(checkpoint: Checkpoint, formats: dict[str, Format]) -> Iterator[str]:
+CACHES = {
+    KVCache.none: (None, None),
+    KVCache.fp8: ("FP8", {"dynamic": False, "num_bits": 8, "type": "float"}),
+    KVCache.nvfp4: ("NVFP4", "NVFP4"),
+}
+"""The cache's format in hf_quant_config.json (kv_cache_quant_algo) and in config.json (kv_cache_scheme)."""
+
+
+def broken_configs(checkpoint: Checkpoint, formats: dict[str, Format], cache: KVCache) -> Iterator[str]:
     """Every contradiction, one line each.
 
     Args:
         checkpoint: The opened files.
         formats: Module name -> format of every quantized linear.
+        cache: Format of the key/value cache.
     """
     flat = checkpoint.config.get("quantization_config")
     if not isinstance(flat, dict):
         yield "config.json has no quantization_config: a server would load packed bytes as weights"
         return
     excluded, distinct = flat.get("ignore"), set(formats.values())
-    if distinct == {Format.mxfp4}:
+    if len(distinct) > 1 and not distinct <= MIXED:
+        alone = ", ".join(sorted(distinct - MIXED))
+        yield f"formats are {', '.join(sorted(distinct))}: no runtime reads {alone} in a mix"
+        return
+    if distinct and not distinct <= ALGORITHM.keys():
         yield from _same("config.json quantization_config.quant_method", flat.get("quant_method"), "compressed-tensors")
         yield from _same("config.json quantization_config.format", flat.get("format"), "mxfp4-pack-quantized")
-    elif Format.mxfp4 in distinct:
-        yield f"formats are {', '.join(sorted(distinct))}: no runtime reads MXFP4 in a mix"
-        return
     else:
         layers = {module: ALGORITHM[number_format] for module, number_format in formats.items()}
         mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
@@ -51,7 +70,8 @@ def broken_configs(checkpoint: Checkpoint, formats: dict[str, Format]) -> Iterat
         yield from _same("config.json quantization_config.quant_method", flat.get("quant_method"), "modelopt")
         for key in ("quant_algo", "quantized_layers"):
             yield from _same(f"config.json quantization_config.{key}", flat.get(key), expected.get(key))
-        yield from _nested(checkpoint, expected, excluded)
+        yield from _nested(checkpoint, expected | {"kv_cache_quant_algo": CACHES[cache][0]}, excluded)
+    yield from _same("config.json quantization_config.kv_cache_scheme", flat.get("kv_cache_scheme"), CACHES[cache][1])
     yield from _groups(flat, formats)
     if not isinstance(excluded, list):
         yield "config.json quantization_config.ignore is not a list"
@@ -72,11 +92,11 @@ def _groups(flat: dict[str, Any], formats: dict[str, Format]) -> Iterator[str]:
         if group is None:
             yield f"config.json config_groups: no group's targets are the {len(targets)} of {number_format}"
             continue
-        operands = ["weights"] if number_format is Format.w4a16_nvfp4 else ["weights", "input_activations"]
+        operands = OPERANDS[number_format]
         given = [operand for operand in ("weights", "input_activations") if group.get(operand)]
-        yield from _same("config.json config_groups quantize", given, operands)
-        for operand in given:
-            for key, value in ELEMENTS[number_format].items():
+        yield from _same("config.json config_groups quantize", given, list(operands))
+        for operand in operands.keys() & set(given):
+            for key, value in operands[operand].items():
                 yield from _same(f"config.json config_groups {operand}.{key}", group[operand].get(key), value)
 
 
@@ -85,9 +105,8 @@ def _nested(checkpoint: Checkpoint, expected: dict[str, Any], ignore: Any) -> It
     try:
         content = json.loads(path.read_bytes())
         nested, producer = content["quantization"], content["producer"]["name"]
-        found = {key: nested[key] for key in expected}
+        found = {key: nested[key] for key in expected}  # also a null: vLLM refuses a file without kv_cache_quant_algo
         excluded = nested["exclude_modules"]
-        nested["kv_cache_quant_algo"]  # vLLM refuses a file without the key
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield f"hf_quant_config.json is missing, damaged or incomplete ({error!r})"
         return

@@ -25,8 +25,8 @@ def write_decoded(out: Path, folder: Path) -> dict[str, float]:
             holds all of its values, else in FP32. An existing folder is replaced.
 
     Returns:
-        Module name -> the second-level scale that the files give its input; empty for weight-only formats and for
-        formats whose activations have no stored scale.
+        Tensor name -> value of every scale that is not about weights: input_scale of the linears whose format stores
+        one, k_scale and v_scale where the key/value cache is quantized.
 
     Raises:
         UserError: the export is missing or damaged, or the disk is full.
@@ -34,15 +34,16 @@ def write_decoded(out: Path, folder: Path) -> dict[str, float]:
     checkpoint = open_checkpoint(out)
     suffixes = (".weight", ".weight_packed")
     modules = sorted({name.rsplit(".", 1)[0] for name in checkpoint.names() if name.endswith(suffixes)})
-    scales: dict[str, float] = {}
+    kinds = (".input_scale", ".k_scale", ".v_scale")
+    scales = {name: float(checkpoint.raw(name)) for name in checkpoint.names() if name.endswith(kinds)}
     with disk_errors(folder), replacing(folder) as partial:
         shards = Shards(partial, limit=SHARD_BYTES)
         for module in modules:
             values = torch.from_numpy(np.ascontiguousarray(checkpoint.decode(module)))
             rounded = values.to(torch.bfloat16)
             shards.add({f"{module}.weight": rounded if torch.equal(rounded.float(), values) else values})
-            if f"{module}.input_scale" in checkpoint.entries:
-                scales[module] = float(checkpoint.raw(f"{module}.input_scale"))
+            if f"{module}.bias" in checkpoint.entries:
+                shards.add({f"{module}.bias": torch.from_numpy(checkpoint.decode_dense(f"{module}.bias")).bfloat16()})
         shards.finish()
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")

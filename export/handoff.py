@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.training.config import Format, Method, Recipe
+from halfbyte.training.kv_format import KVCache
 
 _FORMAT = {
     Format.nvfp4: "NVFP4, W4A4: weights and activations in FP4 (E2M1, blocks of 16 with an E4M3 scale)",
     Format.w4a16_nvfp4: "NVFP4, W4A16: weights in FP4 (E2M1, blocks of 16 with an E4M3 scale), activations in BF16",
+    Format.w4a8_nvfp4_fp8: "NVFP4 with FP8 activations, W4A8: weights in FP4 (E2M1, blocks of 32 with an E4M3 scale),"
+    " activations in FP8 (E4M3, one static scale per tensor)",
+    Format.w4a16_mxfp4: "MXFP4, W4A16: weights in FP4 (E2M1, blocks of 32 with a power-of-two scale), activations in"
+    " BF16",
     Format.mxfp4: "MXFP4, W4A4: weights and activations in FP4 (E2M1, blocks of 32 with a power-of-two scale)",
     Format.fp8: "FP8, W8A8: weights and activations in FP8 (E4M3, one static scale per tensor)",
 }
@@ -24,6 +29,12 @@ _HARDWARE = {
 - vLLM: Marlin kernels, Turing (SM75) and newer, Hopper included.
 - SGLang: compute capability 8.0 and newer.
 - TensorRT-LLM: needs a release that knows W4A16_NVFP4, newer than 1.2.1.""",
+    Format.w4a8_nvfp4_fp8: """\
+- TensorRT-LLM on Blackwell only. By ModelOpt's account its kernel holds a weight's code times its block scale in FP8,
+  which rounds that product once more: results may differ a little from the ones evaluated here.
+- vLLM and SGLang have no reader for it.""",
+    Format.w4a16_mxfp4: """\
+- vLLM (its compressed-tensors MXFP4 schemes); a TensorRT-LLM that reads compressed-tensors maps it to W4A16_MXFP4.""",
     Format.mxfp4: """\
 - vLLM only (its compressed-tensors W4A4 MXFP4 scheme). FP4 tensor cores need Blackwell; elsewhere the weights are
   unpacked and results may differ from the ones evaluated here.
@@ -32,6 +43,16 @@ _HARDWARE = {
 - Ada (SM89), Hopper, Blackwell: FP8 tensor cores, the arithmetic that was trained and evaluated.
 - Older GPUs: vLLM asks for SM89; only FP8 layers of a mixed checkpoint run there, weight-only (Marlin kernels, BF16
   activations), so results differ from the ones evaluated here.""",
+}
+
+_CACHE = {
+    KVCache.none: "The KV cache is not quantized.",
+    KVCache.fp8: "The KV cache is FP8 (E4M3, `k_scale` and `v_scale` beside k_proj and v_proj): keys and values were"
+    " rounded to it in training and evaluation. vLLM and SGLang want `--kv-cache-dtype fp8_e4m3`, TensorRT-LLM reads it"
+    " from `hf_quant_config.json`.",
+    KVCache.nvfp4: "The KV cache is NVFP4 (blocks of 16 along a head; `k_scale`, `v_scale` beside k_proj and v_proj):"
+    " keys and values were rounded to it in training and evaluation. TensorRT-LLM reads it from `hf_quant_config.json`"
+    " and needs Blackwell; a server without it keeps the cache in BF16, or in FP8 with the same scales.",
 }
 
 _MIXED = """\
@@ -128,8 +149,10 @@ def _commands(out: Path, used: list[Format]) -> str:
         commands = [trtllm, vllm, sglang]
     elif len(used) > 1:
         commands = [trtllm, vllm]
-    elif used == [Format.mxfp4]:
+    elif used[0] in (Format.mxfp4, Format.w4a16_mxfp4):
         commands = [vllm]
+    elif used == [Format.w4a8_nvfp4_fp8]:
+        commands = [trtllm]
     elif used == [Format.fp8]:
         commands = [trtllm, vllm, f"{sglang} --quantization modelopt_fp8"]
     else:
@@ -150,7 +173,7 @@ def _checks(out: Path, recipe: Recipe) -> str:
     ]
     if recipe.method is not Method.bf16:
         lines.append(
-            "The KV cache is not quantized. A server's kernels may add in another order than the evaluation did, so"
-            " single tokens can differ."
+            f"{_CACHE[recipe.quantize.kv_cache]} A server's kernels may add in another order than the evaluation did,"
+            " so single tokens can differ."
         )
     return "\n".join(lines) + "\n"

@@ -21,12 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.export.folder import disk_errors, replacing
-from halfbyte.export.pack import format_of, module_name, pack
+from halfbyte.export.pack import cache_scale, format_of, module_name, pack
 from halfbyte.export.quantization_config import quantization_configs
-from halfbyte.training.config import TWO_LEVEL, Format, Method, Recipe
+from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
+from halfbyte.training.formats import SPECS
 from halfbyte.training.hf_map import HFWeight
+from halfbyte.training.kv_format import KVCache
 
 RECORD = "halfbyte.json"
 
@@ -76,7 +78,7 @@ def write(
         tied = bool(source.get("tie_word_embeddings"))
         bytes_before, formats, dense_modules = _write_tensors(weights, recipe, shards, tied=tied)
         shards.finish()
-        _write_configs(folder, source, formats, dense_modules)
+        _write_configs(folder, source, formats, dense_modules, recipe.quantize.kv_cache)
         _copy_side_files(model_dir, folder, source)
         _write_record(folder, recipe, formats, checkpoint, versions)
     sizes = {"bytes_before": bytes_before, "quantized": len(formats)}
@@ -101,6 +103,7 @@ def _write_tensors(
                 raise UserError("lm_head is the embedding of this model and cannot be FP4; add it to quantize.exclude")
             continue
         bytes_before += 2 * weight.tensor.numel()
+        shards.add({f"{module}.{suffix}": scale for suffix, scale in cache_scale(weight).items()})
         if weight.quantized:
             shards.add({f"{module}.{suffix}": part for suffix, part in pack(weight, recipe.quantize).items()})
             dense_modules.discard(module)
@@ -164,13 +167,15 @@ class Shards:
         return self.folder / f"shard-{number}.partial"
 
 
-def _write_configs(folder: Path, source: dict[str, Any], formats: dict[str, Format], dense_modules: list[str]) -> None:
+def _write_configs(
+    folder: Path, source: dict[str, Any], formats: dict[str, Format], dense_modules: list[str], cache: KVCache
+) -> None:
     """config.json and, for the formats of ModelOpt's layout, hf_quant_config.json."""
     # both spellings: transformers 5 reads `dtype`, the serving runtimes still look for `torch_dtype`
     config = source | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     config.pop("quantization_config", None)  # of a source that was quantized itself
     if formats:
-        flat, nested = quantization_configs(formats, dense_modules)
+        flat, nested = quantization_configs(formats, dense_modules, cache)
         config["quantization_config"] = flat
         if nested is not None:
             _write_json(folder / "hf_quant_config.json", nested)
@@ -215,11 +220,12 @@ def _write_record(
     """halfbyte.json: where the files come from, and their hashes. No gate has judged them yet."""
     files = {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
     distinct = sorted(set(formats.values()))
-    two_level = any(number_format in TWO_LEVEL for number_format in distinct)
+    two_level = any(SPECS[number_format].two_level for number_format in distinct)
     record = {
         "method": recipe.method.value,
         "format": "+".join(distinct) or "bf16",
         "scale_2": recipe.quantize.scale_2.value if two_level else None,
+        "kv_cache": recipe.quantize.kv_cache.value if formats else "none",
         "gate": None,
         "checkpoint": checkpoint,
         "recipe_sha256": recipe_hash(recipe),

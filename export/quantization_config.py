@@ -7,50 +7,67 @@ One format in the whole checkpoint: `quant_algo` names it. Several: `quant_algo`
 from importlib import metadata
 from typing import Any
 
-from halfbyte.training.config import BLOCK, Format
+from halfbyte.training.config import Format
+from halfbyte.training.formats import GRIDS, SPECS, Grid
+from halfbyte.training.kv_format import KVCache
 
-QUANT_ALGO = {Format.nvfp4: "NVFP4", Format.w4a16_nvfp4: "W4A16_NVFP4", Format.fp8: "FP8"}
-"""Names of the formats in ModelOpt's files. MXFP4 has no reader in that layout and goes out as compressed-tensors."""
+CACHE_ALGO = {KVCache.none: None, KVCache.fp8: "FP8", KVCache.nvfp4: "NVFP4"}
+"""Formats of the key/value cache in ModelOpt's nested file."""
+CACHE_SCHEME = {KVCache.fp8: {"dynamic": False, "num_bits": 8, "type": "float"}, KVCache.nvfp4: "NVFP4"}
+"""The same in config.json, where NVFP4 is a bare word."""
 
 
 def quantization_configs(
-    formats: dict[str, Format], dense_modules: list[str]
+    formats: dict[str, Format], dense_modules: list[str], cache: KVCache
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The `quantization_config` of config.json and the content of hf_quant_config.json (None for MXFP4).
 
     Args:
         formats: Exact Hugging Face name of every quantized linear -> its format; at least one.
         dense_modules: Exact Hugging Face names of the modules that stay BF16.
+        cache: Format of the key/value cache.
 
     Raises:
-        ValueError: MXFP4 beside another format (the recipe check refuses this earlier).
+        ValueError: A mix that no runtime reads, or a quantized cache beside MXFP4 (the recipe check refuses these
+            earlier).
     """
     distinct = sorted(set(formats.values()))
-    if distinct == [Format.mxfp4]:
-        return _compressed_tensors_config(dense_modules), None
-    if Format.mxfp4 in distinct:
-        raise ValueError(f"no runtime reads MXFP4 in a mix: {', '.join(distinct)}")
+    if len(distinct) > 1 and not all(SPECS[number_format].mixes for number_format in distinct):
+        raise ValueError(f"no runtime reads this mix: {', '.join(distinct)}")
+    if SPECS[distinct[0]].quant_algo is None:  # it has no reader in ModelOpt's layout
+        if cache is not KVCache.none:
+            raise ValueError(f"no runtime is known to read a {cache} cache beside MXFP4")
+        return _compressed_tensors_config(distinct[0], dense_modules), None
     # Readers look for this producer's name; the version is the one whose layout this is.
     producer = {"name": "modelopt", "version": metadata.version("nvidia-modelopt")}
-    flat, nested = _one_format(distinct[0], dense_modules) if len(distinct) == 1 else _mixed(formats, dense_modules)
+    flat, nested = (
+        _one_format(distinct[0], dense_modules, cache) if len(distinct) == 1 else _mixed(formats, dense_modules, cache)
+    )
+    if cache is not KVCache.none:
+        flat["kv_cache_scheme"] = CACHE_SCHEME[cache]
     return flat | {"producer": producer}, {"producer": producer, "quantization": nested}
 
 
-def _one_format(number_format: Format, dense_modules: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _one_format(
+    number_format: Format, dense_modules: list[str], cache: KVCache
+) -> tuple[dict[str, Any], dict[str, Any]]:
     flat = {
         "quant_method": "modelopt",
-        "quant_algo": QUANT_ALGO[number_format],
+        "quant_algo": SPECS[number_format].quant_algo,
         "ignore": dense_modules,
         "config_groups": {"group_0": _group(number_format, ["Linear"])},
     }
     nested = {
-        **_algorithm(number_format, kv_cache_quant_algo=None),  # vLLM wants the key without KV-cache quantization too
+        # vLLM wants this key also where the cache is not quantized.
+        **_algorithm(number_format, kv_cache_quant_algo=CACHE_ALGO[cache]),
         "exclude_modules": dense_modules,
     }
     return flat, nested
 
 
-def _mixed(formats: dict[str, Format], dense_modules: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _mixed(
+    formats: dict[str, Format], dense_modules: list[str], cache: KVCache
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """TensorRT-LLM and vLLM take a layer's format from `quantized_layers`, compressed-tensors from the targets."""
     layers = {name: _algorithm(number_format) for name, number_format in sorted(formats.items())}
     members = {
@@ -67,7 +84,7 @@ def _mixed(formats: dict[str, Format], dense_modules: list[str]) -> tuple[dict[s
     }
     nested = {
         "quant_algo": "MIXED_PRECISION",
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": CACHE_ALGO[cache],
         "exclude_modules": dense_modules,
         "quantized_layers": layers,
     }
@@ -76,26 +93,33 @@ def _mixed(formats: dict[str, Format], dense_modules: list[str]) -> tuple[dict[s
 
 def _algorithm(number_format: Format, **further: Any) -> dict[str, Any]:
     """A format as ModelOpt's nested file names it; only block formats have a group size."""
-    block = BLOCK[number_format]
-    return {"quant_algo": QUANT_ALGO[number_format], **further} | ({"group_size": block} if block > 1 else {})
+    return {"quant_algo": SPECS[number_format].quant_algo, **further} | _group_size(SPECS[number_format].grid)
 
 
 def _group(number_format: Format, targets: list[str]) -> dict[str, Any]:
     """A config group: the elements of weights and, unless they stay BF16, of activations."""
-    bits, block = (8, {}) if number_format is Format.fp8 else (4, {"group_size": BLOCK[number_format]})
-    elements = {"dynamic": False, "num_bits": bits, "type": "float", **block}
-    activations = {} if number_format is Format.w4a16_nvfp4 else {"input_activations": dict(elements)}
-    return {**activations, "weights": elements, "targets": targets}
+    spec = SPECS[number_format]
+    activations = {} if spec.inputs is None else {"input_activations": _elements(GRIDS[spec.inputs])}
+    return {**activations, "weights": _elements(spec.grid), "targets": targets}
 
 
-def _compressed_tensors_config(dense_modules: list[str]) -> dict[str, Any]:
-    """compressed-tensors' scheme for MXFP4 weights and dynamically scaled MXFP4 activations."""
+def _elements(grid: Grid) -> dict[str, Any]:
+    return {"dynamic": False, "num_bits": grid.bits, "type": "float", **_group_size(grid)}
+
+
+def _group_size(grid: Grid) -> dict[str, int]:
+    return {"group_size": grid.block} if grid.block > 1 else {}
+
+
+def _compressed_tensors_config(number_format: Format, dense_modules: list[str]) -> dict[str, Any]:
+    """compressed-tensors' scheme for MXFP4 weights and, unless they stay BF16, dynamically scaled MXFP4 activations."""
+    spec = SPECS[number_format]
     container = "mxfp4-pack-quantized"
     elements = {
         "num_bits": 4,
         "type": "float",
         "strategy": "group",
-        "group_size": BLOCK[Format.mxfp4],
+        "group_size": spec.grid.block,
         "symmetric": True,
         "scale_dtype": "torch.uint8",
         "zp_dtype": "torch.uint8",
@@ -103,7 +127,7 @@ def _compressed_tensors_config(dense_modules: list[str]) -> dict[str, Any]:
     group = {
         "targets": ["Linear"],
         "weights": {**elements, "dynamic": False},
-        "input_activations": {**elements, "dynamic": True},
+        "input_activations": None if spec.inputs is None else {**elements, "dynamic": True},
         "output_activations": None,
         "format": container,
     }

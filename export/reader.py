@@ -118,7 +118,7 @@ class Checkpoint:
         weight, scale, scale_2 = f"{module}.weight", f"{module}.weight_scale", f"{module}.weight_scale_2"
         codes, scale_codes, second = self.raw(weight), self.raw(scale), self.raw(scale_2)
         self._expect({weight: "U8", scale: "F8_E4M3", scale_2: "F32"})
-        self._expect_blocks(weight, scale, block=16)
+        self._expect_blocks(weight, scale, blocks=(16, 32))
         return _blocks(codes, E4M3[scale_codes] * self._one(scale_2, second))
 
     def _decode_fp8(self, module: str) -> np.ndarray:
@@ -131,7 +131,7 @@ class Checkpoint:
         weight, scale = f"{module}.weight_packed", f"{module}.weight_scale"
         codes, scale_codes = self.raw(weight), self.raw(scale)
         self._expect({weight: "U8", scale: "U8"})
-        self._expect_blocks(weight, scale, block=32)
+        self._expect_blocks(weight, scale, blocks=(32,))
         return _blocks(codes, E8M0[scale_codes])
 
     def _one(self, name: str, value: np.ndarray) -> np.ndarray:
@@ -146,14 +146,17 @@ class Checkpoint:
             if entry.dtype != dtype:
                 raise UserError(f"{entry.file}: {name} is {entry.dtype}, not {dtype}; export again")
 
-    def _expect_blocks(self, weight: str, scale: str, *, block: int) -> None:
-        """The codes are [N, K/2] and the scales [N, K/block]."""
+    def _expect_blocks(self, weight: str, scale: str, *, blocks: tuple[int, ...]) -> None:
+        """The codes are [N, K/2] and the scales [N, K/block] for one of the blocks."""
         entry, shape = self.entries[weight], self.entries[scale].shape
-        if len(entry.shape) != 2 or (2 * entry.shape[1]) % block:
-            raise UserError(f"{entry.file}: {weight} has shape {list(entry.shape)}, not [N, K/2] with K % {block} = 0")
-        expected = (entry.shape[0], 2 * entry.shape[1] // block)
-        if shape != expected:
-            raise UserError(f"{entry.file}: {scale} has shape {list(shape)}, not {list(expected)}; export again")
+        if len(entry.shape) != 2 or (2 * entry.shape[1]) % blocks[0]:
+            raise UserError(
+                f"{entry.file}: {weight} has shape {list(entry.shape)}, not [N, K/2] with K % {blocks[0]} = 0"
+            )
+        expected = [(entry.shape[0], 2 * entry.shape[1] // block) for block in blocks]
+        if shape not in expected:
+            wanted = " or ".join(str(list(size)) for size in expected)
+            raise UserError(f"{entry.file}: {scale} has shape {list(shape)}, not {wanted}; export again")
 
 
 def _blocks(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:

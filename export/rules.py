@@ -11,16 +11,21 @@ import numpy as np
 
 from halfbyte.export.config_rules import broken_configs
 from halfbyte.export.reader import Checkpoint
-from halfbyte.training.config import BLOCK, TWO_LEVEL, Format, Method, Recipe, SecondScale
+from halfbyte.training.config import Format, Method, Recipe, SecondScale
+from halfbyte.training.kv_format import KVCache
 from halfbyte.training.shape import FUSED_GROUPS, layer_format
 
 DTYPES = {
     Format.nvfp4: {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "input_scale": "F32"},
     Format.w4a16_nvfp4: {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32"},
+    Format.w4a8_nvfp4_fp8: {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "input_scale": "F32"},
     Format.mxfp4: {"weight_packed": "U8", "weight_scale": "U8"},
+    Format.w4a16_mxfp4: {"weight_packed": "U8", "weight_scale": "U8"},
     Format.fp8: {"weight": "F8_E4M3", "weight_scale": "F32", "input_scale": "F32"},
 }
 """Suffix -> safetensors dtype of every tensor of a quantized linear."""
+BLOCK = dict.fromkeys(DTYPES, 32) | {Format.nvfp4: 16, Format.w4a16_nvfp4: 16}
+"""Elements along K that share a block scale; FP8 has none."""
 SCALARS = ("weight_scale", "weight_scale_2", "input_scale")
 """Suffixes of the scales per tensor, where they are F32: weight_scale is that in FP8 only."""
 
@@ -45,8 +50,13 @@ def broken_rules(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     for module, number_format in formats.items():
         problems += _linear(checkpoint, module, number_format, recipe.quantize.scale_2)
     problems += _fused(checkpoint, set(modules))
+    if recipe.quantize.kv_cache is not KVCache.none:
+        scales = _cache_scales(checkpoint)
+        owned |= set(scales)
+        for name in scales:
+            problems += _scalar(checkpoint, name, pow2=False)
     problems += _other_tensors(checkpoint, owned)
-    problems += broken_configs(checkpoint, formats)
+    problems += broken_configs(checkpoint, formats, recipe.quantize.kv_cache)
     return problems if modules else ["no quantized linear in the files", *problems]
 
 
@@ -61,7 +71,8 @@ def _linear(checkpoint: Checkpoint, module: str, number_format: Format, kind: Se
             return
     for suffix in SCALARS:
         if suffix in present and expected[suffix] == "F32":
-            pow2 = kind is SecondScale.pow2 and number_format in TWO_LEVEL
+            of_fp8 = number_format is Format.fp8 or (number_format, suffix) == (Format.w4a8_nvfp4_fp8, "input_scale")
+            pow2 = kind is SecondScale.pow2 and not of_fp8
             yield from _scalar(checkpoint, f"{module}.{suffix}", pow2=pow2)
     codes = present.get("weight") or present.get("weight_packed")
     if codes is None or "weight_scale" not in present:
@@ -83,7 +94,7 @@ def _fp8_codes(checkpoint: Checkpoint, name: str) -> Iterator[str]:
 
 def _blocks(checkpoint: Checkpoint, module: str, number_format: Format) -> Iterator[str]:
     """Shapes of codes and block scales, and the values of the scales."""
-    block, name = BLOCK[number_format], "weight_packed" if number_format is Format.mxfp4 else "weight"
+    block, name = BLOCK[number_format], "weight_packed" if "weight_packed" in DTYPES[number_format] else "weight"
     codes, scale = checkpoint.entries[f"{module}.{name}"], checkpoint.entries[f"{module}.weight_scale"]
     if len(codes.shape) != 2 or (2 * codes.shape[1]) % block:
         yield f"{module}: codes have shape {list(codes.shape)}, not [N, K/2] with K a multiple of {block}"
@@ -96,7 +107,7 @@ def _blocks(checkpoint: Checkpoint, module: str, number_format: Format) -> Itera
 
 def _scale_codes(checkpoint: Checkpoint, module: str, number_format: Format) -> Iterator[str]:
     codes = checkpoint.raw(f"{module}.weight_scale")
-    if number_format is Format.mxfp4:
+    if DTYPES[number_format]["weight_scale"] == "U8":
         bad, rule = codes == 255, "NaN (E8M0 code 255)"
     else:
         # positive E4M3 codes in order: 0x01 is 2^-9, 0x7E is 448, 0x7F and 0xFF are NaN
@@ -106,6 +117,12 @@ def _scale_codes(checkpoint: Checkpoint, module: str, number_format: Format) -> 
 
 
 def _scalar(checkpoint: Checkpoint, name: str, *, pow2: bool) -> Iterator[str]:
+    if name not in checkpoint.entries:
+        yield f"{name} is missing"
+        return
+    if checkpoint.entries[name].dtype != "F32":
+        yield f"{name} is {checkpoint.entries[name].dtype}, not F32"
+        return
     value = checkpoint.raw(name)
     if value.shape != ():
         yield f"{name} has shape {list(value.shape)}, not []"
@@ -113,6 +130,13 @@ def _scalar(checkpoint: Checkpoint, name: str, *, pow2: bool) -> Iterator[str]:
         yield f"{name} is {float(value)}, not a positive number"
     elif pow2 and np.frexp(value)[0] != 0.5:
         yield f"{name} is {float(value)}, not a power of two (quantize.scale_2 = pow2)"
+
+
+def _cache_scales(checkpoint: Checkpoint) -> list[str]:
+    """Names of the key/value cache's scales: two in every layer that config.json counts."""
+    layers = int(checkpoint.config.get("num_hidden_layers", 0))
+    names = ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale")
+    return [f"model.layers.{layer}.{name}" for layer in range(layers) for name in names]
 
 
 def _fused(checkpoint: Checkpoint, modules: set[str]) -> Iterator[str]:

@@ -6,7 +6,7 @@ value that the training-time model computes with, bit for bit?
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from halfbyte.export.hf import RECORD, file_hash
-from halfbyte.export.pack import fake, format_of, module_name, pack
+from halfbyte.export.pack import cache_scale, fake, format_of, module_name, pack
 from halfbyte.export.reader import Checkpoint, open_checkpoint
 from halfbyte.export.rules import DTYPES, broken_rules
 from halfbyte.training import codec, numerics
 from halfbyte.training.config import Format, Method, Quantize, Recipe
 from halfbyte.training.errors import UserError
+from halfbyte.training.formats import SPECS, Rounding
 from halfbyte.training.hf_map import HFWeight
 
 MAX_PROBLEMS = 50
@@ -91,6 +92,8 @@ def _compare(checkpoint: Checkpoint, weights: Iterable[HFWeight], recipe: Recipe
         else:
             found = _compare_dense(checkpoint, weight)
             expected.add(weight.name)
+        scale_problems, names = _compare_cache(checkpoint, weight)
+        found, expected = found + scale_problems, expected | names
         counts["tensors"] += 1
         counts["mismatches"] += bool(found)
         counts["quantized"] += weight.quantized
@@ -123,18 +126,19 @@ def _repack(
 ) -> list[str]:
     """Packing the decoded values loses nothing, so a converter may decode and pack again."""
     values = torch.from_numpy(decoded)
-    if number_format is Format.mxfp4:
+    grid = SPECS[number_format].grid
+    if not grid.per_tensor:
         # Values, not bytes: a block whose maximum was rounded down to 3 * 2^k can be written with the exponent below.
         wrong = int((numerics.mxfp4_fake(values) != values).sum())
         return [f"{module}: {wrong} values change when packed again"] if wrong else []
-    if number_format is Format.fp8:
+    if grid.block_scale is None:
         scale = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale")))
         wrong = int((_bits(codec.fp8_encode(values, scale)) != checkpoint.raw(f"{module}.weight")).sum())
         return [f"{module}: {wrong} codes change when decoded and packed again"] if wrong else []
     scale_2 = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale_2")))
-    codes, scale = (_bits(tensor) for tensor in codec.nvfp4_encode(values, scale_2, quantize.block_scale))
+    codes, scale = (_bits(tensor) for tensor in codec.nvfp4_encode(values, scale_2, quantize.block_scale, grid.block))
     stored_codes, stored_scale = checkpoint.raw(f"{module}.weight"), checkpoint.raw(f"{module}.weight_scale")
-    blocks = (*stored_scale.shape, numerics.NVFP4_BLOCK // 2)
+    blocks = (*stored_scale.shape, grid.block // 2)
     same = (scale == stored_scale) & (codes == stored_codes).reshape(blocks).all(-1)
     # The one kind of block that the format itself cannot reproduce (see nvfp4_fake): scale 2 * 2^-9, E4M3 code 2.
     wrong = int((~same & (stored_scale != 2)).sum())
@@ -150,6 +154,20 @@ def _compare_dense(checkpoint: Checkpoint, weight: HFWeight) -> list[str]:
         return found or _difference(f"{weight.name} (stored)", checkpoint.raw(weight.name), bits)
     except UserError as error:
         return [str(error)]
+
+
+def _compare_cache(checkpoint: Checkpoint, weight: HFWeight) -> tuple[list[str], set[str]]:
+    """The scale of the key/value cache beside k_proj or v_proj, if there should be one: problems, and its name."""
+    problems: list[str] = []
+    names: set[str] = set()
+    for suffix, scale in cache_scale(weight).items():
+        name = f"{module_name(weight.name)}.{suffix}"
+        names.add(name)
+        try:
+            problems += _difference(name, checkpoint.raw(name), scale.numpy())
+        except UserError as error:
+            problems.append(str(error))
+    return problems, names
 
 
 def _difference(name: str, found: np.ndarray, expected: np.ndarray) -> list[str]:
@@ -176,7 +194,8 @@ def decoded_model(out: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The exported checkpoint as a transformers model that computes what a server computes, without Megatron.
 
     Weights are decoded by export/reader.py. Where activations are quantized too, each quantized linear rounds its input
-    with the scale in the file; products are computed in `dtype`.
+    with the scale in the file, and so does attention with keys and values where the cache is quantized; products are
+    computed in `dtype`.
 
     Args:
         out: The exported directory.
@@ -184,25 +203,27 @@ def decoded_model(out: Path, dtype: torch.dtype = torch.float32) -> Any:
             second-level scale is a power of two.
 
     Returns:
-        transformers LlamaForCausalLM on the CPU, in eval mode, without gradients.
+        The model class of config.json (LlamaForCausalLM, ...) on the CPU, in eval mode, without gradients.
 
     Raises:
         UserError: Damaged files, or tensors that do not fit config.json.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     checkpoint = open_checkpoint(out)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     with no_init_weights():
-        model = LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     model.tie_weights()
     packed = set(checkpoint.quantized_modules())
-    unread = {name.rsplit(".", 1)[0] for name in checkpoint.names()}
+    biases = {name for name in checkpoint.names() if name.endswith(".bias")}
+    unread = biases | {name.rsplit(".", 1)[0] for name in checkpoint.names()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            module = module_name(name)
-            values = torch.from_numpy(checkpoint.decode(module))
+            module = module_name(name)  # of a bias: its own name
+            found = checkpoint.decode_dense(name) if name in biases else checkpoint.decode(module)
+            values = torch.from_numpy(found)
             if values.shape != parameter.shape:
                 raise UserError(
                     f"{out}: {name} is {list(values.shape)}, but config.json asks for {list(parameter.shape)}"
@@ -213,17 +234,59 @@ def decoded_model(out: Path, dtype: torch.dtype = torch.float32) -> Any:
         raise UserError(f"{out}: {min(unread)} has no place in the model of config.json; export again")
     for module in packed:
         _quantize_input(checkpoint, module, model.get_submodule(module))
+    _quantize_cache(checkpoint, model)
     return model.eval().requires_grad_(False)
 
 
 def _quantize_input(checkpoint: Checkpoint, module: str, linear: torch.nn.Module) -> None:
-    """Round the input of a linear as the files say; weight-only formats have no input_scale."""
-    if f"{module}.weight_packed" in checkpoint.entries:
-        number_format, scale = Format.mxfp4, None
-    elif f"{module}.input_scale" in checkpoint.entries:
-        is_fp8 = checkpoint.entries[f"{module}.weight"].dtype == "F8_E4M3"
-        number_format = Format.fp8 if is_fp8 else Format.nvfp4
-        scale = torch.from_numpy(np.array(checkpoint.raw(f"{module}.input_scale")))
-    else:
+    """Round the input of a linear as the files say: by the config group that aims at it, with its input_scale."""
+    section = checkpoint.config.get("quantization_config") or {}
+    groups = [
+        group for group in (section.get("config_groups") or {}).values() if isinstance(group.get("targets"), list)
+    ]
+    group = next((group for group in groups if group["targets"] == ["Linear"] or module in group["targets"]), None)
+    if group is None:
+        raise UserError(f"{checkpoint.folder}/config.json: no config group aims at {module}; export again")
+    elements = group.get("input_activations")
+    if elements is None:
         return
-    linear.register_forward_pre_hook(lambda _, args: (numerics.fake_quantize(args[0], number_format, scale),))
+    block, scale = elements.get("group_size"), None
+    rounding = {None: Rounding.fp8, 16: Rounding.nvfp4, 32: Rounding.mxfp4}[block]
+    if rounding is not Rounding.mxfp4:
+        scale = torch.from_numpy(np.array(checkpoint.raw(f"{module}.input_scale")))
+    linear.register_forward_pre_hook(lambda _, args: (numerics.fake_quantize(args[0], rounding, scale),))
+
+
+def _quantize_cache(checkpoint: Checkpoint, model: Any) -> None:
+    """Round the keys and values of every layer as the files say, if they hold scales for them.
+
+    transformers rotates keys, hands them with the values to the cache's update, and attends to what that returns.
+    """
+    scheme = checkpoint.config.get("quantization_config", {}).get("kv_cache_scheme")
+    if scheme is None:
+        return
+    from transformers import DynamicCache
+
+    rounds_as = Rounding.nvfp4 if scheme == "NVFP4" else Rounding.fp8
+    names = ("k_proj.k_scale", "v_proj.v_scale")
+    scales = [
+        [torch.from_numpy(np.array(checkpoint.raw(f"model.layers.{layer}.self_attn.{name}"))) for name in names]
+        for layer in range(checkpoint.config["num_hidden_layers"])
+    ]
+
+    def rounding(update: Callable) -> Callable:
+        def rounded(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            pair = zip((keys, values), scales[layer_idx], strict=True)
+            keys, values = (numerics.fake_quantize(x, rounds_as, scale.to(x.device)) for x, scale in pair)
+            return update(keys, values, layer_idx, *args, **kwargs)
+
+        return rounded
+
+    def give_cache(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        if "update" not in vars(cache):  # generate() hands the same cache in at every step
+            cache.update = rounding(cache.update)
+        return args, kwargs | {"past_key_values": cache, "use_cache": True}
+
+    model.register_forward_pre_hook(give_cache, with_kwargs=True)

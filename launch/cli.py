@@ -11,8 +11,10 @@ from pathlib import Path
 
 from halfbyte.training.environment import set_process_environment
 from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
+from halfbyte.training.families import TINY
 
 MODEL_FOLDERS = {"smollm2": "models/smollm2-135m-instruct", "tiny": "models/tiny-llama"}
+MODEL_FOLDERS |= {name: f"models/{name.replace('_', '-')}" for name in TINY if name != "tiny"}
 """Where `halfbyte fetch NAME` puts a model, as the shipped recipes expect it."""
 DATA_FOLDERS = {"en_de": "data/en_de"}
 """Likewise for data sets."""

@@ -3,8 +3,10 @@
 from collections import Counter
 from pathlib import Path
 
-from halfbyte.training.config import BLOCK, TWO_LEVEL, Format, GateRule, Method, Recipe, Task
+from halfbyte.training.config import GateRule, Method, Recipe, Task
 from halfbyte.training.config_distill import Distill
+from halfbyte.training.formats import GRIDS, SPECS, Spec
+from halfbyte.training.kv_format import KVCache
 from halfbyte.training.rules import missing_weights, must_fetch
 from halfbyte.training.shape import (
     ROW_PARALLEL,
@@ -16,14 +18,6 @@ from halfbyte.training.shape import (
     planned_linears,
 )
 
-FORMAT_WORDS = {
-    Format.nvfp4: "weights and activations",
-    Format.w4a16_nvfp4: "weights only",
-    Format.mxfp4: "weights and activations",
-    Format.fp8: "weights and activations",
-}
-SCALARS = {Format.nvfp4: 2, Format.w4a16_nvfp4: 1, Format.mxfp4: 0, Format.fp8: 2}
-"""FP32 scalars per exported linear: the weight's scale per tensor and, for quantized activations, input_scale."""
 PATTERNS = 10
 """Patterns of quantize.layers that the plan shows."""
 
@@ -59,15 +53,23 @@ def export_bytes(recipe: Recipe, shape: ModelShape) -> int:
     """Bytes of the exported tensors, exactly: headers and the JSON files beside them are not counted.
 
     A linear [N, K] in FP4 takes N*K/2 bytes of codes, N*K/block bytes of block scales and its FP32 scalars (the layout
-    of a ModelOpt checkpoint), one in FP8 N*K bytes and its scalars; every other parameter takes two bytes.
+    of a ModelOpt checkpoint), one in FP8 N*K bytes and its scalars; every other parameter takes two bytes. A quantized
+    key/value cache adds two FP32 scalars per layer.
     """
     planned, sizes = planned_linears(shape, recipe), linear_sizes(shape)
     total = 2 * shape.parameters
     for name, number_format in planned.items():
         n, k = sizes[name]
-        codes = n * k if number_format is Format.fp8 else n * k // 2 + n * k // BLOCK[number_format]
-        total += codes + 4 * SCALARS[number_format] - 2 * n * k
-    return total
+        spec = SPECS[number_format]
+        codes = n * k * spec.grid.bits // 8 + (n * k // spec.grid.block if spec.grid.block_scale else 0)
+        total += codes + 4 * _scalars(spec) - 2 * n * k
+    cached = bool(planned) and recipe.quantize.kv_cache is not KVCache.none
+    return total + (2 * 4 * shape.layers if cached else 0)
+
+
+def _scalars(spec: Spec) -> int:
+    """FP32 scalars per exported linear: the weight's scale per tensor and, for quantized activations, input_scale."""
+    return sum(GRIDS[rounding].per_tensor for rounding in (spec.weights, spec.inputs) if rounding)
 
 
 def memory_per_rank(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
@@ -213,6 +215,7 @@ def _quantize(recipe: Recipe, shape: ModelShape) -> list[str]:
             f"{_k_per_rank(kind, k_of[kind][1], recipe):>12}"
             for kind in kinds
         ),
+        *([] if quantize.kv_cache is KVCache.none else [f"key/value cache: {quantize.kv_cache}, two scales per layer"]),
         f"{len(planned)} of {len(sizes)} linears; not quantized: {', '.join(quantize.exclude) or 'none'}"
         + (f" ({left} linears)" if left else ""),
         f"{bits_per_weight(shape, recipe):.3f} bits per weight of the linears that quantize.exclude leaves",
@@ -225,10 +228,11 @@ def _formats(recipe: Recipe, shape: ModelShape) -> list[str]:
     lines = []
     for number_format in sorted(set(planned.values())):
         scales = f", second-level scale {quantize.scale_2}, block scale of weights {quantize.block_scale}"
-        second = scales if number_format in TWO_LEVEL else ""
-        block = f"block {BLOCK[number_format]}" if BLOCK[number_format] > 1 else "one scale per tensor"
+        spec = SPECS[number_format]
+        second = scales if spec.two_level else ""
+        block = f"block {spec.grid.block}" if spec.grid.block > 1 else "one scale per tensor"
         count = f": {list(planned.values()).count(number_format)} linears" if quantize.layers else ""
-        lines.append(f"{number_format}, {FORMAT_WORDS[number_format]}, {block}{second}{count}")
+        lines.append(f"{number_format}, {spec.words}, {block}{second}{count}")
     free = [name for name in linear_sizes(shape) if not excluded(name, quantize.exclude)]
     decided = Counter(deciding_pattern(name, quantize) for name in free)
     rules = [

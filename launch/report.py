@@ -18,6 +18,7 @@ from halfbyte.launch.report_scores import head, score_blocks
 from halfbyte.training.config import Method, Recipe, Wandb
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
+from halfbyte.training.kv_format import KVCache
 
 PARTS = (
     ("Scores", "The table of scores", "evaluate.json", score_blocks),
@@ -82,6 +83,8 @@ def build(files: RunFiles) -> Report:
         sections[title] = Section(title, [*before, *blocks])
     recipe = files.recipe
     method = f"{stage_name(recipe.method.value)}, {recipe.quantize.format.value}"
+    if recipe.quantize.kv_cache is not KVCache.none:
+        method += f", {recipe.quantize.kv_cache} cache"
     if recipe.method is Method.bf16:
         method = "BF16 control"
     subtitle = f"{method} from {Path(recipe.model.path).name}"

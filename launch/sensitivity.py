@@ -16,9 +16,10 @@ import yaml
 from halfbyte.launch.console import Console
 from halfbyte.launch.summary import columns
 from halfbyte.training.allocation import Choice, Group, allocate, fewest_bits, groups, mean_bits, patterns
-from halfbyte.training.config import BITS, Format, Method, Recipe, Task, TaskKind
+from halfbyte.training.config import Format, Method, Recipe, Task, TaskKind
 from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.files import write_json
+from halfbyte.training.formats import BITS
 from halfbyte.training.interrupt import Stop
 from halfbyte.training.rules import find_shape
 

@@ -18,8 +18,10 @@ from halfbyte.training.fast_path import weights_once
 from halfbyte.training.fetch import load_tokenizer
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.interrupt import Stop
+from halfbyte.training.kv_format import KVCache
 from halfbyte.training.runtime import Runtime, on_first_rank
 from halfbyte.training.schedule import collect
+from halfbyte.training.served import weights_as_served
 from halfbyte.training.shape import ModelShape, read_shape
 from halfbyte.training.teacher_files import TeacherFiles, fingerprint, needed_windows
 
@@ -126,8 +128,8 @@ class Work:
             return write_decoded(out, decoded)
 
         decoded = self.folder / "cache" / "decoded"
-        input_scales = on_first_rank(self.runtime, decode)
-        with quantize.weights_as_served(self.gpt, self.recipe.quantize, input_scales):
+        scales = on_first_rank(self.runtime, decode)
+        with weights_as_served(self.gpt, self.recipe.quantize, scales):
             self._take_weights(decoded)
             self._score("exported")
         self.current = False
@@ -156,6 +158,8 @@ class Work:
             layers = report["layers"].values()
             errors = [layer["weight_relative_rms_error"] for layer in layers]
             notes.append(f"{_counted(layers)}, weight error {min(errors):.3f} to {max(errors):.3f} relative RMS")
+            if self.recipe.quantize.kv_cache is not KVCache.none:
+                notes.append(f"key/value cache in {self.recipe.quantize.kv_cache}")
 
     def run_calibration(self, stage: Any) -> None:
         """Run the calibration windows through a pipeline stage's model."""

@@ -7,6 +7,7 @@ from typing import Any
 from halfbyte.training import metrics
 from halfbyte.training.config import Recipe
 from halfbyte.training.files import damage, read_json
+from halfbyte.training.kv_format import KVCache
 
 SHOWN = {
     "accuracy": ("accuracy, %", 100.0, "{:.2f}"),
@@ -75,7 +76,9 @@ def summary_text(recipe: Recipe, folder: Path) -> str:
 
 def _formats(recipe: Recipe) -> str:
     others = sorted({*recipe.quantize.layers.values()} - {recipe.quantize.format})
-    return recipe.quantize.format.value + (f" with {', '.join(others)} layers" if others else "")
+    cache = recipe.quantize.kv_cache
+    stored = "" if cache is KVCache.none else f", {cache} cache"
+    return recipe.quantize.format.value + (f" with {', '.join(others)} layers" if others else "") + stored
 
 
 def waived(verdict: dict[str, Any]) -> str:

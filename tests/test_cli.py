@@ -191,7 +191,12 @@ def test_help_answers_at_once():
 
 @pytest.mark.parametrize(
     ("form", "scale", "scalars"),
-    [("nvfp4", "float8_e4m3fn", 2), ("w4a16_nvfp4", "float8_e4m3fn", 1), ("mxfp4", "uint8", 0)],
+    [
+        ("nvfp4", "float8_e4m3fn", 2),
+        ("w4a16_nvfp4", "float8_e4m3fn", 1),
+        ("w4a8_nvfp4_fp8", "float8_e4m3fn", 2),
+        ("mxfp4", "uint8", 0),
+    ],
 )
 def test_export_bytes_equal_a_file_of_these_tensors(tmp_path, form, scale, scalars):
     """The promise of `check` against the data section of a real safetensors file of that layout."""
@@ -209,8 +214,9 @@ def test_export_bytes_equal_a_file_of_these_tensors(tmp_path, form, scale, scala
             tensors[name] = torch.zeros(weight.shape, dtype=torch.bfloat16)
             continue
         n, k = weight.shape
+        block = 32 if form in ("mxfp4", "w4a8_nvfp4_fp8") else 16
         tensors[name] = torch.zeros(n, k // 2, dtype=torch.uint8)
-        tensors[f"{name}_scale"] = torch.zeros(n, k // (32 if form == "mxfp4" else 16), dtype=getattr(torch, scale))
+        tensors[f"{name}_scale"] = torch.zeros(n, k // block, dtype=getattr(torch, scale))
         tensors |= {f"{name}.{i}": torch.zeros(()) for i in range(scalars)}
     save_file(tensors, tmp_path / "model.safetensors")
     raw = (tmp_path / "model.safetensors").read_bytes()

@@ -121,13 +121,13 @@ def test_tensors_of_each_format(model_dir: Path, tmp_path: Path, number_format: 
         "model.embed_tokens.weight": ("BF16", [VOCAB, HIDDEN]),
         "model.norm.weight": ("BF16", [HIDDEN]),
     }
-    block = 32 if number_format is Format.mxfp4 else 16
+    block = 16 if number_format in (Format.nvfp4, Format.w4a16_nvfp4) else 32
     for layer in range(LAYERS):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             expected[f"model.layers.{layer}.{norm}.weight"] = ("BF16", [HIDDEN])
         for name, (n, k) in LINEARS.items():
             module = f"model.layers.{layer}.{name}"
-            if number_format is Format.mxfp4:
+            if number_format in (Format.mxfp4, Format.w4a16_mxfp4):
                 expected[f"{module}.weight_packed"] = ("U8", [n, k // 2])
                 expected[f"{module}.weight_scale"] = ("U8", [n, k // block])
                 continue
@@ -138,12 +138,12 @@ def test_tensors_of_each_format(model_dir: Path, tmp_path: Path, number_format: 
             expected[f"{module}.weight"] = ("U8", [n, k // 2])
             expected[f"{module}.weight_scale"] = ("F8_E4M3", [n, k // block])
             expected[f"{module}.weight_scale_2"] = ("F32", [])
-            if number_format is Format.nvfp4:
+            if number_format in (Format.nvfp4, Format.w4a8_nvfp4_fp8):
                 expected[f"{module}.input_scale"] = ("F32", [])
     assert stored(out) == expected
     linear = sum(n * k for n, k in LINEARS.values()) * LAYERS
     dense = VOCAB * HIDDEN + (2 * LAYERS + 1) * HIDDEN
-    scalars = {"nvfp4": 8, "w4a16_nvfp4": 4, "mxfp4": 0, "fp8": 8}[number_format] * len(LINEARS) * LAYERS
+    scalars = {"w4a16_nvfp4": 4, "mxfp4": 0, "w4a16_mxfp4": 0}.get(number_format, 8) * len(LINEARS) * LAYERS
     codes = linear if number_format is Format.fp8 else linear // 2 + linear // block
     assert sizes == {
         "bytes_before": 2 * (linear + dense),

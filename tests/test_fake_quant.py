@@ -11,6 +11,7 @@ from halfbyte.training import numerics
 from halfbyte.training.config import Distill, Format, LayerFormat, Method, Quantize, Recipe, SecondScale, Train
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.fake_quant import clip_gradient, clip_weight_gradients, largest, unquantized
+from halfbyte.training.formats import Rounding
 from halfbyte.training.resolve import resolve
 from halfbyte.training.rules import problems
 
@@ -59,10 +60,10 @@ def narrowed(world, *, clip: bool) -> tuple[torch.nn.Module, Recipe]:
 @pytest.mark.parametrize(
     ("number_format", "amax", "inside", "beyond"),
     [
-        (Format.fp8, 7.0, [7.0, -7.0, 0.0], [7.001, -8.0]),
+        (Rounding.fp8, 7.0, [7.0, -7.0, 0.0], [7.001, -8.0]),
         # 5.25 = 2688 * 2^-9: the power of two above 5/2688 leaves room for a little more than the calibrated 5.
-        (Format.nvfp4, 5.0, [5.0, 5.25, -5.25], [5.26, -6.0]),
-        (Format.w4a16_nvfp4, 2688.0, [2688.0], [2700.0]),
+        (Rounding.nvfp4, 5.0, [5.0, 5.25, -5.25], [5.26, -6.0]),
+        (Rounding.nvfp4, 2688.0, [2688.0], [2700.0]),
     ],
 )
 def test_the_gradient_is_zero_exactly_where_the_format_ends(number_format, amax, inside, beyond):

@@ -38,6 +38,18 @@ def test_tiny_is_the_same_every_time(tiny, tmp_path):
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
 
 
+@pytest.mark.parametrize("name", ["tiny_mistral", "tiny_qwen2", "tiny_qwen3"])
+def test_random_models_of_other_families(name, tmp_path):
+    folder = fetch.fetch(name, tmp_path / name)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(model).__name__ in (folder / "README.md").read_text()
+    weights = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    constant = {name for name, tensor in weights.items() if len(tensor.unique()) == 1}
+    assert constant == {name for name in weights if name.endswith(("layernorm.weight", "model.norm.weight"))}
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
 def test_tinys_tokenizer_round_trips_and_has_a_chat_template(tiny):
     tokenizer = fetch.load_tokenizer(tiny)
     text = "It is a truth, universally acknowledged: naïve 日本 \n\n 1813."

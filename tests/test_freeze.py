@@ -15,10 +15,9 @@ from halfbyte.training.checkpoint import read_weights
 from halfbyte.training.config import Method, Parallel, Recipe, Train
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.errors import UserError
-from halfbyte.training.hf_map import NORMS
 from halfbyte.training.pattern_rules import freeze_problems
 from halfbyte.training.resolve import resolve, save
-from halfbyte.training.shape import LAYER_NORMS, ModelShape, read_shape
+from halfbyte.training.shape import ModelShape, read_shape
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
@@ -128,8 +127,10 @@ def test_what_can_be_frozen_is_no_problem():
         assert list(freeze_problems(recipe, SHAPE)) == []
 
 
-def test_the_rules_know_all_norms():
-    assert set(LAYER_NORMS) == set(NORMS.values())
+def test_norms_of_heads_can_be_frozen_where_the_model_has_them():
+    recipe = Recipe(train=Train(freeze=["*.q_norm"]))
+    assert list(freeze_problems(recipe, dataclasses.replace(SHAPE, qk_norm=True))) == []
+    assert len(list(freeze_problems(recipe, SHAPE))) == 1
 
 
 # ---- a run of two processes that goes on in one

@@ -15,6 +15,8 @@ from halfbyte.training.config import Format, Recipe
         ([Format.nvfp4] * 2, ["trtllm-serve", "vllm serve", "quantization modelopt_fp4"], ["NVFP4, W4A4"]),
         ([Format.w4a16_nvfp4], ["trtllm-serve", "vllm serve", "quantization modelopt_fp4"], ["NVFP4, W4A16"]),
         ([Format.mxfp4], ["vllm serve"], ["MXFP4, W4A4"]),
+        ([Format.w4a16_mxfp4], ["vllm serve"], ["MXFP4, W4A16"]),
+        ([Format.w4a8_nvfp4_fp8], ["trtllm-serve"], ["W4A8", "Blackwell only"]),
         ([Format.fp8], ["trtllm-serve", "vllm serve", "quantization modelopt_fp8"], ["FP8, W8A8", "SM89"]),
         (
             [Format.nvfp4, Format.fp8, Format.nvfp4],

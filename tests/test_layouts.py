@@ -19,6 +19,7 @@ FAST = (
     "evaluate.tasks.lambada.limit=8",
     "evaluate.tasks.english.limit=4",
     "gate.judges=trained",
+    "quantize.kv_cache=nvfp4",
     "gate.perplexity_ratio=1e100",  # a few items of random weights
 )
 LAYOUTS = {
@@ -59,8 +60,11 @@ def test_every_layout_gives_the_same_losses_and_scales(halfbyte, place, referenc
     done = halfbyte("run", "tiny", *options, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == pytest.approx(losses(reference), abs=1e-6)
-    mine, one = (json.loads((folder / "quantize.json").read_text())["layers"] for folder in (run, reference))
-    assert {key: layer["scale_2"] for key, layer in mine.items()} == {key: one[key]["scale_2"] for key in one}
+    mine, one = (json.loads((folder / "quantize.json").read_text()) for folder in (run, reference))
+    scales = [{key: layer["scale_2"] for key, layer in content["layers"].items()} for content in (mine, one)]
+    assert scales[0] == scales[1]
+    assert len(one["caches"]) == 4
+    assert mine["caches"] == one["caches"]
 
 
 def start(command, environment, place: Path, *args: str) -> subprocess.Popen:

@@ -19,6 +19,7 @@ from halfbyte.launch.plan import export_bytes
 from halfbyte.training import numerics
 from halfbyte.training.config import Format, LayerFormat, Quantize, Recipe
 from halfbyte.training.hf_map import HFWeight, expected_shapes
+from halfbyte.training.kv_format import KVCache
 from halfbyte.training.shape import read_shape
 
 CONFIG = {
@@ -183,21 +184,52 @@ def test_the_configs_name_every_layers_format(exported: Path):
     assert sorted(targets) == sorted(OF_MIX)
 
 
+@pytest.mark.parametrize("cache", KVCache)
 @pytest.mark.parametrize("formats", [["nvfp4"], ["w4a16_nvfp4"], ["fp8"], ["fp8", "nvfp4"], ["nvfp4", "w4a16_nvfp4"]])
-def test_modelopt_turns_the_nested_shape_into_our_flat_one(formats: list[str]):
+def test_modelopt_turns_the_nested_shape_into_our_flat_one(formats: list[str], cache: KVCache):
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
     layers = {f"model.layers.{i}.mlp.down_proj": Format(formats[i % len(formats)]) for i in range(4)}
-    flat, nested = quantization_configs(layers, ["lm_head"])
+    flat, nested = quantization_configs(layers, ["lm_head"], cache)
     theirs = convert_hf_quant_config_format(nested)
     for config in (flat, theirs):  # the numbers of the groups mean nothing
         config["config_groups"] = sorted(config["config_groups"].values(), key=str)
     assert flat == theirs
 
 
+def test_modelopt_describes_w4a8_as_we_do():
+    """Its converter knows the format inside a mix only, so that is where it is asked."""
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
+    flat, nested = quantization_configs({"a": Format.w4a8_nvfp4_fp8}, ["lm_head"], KVCache.none)
+    mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": _algorithm(nested)}}
+    theirs = convert_hf_quant_config_format({"producer": nested["producer"], "quantization": mixed})
+    assert flat["config_groups"]["group_0"] | {"targets": ["a"]} == theirs["config_groups"]["group_0"]
+
+
+def _algorithm(nested: dict) -> dict:
+    return {key: nested["quantization"][key] for key in ("quant_algo", "group_size")}
+
+
 def test_mxfp4_in_a_mix_has_no_shape():
-    with pytest.raises(ValueError, match="MXFP4 in a mix"):
-        quantization_configs({"a": Format.mxfp4, "b": Format.fp8}, [])
+    with pytest.raises(ValueError, match="no runtime reads this mix: fp8, mxfp4"):
+        quantization_configs({"a": Format.mxfp4, "b": Format.fp8}, [], KVCache.none)
+    with pytest.raises(ValueError, match="no runtime reads this mix: nvfp4, w4a8_nvfp4_fp8"):
+        quantization_configs({"a": Format.w4a8_nvfp4_fp8, "b": Format.nvfp4}, [], KVCache.none)
+
+
+def test_a_cache_beside_mxfp4_has_no_shape():
+    with pytest.raises(ValueError, match="no runtime is known to read a fp8 cache beside MXFP4"):
+        quantization_configs({"a": Format.w4a16_mxfp4}, [], KVCache.fp8)
+
+
+def test_weight_only_mxfp4_names_no_activations():
+    flat, nested = quantization_configs({"a": Format.w4a16_mxfp4}, ["lm_head"], KVCache.none)
+    both, _ = quantization_configs({"a": Format.mxfp4}, ["lm_head"], KVCache.none)
+    assert nested is None
+    assert both["config_groups"]["group_0"].pop("input_activations")["dynamic"] is True
+    assert flat["config_groups"]["group_0"].pop("input_activations") is None
+    assert flat == both  # nothing else differs
 
 
 @pytest.mark.parametrize("tensor", [f"{OUT}.weight", f"{OUT}.weight_scale", f"{OUT}.input_scale", f"{UP}.weight"])

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.training import codec, numerics
-from halfbyte.training.config import Format, SecondScale
+from halfbyte.training.config import SecondScale
+from halfbyte.training.formats import Rounding
 
 GRID = [Fraction(v) for v in ("0", "1/2", "1", "3/2", "2", "3", "4", "6")]
 E4M3 = sorted(
@@ -152,6 +153,24 @@ def test_nvfp4_equals_its_definition_for_any_second_scale(block: list[float], sc
     assert y[0].tolist() == nvfp4_reference(block, scale_2)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(moderate.filter(bool), min_size=32, max_size=32), st.sampled_from(SecondScale))
+def test_w4a8_weights_equal_their_definition_and_fit_into_fp8(block: list[float], mode: SecondScale):
+    """NVFP4 by its definition on a block of 32, with the scale per tensor of the FP8 range."""
+    x = torch.tensor([block])
+    s2 = numerics.second_scale(x.abs().amax(), mode, rounding=Rounding.nvfp4_block32)
+    quotient = f32(Fraction(float(x.abs().amax())) / 448)
+    expected = quotient if mode is SecondScale.amax else Fraction(2) ** math.ceil(math.log2(quotient))
+    assert Fraction(s2.item()) == expected
+    y = numerics.fake_quantize(x, Rounding.nvfp4_block32, s2)
+    assert y[0].tolist() == nvfp4_reference(block, s2.item())
+    codes, scales = codec.nvfp4_encode(x, s2, block=32)
+    assert (codes.shape, scales.shape) == ((1, 16), (1, 1))
+    assert same(codec.nvfp4_decode(codes, scales, s2), y)
+    largest = 6 * max(scales.float().tolist()[0])
+    assert largest <= 448 * (1 + 1 / 16)  # E4M3's rounding of 448/6
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(finite, min_size=32, max_size=32))
 def test_mxfp4_equals_its_definition_on_all_of_fp32(block: list[float]):
@@ -279,19 +298,24 @@ def test_subnormal_block_scale_is_kept():
 # ---- interface
 
 
-@pytest.mark.parametrize("number_format", list(Format))
-def test_straight_through_gradient_saves_nothing(number_format: Format):
+@pytest.mark.parametrize("rounding", list(Rounding))
+def test_straight_through_gradient_saves_nothing(rounding: Rounding):
     x = (torch.randn(4, 64) * 100).requires_grad_()
     before = x.detach().clone()
-    y = numerics.fake_quantize(x, number_format, scale(-6))
+    y = numerics.fake_quantize(x, rounding, scale(-6))
     assert y.grad_fn is not None
     assert y.grad_fn.saved_tensors == ()
     gradient = torch.randn(4, 64)
     y.backward(gradient)
     assert torch.equal(x.grad, gradient)  # where values saturate, too
     assert torch.equal(x, before)
-    expected = {Format.mxfp4: numerics.mxfp4_fake(x), Format.fp8: numerics.fp8_fake(x, scale(-6))}
-    assert same(y.detach(), expected.get(number_format, numerics.nvfp4_fake(x, scale(-6))))
+    expected = {
+        Rounding.nvfp4: numerics.nvfp4_fake(x, scale(-6)),
+        Rounding.nvfp4_block32: numerics.nvfp4_fake(x, scale(-6), block=32),
+        Rounding.mxfp4: numerics.mxfp4_fake(x),
+        Rounding.fp8: numerics.fp8_fake(x, scale(-6)),
+    }
+    assert same(y.detach(), expected[rounding])
 
 
 def test_bad_shapes_and_missing_scales_are_refused():
@@ -300,7 +324,7 @@ def test_bad_shapes_and_missing_scales_are_refused():
     with pytest.raises(ValueError, match=r"\(3, 48\).*32"):
         codec.mxfp4_encode(torch.zeros(3, 48))
     with pytest.raises(ValueError, match="scale per tensor"):
-        numerics.fake_quantize(torch.zeros(2, 16), Format.nvfp4)
+        numerics.fake_quantize(torch.zeros(2, 16), Rounding.nvfp4)
     assert numerics.nvfp4_fake(torch.zeros(0, 16), scale(0)).shape == (0, 16)
     assert numerics.nvfp4_fake(torch.ones(2, 3, 16, dtype=torch.bfloat16), scale(0)).dtype == torch.bfloat16
 

@@ -14,6 +14,7 @@ from halfbyte.training import numerics
 from halfbyte.training.config import Format, LayerFormat, Quantize, Recipe, SecondScale
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import write_json
+from halfbyte.training.formats import SPECS, Rounding
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core and ModelOpt
 
@@ -157,7 +158,7 @@ def test_linears_see_weights_on_the_grid_bit_for_bit(world, number_format, mode)
     for name in LINEARS:
         weight = plain.get_submodule(name).weight
         amax = weight.abs().amax()
-        if number_format is Format.mxfp4:
+        if number_format in (Format.mxfp4, Format.w4a16_mxfp4):
             expected = numerics.mxfp4_fake(weight)
             assert report["layers"][name]["scale_2"] == report["layers"][name]["amax"] == {}
         elif number_format is Format.fp8:
@@ -167,14 +168,24 @@ def test_linears_see_weights_on_the_grid_bit_for_bit(world, number_format, mode)
             assert report["layers"][name]["scale"]["weight"] == scale.item()
             assert report["layers"][name]["scale_2"] == {}
         else:
+            w4a8 = number_format is Format.w4a8_nvfp4_fp8  # block 32, and a scale per tensor of FP8's range
             scale_2 = numerics.second_scale(amax, mode)
-            expected = numerics.nvfp4_fake(weight, scale_2)
+            if w4a8:
+                exact = amax / torch.tensor(448.0)
+                scale_2 = exact if mode is SecondScale.amax else 2 ** exact.log2().ceil()
+            expected = numerics.nvfp4_fake(weight, scale_2, block=32 if w4a8 else 16)
+            if w4a8:
+                of_input = torch.tensor(report["layers"][name]["amax"]["input"])
+                assert report["layers"][name]["scale"] == {"input": (of_input / torch.tensor(448.0)).item()}
             assert report["layers"][name]["amax"]["weight"] == amax.item()
             assert report["layers"][name]["scale_2"]["weight"] == scale_2.item()
         linear = gpt.get_submodule(name)
         assert torch.equal(linear.weight, weight)
         assert torch.equal(linear.weight_quantizer(linear.weight), expected)
-        if number_format is Format.w4a16_nvfp4:  # nothing else is rounded: the identity reads the weight out
+        if number_format in (
+            Format.w4a16_nvfp4,
+            Format.w4a16_mxfp4,
+        ):  # the identity reads the weight out
             assert torch.equal(linear(torch.eye(weight.shape[1]))[0], expected.T)
         error = (expected - weight).double().norm() / weight.double().norm()
         assert report["layers"][name]["weight_relative_rms_error"] == pytest.approx(error.item(), rel=1e-5)
@@ -462,12 +473,12 @@ def test_a_mixed_plan_gives_every_linear_its_own_arithmetic(world, hook):
             continue
         amax = weight.abs().amax()
         scale = amax / 448 if number_format == "fp8" else numerics.second_scale(amax, SecondScale.pow2)
-        expected = numerics.fake_quantize(weight, Format(number_format), scale)
+        expected = numerics.fake_quantize(weight, SPECS[Format(number_format)].weights, scale)
         assert torch.equal(linear.weight_quantizer(linear.weight), expected)
         seen = report["layers"][name]
         of_input = torch.tensor(seen.get("scale", seen["scale_2"]).get("input", 1.0))
         if number_format != "w4a16_nvfp4":
-            x = numerics.fake_quantize(x, Format(number_format), of_input)
+            x = numerics.fake_quantize(x, Rounding(number_format), of_input)
         assert torch.equal(linear(x)[0], functional.linear(x, expected))
 
 

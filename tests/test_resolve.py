@@ -102,9 +102,13 @@ def test_tasks_by_number_name_and_brackets():
         ("parallel.sequence=3", "parallel.sequence = 3", "true or false"),
         ("run.name=null", "run.name = null", "text"),
         ("method=qax", "method = qax", "ptq, qat, qad, bf16"),
-        ("quantize.format=fp6", "quantize.format = fp6", "nvfp4, w4a16_nvfp4, mxfp4, fp8"),
+        ("quantize.format=fp6", "quantize.format = fp6", "nvfp4, w4a16_nvfp4, w4a8_nvfp4_fp8, mxfp4, w4a16_mxfp4, fp8"),
         ("quantize.layers=fp8", "quantize.layers = fp8", "a mapping"),
-        ("quantize.layers={'*.o_proj': fp6}", "quantize.layers = {", "one of nvfp4, w4a16_nvfp4, mxfp4, fp8, bf16"),
+        (
+            "quantize.layers={'*.o_proj': fp6}",
+            "quantize.layers = {",
+            "one of nvfp4, w4a16_nvfp4, w4a8_nvfp4_fp8, mxfp4, w4a16_mxfp4, fp8, bf16",
+        ),
         (
             "quantize.layers={'*.k_proj': fp8}",
             "quantize.layers",
@@ -262,7 +266,7 @@ def test_a_layout_is_accepted_exactly_when_everything_divides(
     recipe = copy.deepcopy(TINY_RECIPE)
     recipe.parallel.tensor, recipe.parallel.pipeline, recipe.quantize.format = tensor, pipeline, form
     recipe.model.path, recipe.model.config = "/nonexistent", str(path)
-    block = {"nvfp4": 16, "w4a16_nvfp4": 16, "mxfp4": 32, "fp8": 1}[form]
+    block = {"nvfp4": 16, "w4a16_nvfp4": 16, "fp8": 1}.get(form, 32)
     fits = (
         all(size % tensor == 0 for size in (heads, kv_heads, ffn, 5040))
         and 12 % pipeline == 0
@@ -271,6 +275,14 @@ def test_a_layout_is_accepted_exactly_when_everything_divides(
         and ffn % (block * tensor) == 0
     )
     assert (rules.problems(recipe) == []) == fits
+
+
+def test_formats_that_no_runtime_reads_in_a_mix():
+    for alone in ("mxfp4", "w4a16_mxfp4", "w4a8_nvfp4_fp8"):
+        (line,) = problems(f"quantize.format={alone}", "quantize.layers={'*.o_proj': nvfp4}")
+        assert f"mixes {alone} with nvfp4" in line
+        resolve("tiny", [f"quantize.format={alone}", "quantize.layers={'*.o_proj': bf16}"])
+    resolve("tiny", ["quantize.format=w4a8_nvfp4_fp8", "quantize.scale_2=amax", "quantize.block_scale=four_over_six"])
 
 
 def test_formats_methods_and_gate_combinations(with_shape):
@@ -330,6 +342,7 @@ def test_rope_settings_old_and_new_spelling(tmp_path):
 def test_parameter_counts_of_published_models():
     assert read_shape(RECIPES / "shapes/llama31_8b.json").parameters == 8_030_261_248
     assert read_shape(RECIPES / "shapes/smollm2_135m.json").parameters == 134_515_008
+    assert read_shape(RECIPES / "shapes/qwen3_8b.json").parameters == 8_190_735_360
 
 
 def test_parameters_and_linears_as_transformers_builds_them():

@@ -123,7 +123,7 @@ LAYERS = '{"model.layers.0.*": fp8, "*.down_proj": w4a16_nvfp4, "model.layers.3.
 FORMATS = {
     "mxfp4": ("quantize.format=mxfp4",),
     # Float64, because an FP8 scale is the calibrated maximum itself, not rounded to a power of two.
-    "mixed": (f"quantize.layers={LAYERS}", "train.dtype=float64"),
+    "mixed": (f"quantize.layers={LAYERS}", "train.dtype=float64", "quantize.kv_cache=nvfp4"),
 }
 
 
@@ -155,7 +155,9 @@ def test_a_mixed_run_says_what_each_layer_is_and_guards_its_fp8_bytes(halfbyte, 
     )
     assert [layers[f"decoder.layers.3.{name}"]["format"] for name in FUSED[2:]] == ["nvfp4", "w4a16_nvfp4"]
     assert not any(f"decoder.layers.3.{name}" in layers for name in FUSED[:2])
-    named = read(run / "export" / "hf" / "hf_quant_config.json")["quantization"]["quantized_layers"]
+    quantization = read(run / "export" / "hf" / "hf_quant_config.json")["quantization"]
+    assert quantization["kv_cache_quant_algo"] == "NVFP4"
+    named = quantization["quantized_layers"]
     assert named["model.layers.0.mlp.up_proj"] == {"quant_algo": "FP8"}
     assert len(named) == sum(len(layer["hf"]) for layer in layers.values()) == 24
     assert "MIXED_PRECISION" in (run / "export" / "HANDOFF.md").read_text()
@@ -169,10 +171,12 @@ def test_a_mixed_run_says_what_each_layer_is_and_guards_its_fp8_bytes(halfbyte, 
     assert "error: verify failed: model.layers.0.mlp.up_proj.weight: 1 of" in done.stderr
 
 
-def test_weight_only(halfbyte, place):
+def test_weight_only_with_an_fp8_cache(halfbyte, place):
     run = place / "runs" / "w4a16"
-    options = (*SHORT, "quantize.format=w4a16_nvfp4", "run.wandb=disabled", f"run.dir={run}")
-    assert halfbyte("run", "tiny", *options, cwd=place).returncode == 0
+    options = (*SHORT, "quantize.format=w4a16_nvfp4", "quantize.kv_cache=fp8", "run.wandb=disabled", f"run.dir={run}")
+    done = halfbyte("run", "tiny", *options, cwd=place)
+    assert done.returncode == 0
+    assert "key/value cache in fp8" in done.stdout
     layers = read(run / "quantize.json")["layers"].values()
     assert all(set(layer["scale_2"]) == {"weight"} for layer in layers)
     assert same_scores(run, "qat", "exported")

@@ -324,7 +324,7 @@ def test_weight_only_model_is_transformers_with_rounded_weights(
         assert torch.equal(decoded_model(tmp_path / "hf")(tokens).logits, reference(tokens).logits)
 
 
-@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.mxfp4])
+@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.mxfp4, Format.w4a8_nvfp4_fp8, Format.w4a16_mxfp4])
 def test_fp4_activations_are_rounded_with_the_scale_in_the_file(
     model_dir: Path, trained: list[HFWeight], tmp_path: Path, number_format: Format
 ):
@@ -334,9 +334,23 @@ def test_fp4_activations_are_rounded_with_the_scale_in_the_file(
     weight = next(fake(w, run.quantize) for w in trained if w.name == f"{DOWN}.weight")
     x = torch.randn(5, 64)
     scale = torch.tensor(2.0 ** math.ceil(math.log2(4.0 / 2688)))  # input_amax 4
-    rounded = numerics.nvfp4_fake(x, scale) if number_format is Format.nvfp4 else numerics.mxfp4_fake(x)
+    rounded = {
+        Format.nvfp4: numerics.nvfp4_fake(x, scale),
+        Format.mxfp4: numerics.mxfp4_fake(x),
+        Format.w4a8_nvfp4_fp8: (x / (4.0 / 448)).to(torch.float8_e4m3fn).float() * torch.tensor(4.0 / 448),
+        Format.w4a16_mxfp4: x,
+    }[number_format]
     assert torch.equal(linear(x), torch.nn.functional.linear(rounded, weight))
-    assert not torch.equal(rounded, x)
+    assert torch.equal(rounded, x) == (number_format is Format.w4a16_mxfp4)
+
+
+def test_a_config_without_the_group_of_a_linear_is_one_line(out: Path):
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["config_groups"] = {}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"no config group aims at model\.layers"):
+        decoded_model(out)
 
 
 def test_decoded_model_refuses_tensors_without_a_place(out: Path):

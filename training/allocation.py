@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from halfbyte.training.config import BITS, BLOCK, Format, Recipe
+from halfbyte.training.config import Format, Recipe
+from halfbyte.training.formats import BITS, SPECS
 from halfbyte.training.shape import FUSED_GROUPS, ROW_PARALLEL, ModelShape, excluded, linear_sizes
 
 Choice = Format | None
@@ -41,11 +42,11 @@ class Group:
 def groups(shape: ModelShape, recipe: Recipe) -> list[Group]:
     """The layers that `halfbyte sensitivity` chooses formats for, in model order: all that quantize.exclude leaves.
 
-    Candidates are quantize.format and FP8; MXFP4 stays alone, because no runtime reads it in a mix. A format whose
+    Candidates are quantize.format and FP8; a format that no runtime reads in a mix stays alone. A format whose
     blocks do not divide a layer's K is none of its candidates.
     """
     default = recipe.quantize.format
-    candidates = (default,) if default in (Format.fp8, Format.mxfp4) else (default, Format.fp8)
+    candidates = (default,) if default is Format.fp8 or not SPECS[default].mixes else (default, Format.fp8)
     sizes, grouped = linear_sizes(shape), {name: group for group in FUSED_GROUPS for name in group}
     found: dict[tuple[str, ...], Group] = {}
     for name, (_, k) in sizes.items():
@@ -54,7 +55,7 @@ def groups(shape: ModelShape, recipe: Recipe) -> list[Group]:
         if hf in found or excluded(name, recipe.quantize.exclude):
             continue
         per_rank = k // recipe.parallel.tensor if kind in ROW_PARALLEL else k
-        fitting = tuple(candidate for candidate in candidates if per_rank % BLOCK[candidate] == 0)
+        fitting = tuple(candidate for candidate in candidates if per_rank % SPECS[candidate].grid.block == 0)
         weights = sum(math.prod(sizes[member]) for member in hf)
         found[hf] = Group(int(name.split(".")[2]), hf, weights, fitting)
     return list(found.values())

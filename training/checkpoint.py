@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from halfbyte.training import gradients
 from halfbyte.training.environment import serve_parent, starting_helpers
 from halfbyte.training.errors import UserError
-from halfbyte.training.hf_map import FUSED, NORMS, HFWeight, split_fused
-from halfbyte.training.shape import ModelShape
+from halfbyte.training.hf_map import BIASED, FUSED, HFWeight, split_fused
+from halfbyte.training.kv_format import SCALES
+from halfbyte.training.shape import ModelShape, layer_norms
 
 LAST = "last"
 DAMAGED = (
@@ -277,13 +278,21 @@ def read_weights(path: Path, shape: ModelShape, quantized: Collection[str]) -> I
     yield HFWeight("model.embed_tokens.weight", reader.tensor("embedding.word_embeddings.weight")[: shape.vocab])
     for layer in range(shape.layers):
         prefix, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for name, target in NORMS.items():
+        for name, (target, _) in layer_norms(shape).items():
             yield HFWeight(f"{hf}{target}.weight", reader.tensor(f"{prefix}{name}.weight"))
+        cached = {
+            part: reader.maximum(f"{prefix}self_attention.core_attention.{side}_rounding.amax")
+            for side, (part, _) in SCALES.items()
+        }
         for name in FUSED:
             amax = {side: reader.maximum(f"{prefix}{name}.{side}_quantizer._amax") for side in ("weight", "input")}
             fused = reader.linear(f"{prefix}{name}.weight")
             for part, tensor in split_fused(name, fused, shape).items():
-                yield HFWeight(f"{hf}{part}.weight", tensor, f"{hf}{part}" in quantized, amax["weight"], amax["input"])
+                maxima = (amax["weight"], amax["input"], cached.get(part))
+                yield HFWeight(f"{hf}{part}.weight", tensor, f"{hf}{part}" in quantized, *maxima)
+        if shape.qkv_bias:
+            for part, tensor in split_fused(BIASED, reader.tensor(f"{prefix}{BIASED}.bias"), shape).items():
+                yield HFWeight(f"{hf}{part}.bias", tensor)
     yield HFWeight("model.norm.weight", reader.tensor("decoder.final_layernorm.weight"))
     if not shape.tied:
         yield HFWeight("lm_head.weight", reader.tensor("output_layer.weight")[: shape.vocab])

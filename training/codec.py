@@ -15,25 +15,28 @@ from halfbyte.training.numerics import E2M1, MXFP4_BLOCK, NVFP4_BLOCK
 
 
 @torch.no_grad()
-def nvfp4_encode(w: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax) -> tuple[Tensor, Tensor]:
+def nvfp4_encode(
+    w: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax, block: int = NVFP4_BLOCK
+) -> tuple[Tensor, Tensor]:
     """Pack a weight as NVFP4; decode(encode(w)) equals nvfp4_fake(w) bit for bit.
 
     Args:
-        w: [N, K] (or [..., K]) float; K a multiple of 16.
+        w: [N, K] (or [..., K]) float; K a multiple of the block.
         scale_2: FP32 [].
         block_scale: How block scales are chosen.
+        block: Elements along K that share a block scale.
 
     Returns:
         packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
-        scale: float8_e4m3fn [N, K/16], linear row-major, in [2^-9, 448]; NaN where the block holds a NaN.
+        scale: float8_e4m3fn [N, K/block], linear row-major, in [2^-9, 448]; NaN where the block holds a NaN.
 
     Raises:
-        ValueError: The last dimension is not a multiple of 16.
+        ValueError: The last dimension is not a multiple of the block.
     """
     scale_2 = scale_2.to(device=w.device, dtype=torch.float32)
-    packed, scale = _empty_encoding(w, NVFP4_BLOCK, torch.float8_e4m3fn)
-    packed_rows, scale_rows = packed.view(-1, NVFP4_BLOCK // 2), scale.view(-1, 1)
-    for rows, chunk in numerics.chunks(w, NVFP4_BLOCK):
+    packed, scale = _empty_encoding(w, block, torch.float8_e4m3fn)
+    packed_rows, scale_rows = packed.view(-1, block // 2), scale.view(-1, 1)
+    for rows, chunk in numerics.chunks(w, block):
         scale_C1 = numerics.nvfp4_block_scale(chunk, scale_2, block_scale)
         q = numerics.round_e2m1(chunk / scale_C1.float().mul_(scale_2))
         # One canonical encoding of zeros. NaN counts as nonzero here and keeps its NaN scale.
@@ -49,14 +52,14 @@ def nvfp4_decode(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
 
     Args:
         packed: uint8 [N, K/2].
-        scale: float8_e4m3fn [N, K/16].
+        scale: float8_e4m3fn [N, K/block].
         scale_2: FP32 [].
 
     Returns:
         FP32 [N, K].
     """
     block_scale = scale.float() * scale_2.to(device=scale.device, dtype=torch.float32)
-    return (_unpack(packed).unflatten(-1, (-1, NVFP4_BLOCK)) * block_scale.unsqueeze(-1)).flatten(-2) + 0.0
+    return (_unpack(packed).unflatten(-1, (scale.shape[-1], -1)) * block_scale.unsqueeze(-1)).flatten(-2) + 0.0
 
 
 @torch.no_grad()

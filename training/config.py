@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from halfbyte.training.config_commands import Generate, Sensitivity
 from halfbyte.training.config_distill import Distill
+from halfbyte.training.kv_format import KVCache
 
 
 class Method(StrEnum):
@@ -21,14 +22,18 @@ class Method(StrEnum):
 
 
 class Format(StrEnum):
-    """Number formats by the names that serving runtimes use (`quant_algo`)."""
+    """Number formats by the names that serving runtimes use (`quant_algo`); formats.py says what each one is."""
 
     nvfp4 = "nvfp4"
     """W4A4: E2M1 elements, block 16, E4M3 block scale, FP32 second-level scale per tensor."""
     w4a16_nvfp4 = "w4a16_nvfp4"
     """Weights as nvfp4, activations not quantized."""
+    w4a8_nvfp4_fp8 = "w4a8_nvfp4_fp8"
+    """Weights as nvfp4 with block 32, activations as fp8."""
     mxfp4 = "mxfp4"
     """W4A4: E2M1 elements, block 32, E8M0 block scale."""
+    w4a16_mxfp4 = "w4a16_mxfp4"
+    """Weights as mxfp4, activations not quantized."""
     fp8 = "fp8"
     """W8A8: E4M3 elements, one FP32 scale per tensor."""
 
@@ -38,7 +43,9 @@ class LayerFormat(StrEnum):
 
     nvfp4 = "nvfp4"
     w4a16_nvfp4 = "w4a16_nvfp4"
+    w4a8_nvfp4_fp8 = "w4a8_nvfp4_fp8"
     mxfp4 = "mxfp4"
+    w4a16_mxfp4 = "w4a16_mxfp4"
     fp8 = "fp8"
     bf16 = "bf16"
 
@@ -152,7 +159,8 @@ class Model:
     path: str = "???"
     """Hugging Face directory: config.json, *.safetensors, tokenizer."""
     fetch: str | None = None
-    """What `halfbyte fetch` makes at `path` if nothing is there: smollm2 | tiny."""
+    """What `halfbyte fetch` makes at `path` if nothing is there: smollm2 | tiny | tiny_mistral | tiny_qwen2 |
+    tiny_qwen3."""
     config: str | None = None
     """A config.json to plan with (`halfbyte check`) while the weights are not at `path`."""
 
@@ -171,6 +179,8 @@ class Quantize:
     """Of NVFP4 weights; activations always scale a block by its maximum."""
     clip_gradient: bool = False
     """The straight-through gradient is zero where a value exceeds what the calibrated scale can represent."""
+    kv_cache: KVCache = KVCache.none
+    """Of keys (after their rotation) and values, in every layer; quantize.exclude and quantize.layers do not apply."""
     exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])
     """fnmatch patterns on Hugging Face module names (model.layers.0.mlp.down_proj) that stay unquantized.
     q/k/v and gate/up are one layer each at training time: exclude all members or none."""
@@ -372,13 +382,3 @@ class Recipe:
     def world_size(self) -> int:
         """Processes of the whole layout."""
         return self.parallel.tensor * self.parallel.pipeline * self.parallel.data
-
-
-BLOCK = {Format.nvfp4: 16, Format.w4a16_nvfp4: 16, Format.mxfp4: 32, Format.fp8: 1}
-"""Elements along K that share one block scale; 1 for FP8, which has no block scales and takes any K."""
-
-BITS = {Format.nvfp4: 4.5, Format.w4a16_nvfp4: 4.5, Format.mxfp4: 4.25, Format.fp8: 8.0, None: 16.0}
-"""Bits per weight with its block scales; the few scales per tensor are not counted. None is BF16."""
-
-TWO_LEVEL = (Format.nvfp4, Format.w4a16_nvfp4)
-"""Formats with block scales and a second-level scale per tensor: those that quantize.scale_2 is about."""

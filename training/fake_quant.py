@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from halfbyte.training.config import Format
+from halfbyte.training.formats import Rounding
 
-LARGEST = {Format.nvfp4: 6.0 * 448.0, Format.w4a16_nvfp4: 6.0 * 448.0, Format.fp8: 448.0}
+LARGEST = {Rounding.nvfp4: 6.0 * 448.0, Rounding.nvfp4_block32: 448.0, Rounding.fp8: 448.0}
 """Largest magnitude per unit of the scale per tensor. MXFP4 has no such scale and saturates nowhere."""
 
 
-def largest(number_format: Format, scale: torch.Tensor) -> torch.Tensor:
-    """FP32 []: the largest magnitude that a format with an FP32 [] scale per tensor represents.
+def largest(rounding: Rounding, scale: torch.Tensor) -> torch.Tensor:
+    """FP32 []: the largest magnitude that a rounding with an FP32 [] scale per tensor represents.
 
     It is the calibrated maximum or, where the scale was rounded up to a power of two, up to twice as much: what lies
     between is represented, and keeps its gradient.
     """
-    return scale * LARGEST[number_format]
+    return scale * LARGEST[rounding]
 
 
 class _ClipGradient(torch.autograd.Function):

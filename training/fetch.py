@@ -5,12 +5,14 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata, resources
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.training.errors import USAGE, UserError
+from halfbyte.training.families import TINY
 from halfbyte.training.jsonl import read_jsonl
 
 # torch and transformers are imported inside the functions: a wrong name must be answered at once, not after seconds.
@@ -56,10 +58,11 @@ to FP32 and rounded to BF16. This is not the original BF16 checkpoint: its linea
 weight-only FP4 errors measured on it say little about a native BF16 model. The norms were stored in FP32.
 """
 
-TINY_CARD = """# tiny
+TINY_CARD = """# {name}
 
-A random Llama (seed 0, normal weights of standard deviation {std}) with a byte-level BPE of 512 tokens. It has learned
-nothing; it exists so that tests can run the whole flow in seconds. Made by `halfbyte fetch tiny`.
+A random {family} (seed 0, normal weights of standard deviation {std}) with a byte-level BPE of 512
+tokens. It has learned nothing; it exists so that tests can run the whole flow in seconds. Made by
+`halfbyte fetch {name}`.
 """
 
 
@@ -69,7 +72,8 @@ def fetch(name: str, directory: Path) -> Path:
     The directory appears complete or not at all; one that is complete is returned untouched.
 
     Args:
-        name: `smollm2` (SmolLM2-135M-Instruct, dequantised) or `tiny` (random, seed 0).
+        name: `smollm2` (SmolLM2-135M-Instruct, dequantised), or a random model (seed 0): `tiny` (Llama) and its like
+            of other families, `tiny_mistral`, `tiny_qwen2` (tied), `tiny_qwen3`.
         directory: Where the model shall stand.
 
     Returns:
@@ -173,20 +177,22 @@ def _smollm2(folder: Path) -> None:
     (folder / "README.md").write_text(card)
 
 
-def _tiny(folder: Path) -> None:
-    """A random Llama in the shape of recipes/shapes/tiny.json."""
+def _tiny(folder: Path, name: str) -> None:
+    """A random model in the shape of recipes/shapes/tiny.json, of the family that `name` says."""
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     shape = json.loads((resources.files("halfbyte.recipes") / "shapes" / "tiny.json").read_text())
-    config = LlamaConfig(**shape)
-    model = LlamaForCausalLM(config)
+    config = AutoConfig.for_model(**shape | TINY[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Our own draws, from our own generator: transformers' initialisation differs between its versions.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.dim() == 2:
+        for part, parameter in sorted(model.named_parameters()):
+            if parameter.dim() == 2 or part.endswith(".bias"):
                 parameter.normal_(std=TINY_STD, generator=generator)
+            elif part.endswith(("q_norm.weight", "k_norm.weight")):  # not 1: a norm that is left out must show
+                parameter.normal_(1.0, TINY_STD, generator=generator)
             else:
                 parameter.fill_(1.0)
     tokenizer = _tiny_tokenizer(config.vocab_size, config.max_position_embeddings)
@@ -194,7 +200,7 @@ def _tiny(folder: Path) -> None:
     model.config.update(special)
     model.generation_config = GenerationConfig(**special)
     _save(folder, model.to(torch.bfloat16), tokenizer)
-    (folder / "README.md").write_text(TINY_CARD.format(std=TINY_STD))
+    (folder / "README.md").write_text(TINY_CARD.format(name=name, family=type(model).__name__, std=TINY_STD))
 
 
 def _tiny_tokenizer(vocab_size: int, max_length: int) -> "PreTrainedTokenizerFast":
@@ -235,5 +241,5 @@ def _save(folder: Path, model: Any, tokenizer: Any) -> None:
     path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"smollm2": _smollm2, "tiny": _tiny}
+MODELS: dict[str, Callable[[Path], None]] = {"smollm2": _smollm2} | {name: partial(_tiny, name=name) for name in TINY}
 """What `fetch` can make."""

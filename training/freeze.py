@@ -4,8 +4,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from halfbyte.training.errors import UserError
-from halfbyte.training.hf_map import FUSED, NORMS
-from halfbyte.training.shape import excluded
+from halfbyte.training.hf_map import FUSED
+from halfbyte.training.shape import NORMS, excluded
 
 OUTSIDE = {
     "embedding.word_embeddings": ("model.embed_tokens",),

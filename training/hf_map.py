@@ -1,10 +1,10 @@
-"""How a Llama-family model's tensors are named and fused: Hugging Face on one side, Megatron-Core on the other."""
+"""How a model's tensors are named and fused: Hugging Face on one side, Megatron-Core on the other."""
 
 from dataclasses import dataclass
 
 import torch
 
-from halfbyte.training.shape import ModelShape
+from halfbyte.training.shape import ModelShape, layer_norms, linear_sizes
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class HFWeight:
         quantized: Whether the training-time model fake-quantizes it.
         weight_amax: FP32 [] calibrated absolute maximum of the (fused) weight; None where the format needs none.
         input_amax: FP32 [] calibrated absolute maximum of the input; None for weight-only formats and MXFP4.
+        cache_amax: FP32 [] calibrated absolute maximum of what the linear gives the key/value cache: of the layer's
+            keys for k_proj, values for v_proj. None for every other tensor, and where the cache is not quantized.
     """
 
     name: str
@@ -24,6 +26,7 @@ class HFWeight:
     quantized: bool = False
     weight_amax: torch.Tensor | None = None
     input_amax: torch.Tensor | None = None
+    cache_amax: torch.Tensor | None = None
 
 
 FUSED = {
@@ -34,31 +37,25 @@ FUSED = {
 }
 """Megatron's linears inside a layer -> the Hugging Face linears that each holds."""
 
-NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+BIASED = "self_attention.linear_qkv"
+"""The one Megatron linear that may have a bias (shape.qkv_bias)."""
 
 
 def expected_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face checkpoint and its shape ([out, in] for linears)."""
-    hidden, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     tensors: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape.vocab, hidden),
-        "model.norm.weight": (hidden,),
+        "model.embed_tokens.weight": (shape.vocab, shape.hidden),
+        "model.norm.weight": (shape.hidden,),
     }
     if not shape.tied:
-        tensors["lm_head.weight"] = (shape.vocab, hidden)
-    linears = {
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (shape.ffn, hidden),
-        "mlp.up_proj": (shape.ffn, hidden),
-        "mlp.down_proj": (hidden, shape.ffn),
-    }
+        tensors["lm_head.weight"] = (shape.vocab, shape.hidden)
+    linears = linear_sizes(shape)
     for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}."
-        tensors |= {f"{prefix}{name}.weight": size for name, size in linears.items()}
-        tensors |= {f"{prefix}{name}.weight": (hidden,) for name in NORMS.values()}
+        for module in (f"model.layers.{layer}.{part}" for parts in FUSED.values() for part in parts):
+            tensors[f"{module}.weight"] = linears[module]
+            if shape.qkv_bias and module.endswith(FUSED[BIASED]):
+                tensors[f"{module}.bias"] = linears[module][:1]
+        tensors |= {f"model.layers.{layer}.{name}.weight": (size,) for name, size in layer_norms(shape).values()}
     return tensors
 
 
@@ -67,12 +64,12 @@ def split_fused(name: str, weight: torch.Tensor, shape: ModelShape) -> dict[str,
 
     Args:
         name: A key of FUSED.
-        weight: [N, K], not a shard. linear_qkv interleaves, per key/value group, its query heads, one key head and one
-            value head; linear_fc1 stacks gate over up.
+        weight: Weight [N, K] or bias [N], not a shard. linear_qkv interleaves, per key/value group, its query heads,
+            one key head and one value head; linear_fc1 stacks gate over up.
         shape: The model's shape.
 
     Returns:
-        Hugging Face module name inside the layer -> [n, K].
+        Hugging Face module name inside the layer -> [n, K] or [n].
     """
     parts = FUSED[name]
     if len(parts) == 1:
@@ -80,7 +77,7 @@ def split_fused(name: str, weight: torch.Tensor, shape: ModelShape) -> dict[str,
     if name == "mlp.linear_fc1":
         return dict(zip(parts, weight.chunk(2), strict=True))
     per_group = shape.heads // shape.kv_heads
-    groups = weight.view(shape.kv_heads, (per_group + 2) * shape.head_dim, weight.shape[-1])
+    groups = weight.view(shape.kv_heads, (per_group + 2) * shape.head_dim, *weight.shape[1:])
     sizes = [per_group * shape.head_dim, shape.head_dim, shape.head_dim]
-    qkv = (part.reshape(-1, weight.shape[-1]) for part in groups.split(sizes, dim=1))
+    qkv = (part.reshape(-1, *weight.shape[1:]) for part in groups.split(sizes, dim=1))
     return dict(zip(parts, qkv, strict=True))

@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from halfbyte.training.config import BlockScale, Format
+from halfbyte.training.config import BlockScale
+from halfbyte.training.formats import Rounding
 
 NONE, NVFP4, FOUR_OVER_SIX, MXFP4, FP8 = (tl.constexpr(i) for i in range(5))
 """How a kernel rounds a tile."""
@@ -156,11 +157,11 @@ def _fake(x_ptr, out_ptr, scale_ptr, blocks, RULE: tl.constexpr, T: tl.constexpr
     tl.store(out_ptr + offset, round_tile(x, scale_ptr, RULE, T).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rule_of(number_format: Format, block_scale: BlockScale) -> tl.constexpr:
+def rule_of(rounding: Rounding, block_scale: BlockScale) -> tl.constexpr:
     """The constant that tells a kernel how to round."""
-    if number_format is Format.mxfp4:
+    if rounding == Rounding.mxfp4:
         return MXFP4
-    if number_format is Format.fp8:
+    if rounding == Rounding.fp8:
         return FP8
     return FOUR_OVER_SIX if block_scale is BlockScale.four_over_six else NVFP4
 
@@ -170,18 +171,18 @@ def width(rule: tl.constexpr) -> int:
     return 32 if rule is MXFP4 else 16
 
 
-def supports(x: torch.Tensor, number_format: Format, block_scale: BlockScale) -> bool:
+def supports(x: torch.Tensor, rounding: Rounding, block_scale: BlockScale) -> bool:
     """Whether the kernels take a tensor: CUDA, 16- or 32-bit floats, whole tiles."""
-    whole = x.numel() % width(rule_of(number_format, block_scale)) == 0
+    whole = x.numel() % width(rule_of(rounding, block_scale)) == 0
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and whole
 
 
-def fake(x: torch.Tensor, number_format: Format, scale: torch.Tensor | None, block_scale: BlockScale) -> torch.Tensor:
+def fake(x: torch.Tensor, rounding: Rounding, scale: torch.Tensor | None, block_scale: BlockScale) -> torch.Tensor:
     """numerics.fake_quantize on the GPU, without its gradient.
 
     Args:
         x: [..., K] float32, bfloat16 or float16 on a CUDA device; K a multiple of the block (already checked).
-        number_format: How to round.
+        rounding: How; not nvfp4_block32.
         scale: FP32 [] scale per tensor on x's device; ignored by mxfp4.
         block_scale: How NVFP4 chooses its block scales.
 
@@ -190,7 +191,7 @@ def fake(x: torch.Tensor, number_format: Format, scale: torch.Tensor | None, blo
     """
     x = x.contiguous()
     out = torch.empty_like(x)
-    rule = rule_of(number_format, block_scale)
+    rule = rule_of(rounding, block_scale)
     block = width(rule)
     blocks = x.numel() // block
     if blocks:

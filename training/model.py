@@ -1,4 +1,4 @@
-"""The Megatron-Core GPT model of a Llama-family checkpoint, with our own layer spec, and its import from Hugging Face.
+"""The Megatron-Core GPT model of a checkpoint, with our own layer spec, and its import from Hugging Face.
 
 Megatron-Core's local spec refuses sequence parallelism and materialises the [S, S] attention scores; ours is made of
 the same parallel linears, an RMSNorm that marks its weight sequence-parallel, and torch's scaled_dot_product_attention.
@@ -136,7 +136,8 @@ class KeyValues(Protocol):
 class Attention(MegatronModule):
     """Causal grouped-query attention through torch's fused kernels: no [S, S] tensor unless documents are isolated.
 
-    `cache` is set only while text is generated.
+    `cache` is set only while text is generated; `key_rounding` and `value_rounding` (kv_cache.CacheRounding) where the
+    cache is quantized.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object):
@@ -144,6 +145,8 @@ class Attention(MegatronModule):
         self.layer_number = layer_number
         self.scale = softmax_scale
         self.cache: KeyValues | None = None
+        self.key_rounding: torch.nn.Module | None = None
+        self.value_rounding: torch.nn.Module | None = None
 
     def forward(
         self,
@@ -164,6 +167,8 @@ class Attention(MegatronModule):
         Returns:
             [S, B, N/tp * D], dtype of query.
         """
+        if self.key_rounding is not None and self.value_rounding is not None:
+            key, value = self.key_rounding(key), self.value_rounding(value)
         q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.cache is not None:
             k_BGSD, v_BGSD, attention_mask = self.cache.update(self.layer_number, k_BGSD, v_BGSD)
@@ -179,8 +184,9 @@ class Attention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def layer_spec() -> ModuleSpec:
-    """One pre-norm transformer layer: RMSNorm, attention, RMSNorm, SwiGLU MLP."""
+def layer_spec(shape: ModelShape) -> ModuleSpec:
+    """One pre-norm transformer layer: RMSNorm, attention (with norms of q and k, if any), RMSNorm, SwiGLU MLP."""
+    head_norm = RMSNorm if shape.qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -188,8 +194,8 @@ def layer_spec() -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=Attention,
             linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(
@@ -228,6 +234,8 @@ def transformer_config(shape: ModelShape, recipe: Recipe, dtype: torch.dtype, *,
         activation_func=functional.silu,
         use_te_activation_func=True,  # (sic) the spec's activation module, ours
         add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=recipe.parallel.tensor,
@@ -266,7 +274,7 @@ def build(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> GPTModel:
     layers = get_num_layers_to_build(config)
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(layer_specs=[layer_spec(shape)] * layers, layer_norm=RMSNorm),
         vocab_size=shape.vocab,
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -303,9 +311,11 @@ def import_hf(model: GPTModel, model_dir: Path, shape: ModelShape, runtime: Runt
         UserError: a weight file is missing, corrupt, lacks a tensor, holds another shape, or holds NaN or Inf.
     """
     from modelopt.torch.export import import_mcore_gpt_from_hf
-    from modelopt.torch.export.plugins import megatron_importer
+    from modelopt.torch.export.plugins import mcore_common, megatron_importer
 
     on_first_rank(runtime, lambda: check_weights(model_dir, shape))
+    names = mcore_common.all_mcore_hf_import_mapping
+    names.setdefault("MistralForCausalLM", names["LlamaForCausalLM"])  # the same tensors; ModelOpt 0.47 lacks the entry
     megatron_importer.tqdm = _quiet_bar
     import_mcore_gpt_from_hf(model, str(model_dir), dtype=runtime.dtype)
     model.to(runtime.dtype)

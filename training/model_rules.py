@@ -4,7 +4,10 @@ import math
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
-from halfbyte.training.config import BLOCK, TWO_LEVEL, BlockScale, Format, Method, Recipe, SecondScale
+from halfbyte.training import kv_format
+from halfbyte.training.config import BlockScale, Format, Method, Recipe, SecondScale
+from halfbyte.training.formats import SPECS
+from halfbyte.training.kv_format import KVCache
 from halfbyte.training.pattern_rules import freeze_problems, pattern_problems, some
 from halfbyte.training.shape import (
     FUSED_GROUPS,
@@ -72,7 +75,10 @@ def _layout(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     lengths["quantize.calibration_length"] = recipe.quantize.calibration_length or 0
     for key, length in lengths.items():
         if length > shape.max_positions:
-            yield f"{key} = {length}: the model ends at {shape.max_positions} positions; give at most that"
+            ends = f"ends at {shape.max_positions} positions"
+            if shape.sliding_window == shape.max_positions:
+                ends = f"has a sliding window of {shape.sliding_window} tokens, beyond which attention is not supported"
+            yield f"{key} = {length}: the model {ends}; give at most {shape.max_positions}"
 
 
 def _divisors(number: int) -> str:
@@ -83,7 +89,7 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     quantize, tensor = recipe.quantize, recipe.parallel.tensor
     planned = planned_linears(shape, recipe)
     formats = sorted(set(planned.values()))
-    if formats and not set(formats) & set(TWO_LEVEL):
+    if formats and not any(SPECS[number_format].two_level for number_format in formats):
         names = " and ".join(formats)
         if quantize.scale_2 != SecondScale.pow2:
             yield f"quantize.scale_2 = {quantize.scale_2}: {names} has no second-level scale; leave the key out"
@@ -94,7 +100,7 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     sizes = linear_sizes(shape)
     told: set[tuple[str, Format]] = set()
     for name, number_format in planned.items():
-        kind, block = name.split(".", 3)[3], BLOCK[number_format]
+        kind, block = name.split(".", 3)[3], SPECS[number_format].grid.block
         shards = tensor if kind in ROW_PARALLEL and tensor > 0 else 1
         k = sizes[name][1]
         # A K that the ranks cannot share at all is _layout's problem.
@@ -107,15 +113,33 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
                 f"{key} = {number_format}: blocks of {block} do not divide K = {k} of {kind}{split}; "
                 "exclude the layer with quantize.exclude or choose another format or layout"
             )
-    if Format.mxfp4 in formats and len(formats) > 1:
-        others = ", ".join(name for name in formats if name != Format.mxfp4)
+    alone = next((number_format for number_format in formats if not SPECS[number_format].mixes), None)
+    if alone is not None and len(formats) > 1:
+        others = ", ".join(name for name in formats if name != alone)
         yield (
-            f"quantize.layers: mixes mxfp4 with {others}, and no serving runtime reads MXFP4 layers in a mixed "
-            "checkpoint; use nvfp4 for them, or mxfp4 everywhere (bf16 layers may stay beside it)"
+            f"quantize.layers: mixes {alone} with {others}, and no serving runtime reads {alone.upper()} layers in a "
+            f"mixed checkpoint; use nvfp4 for them, or {alone} everywhere (bf16 layers may stay beside it)"
         )
+    yield from _cache(recipe, shape, formats)
     if recipe.method != Method.bf16 and not planned:
         patterns, layers = ", ".join(quantize.exclude), "" if not quantize.layers else " and quantize.layers"
         yield f"quantize.exclude = [{patterns}]{layers}: leaves nothing to quantize; method=bf16 is the control"
+
+
+def _cache(recipe: Recipe, shape: ModelShape, formats: list[Format]) -> Iterator[str]:
+    chosen = recipe.quantize.kv_cache
+    if chosen is KVCache.none or recipe.method == Method.bf16:
+        return
+    if chosen is KVCache.nvfp4 and shape.head_dim % kv_format.BLOCK:
+        yield (
+            f"quantize.kv_cache = {chosen}: blocks of {kv_format.BLOCK} do not divide the model's heads of "
+            f"{shape.head_dim}; use fp8 or none"
+        )
+    if any(SPECS[number_format].quant_algo is None for number_format in formats):
+        yield (
+            f"quantize.kv_cache = {chosen}: no serving runtime is known to read it beside mxfp4 weights; use none, or "
+            "nvfp4 for the weights"
+        )
 
 
 def _patterns(recipe: Recipe, shape: ModelShape) -> Iterator[str]:

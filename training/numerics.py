@@ -6,6 +6,7 @@ last dimension (K, the input channels of a linear); FP8 rounds to E4M3 with one 
     format   block   block scale                  scale per tensor, FP32   value
     NVFP4    16      E4M3, amax/(6 s2), RNE       s2, see second_scale     q * (sb * s2)
     (4/6)    16      E4M3, amax/(6 s2 or 4 s2)    s2, see second_scale     q * (sb * s2)
+    (W4A8)   32      as NVFP4 or 4/6              s2 >= amax/448           q * (sb * s2)
     MXFP4    32      E8M0, 2^ceil(log2(amax/6))   none                     q * 2^k
     FP8      none    none                         s = amax/448             q * s
 
@@ -29,18 +30,25 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from halfbyte.training.config import BLOCK, BlockScale, Format, SecondScale
+from halfbyte.training.config import BlockScale, SecondScale
+from halfbyte.training.formats import GRIDS, Rounding
 
-NVFP4_BLOCK = BLOCK[Format.nvfp4]
-MXFP4_BLOCK = BLOCK[Format.mxfp4]
+NVFP4_BLOCK = GRIDS[Rounding.nvfp4].block
+MXFP4_BLOCK = GRIDS[Rounding.mxfp4].block
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitude of code & 7; code & 8 is the sign."""
 E2M1_MAX = 6.0
 E4M3_MIN, E4M3_MAX = 2.0**-9, 448.0
-E4M3_TOP = {BlockScale.amax: (448.0, 0.65625, 12), BlockScale.four_over_six: (256.0, 0.75, 11)}
-"""The block scale that a tensor's maximum gets, M, and m and e with 6 M = m * 2^e. With 256 the alternative scale of
-four_over_six, half as large again, is still in E4M3's range (arXiv 2512.02010, section 3)."""
+DIVISOR = {
+    (Rounding.nvfp4, BlockScale.amax): (2688.0, 0.65625, 12),
+    (Rounding.nvfp4, BlockScale.four_over_six): (1536.0, 0.75, 11),
+    (Rounding.nvfp4_block32, BlockScale.amax): (448.0, 0.875, 9),
+    (Rounding.nvfp4_block32, BlockScale.four_over_six): (448.0, 0.875, 9),
+}
+"""D = 6 M, where M is the block scale that a tensor's maximum gets, and m and e with D = m * 2^e. M is 448, E4M3's
+largest; 256 in 4/6, whose alternative scale, half as large again, is then still in range (arXiv 2512.02010, section 3);
+448/6 where q * sb itself shall fit into E4M3 (ModelOpt's W4A8_NVFP4_FP8)."""
 SCALE_2_EXPONENT = 116
 """s2 stays in [2^-116, 2^116]: then E2M1's smallest step times E4M3's smallest scale times s2 is FP32's smallest normal
 number (0.5 * 2^-9 * 2^-116 = 2^-126), and 6 * 448 * s2 is finite."""
@@ -57,25 +65,31 @@ _GPU_CHUNK = 1 << 24
 
 
 @torch.no_grad()
-def second_scale(amax: Tensor, mode: SecondScale, block_scale: BlockScale = BlockScale.amax) -> Tensor:
-    """Second-level scale of NVFP4: amax/(6 M), as it is or rounded up to a power of two; M is 448, in 4/6 256.
+def second_scale(
+    amax: Tensor,
+    mode: SecondScale,
+    block_scale: BlockScale = BlockScale.amax,
+    rounding: Rounding = Rounding.nvfp4,
+) -> Tensor:
+    """Second-level scale of NVFP4: amax/D with D from DIVISOR, as it is or rounded up to a power of two.
 
-    Exact for every FP32 amax: no logarithm is taken. With 6 M = a * 2^b and amax = m * 2^e, a and m in [0.5, 1),
-    2^ceil(log2(amax/(6 M))) is 2^(e-b) if m <= a and 2^(e-b+1) otherwise.
+    Exact for every FP32 amax: no logarithm is taken. With D = a * 2^b and amax = m * 2^e, a and m in [0.5, 1),
+    2^ceil(log2(amax/D)) is 2^(e-b) if m <= a and 2^(e-b+1) otherwise.
 
     Args:
         amax: Absolute maximum of a tensor (or of its calibration data), any shape, any float dtype.
         mode: pow2 or amax (ModelOpt's value).
         block_scale: How block scales are chosen.
+        rounding: nvfp4 or nvfp4_block32.
 
     Returns:
         FP32, shape of amax, clamped to [2^-116, 2^116]: defined for amax = 0. NaN and Inf propagate.
     """
     amax = amax.float()
-    top, top_mantissa, top_exponent = E4M3_TOP[BlockScale(block_scale)]
+    divisor, top_mantissa, top_exponent = DIVISOR[Rounding(rounding), BlockScale(block_scale)]
     if SecondScale(mode) is SecondScale.amax:
         # Tensor / tensor: CUDA turns a division by a Python number into a product with its rounded reciprocal.
-        scale = amax / torch.full_like(amax, E2M1_MAX * top)
+        scale = amax / torch.full_like(amax, divisor)
         scale = scale.clamp(2.0**-SCALE_2_EXPONENT, 2.0**SCALE_2_EXPONENT)
     else:
         mantissa, exponent = torch.frexp(amax)
@@ -103,14 +117,16 @@ def fp8_scale(amax: Tensor) -> Tensor:
 
 
 def tensor_scale(
-    amax: Tensor, number_format: Format, mode: SecondScale, block_scale: BlockScale = BlockScale.amax
+    amax: Tensor, rounding: Rounding, mode: SecondScale, block_scale: BlockScale = BlockScale.amax
 ) -> Tensor:
-    """The FP32 scale per tensor of a format that has one: fp8_scale, or second_scale in `mode` and `block_scale`."""
-    return fp8_scale(amax) if number_format is Format.fp8 else second_scale(amax, mode, block_scale)
+    """The FP32 scale per tensor of a rounding that has one: fp8_scale, or second_scale in `mode` and `block_scale`."""
+    return fp8_scale(amax) if rounding == Rounding.fp8 else second_scale(amax, mode, block_scale, rounding)
 
 
 @torch.no_grad()
-def nvfp4_fake(x: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax) -> Tensor:
+def nvfp4_fake(
+    x: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax, block: int = NVFP4_BLOCK
+) -> Tensor:
     """Round to NVFP4 and back.
 
     Idempotent for a frozen scale_2, with one exception that the format itself makes: a block with an amax between
@@ -118,16 +134,17 @@ def nvfp4_fake(x: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.
     and 8 alone would have got the scale 2^-9 and saturated at 6.
 
     Args:
-        x: [..., K] float32, bfloat16, float16 or float64; K a multiple of 16.
+        x: [..., K] float32, bfloat16, float16 or float64; K a multiple of the block.
         scale_2: FP32 [] second-level scale (see second_scale), on x's device or a CPU scalar.
         block_scale: How block scales are chosen.
+        block: Elements along K that share a block scale.
 
     Returns:
         Contiguous, x's shape and dtype. float32 and float64 hold the NVFP4 values exactly; bfloat16 holds them exactly
         if scale_2 is a power of two and rounds them to nearest otherwise.
 
     Raises:
-        ValueError: The last dimension is not a multiple of 16.
+        ValueError: The last dimension is not a multiple of the block.
     """
     scale_2 = scale_2.to(device=x.device, dtype=torch.float32)
 
@@ -135,7 +152,7 @@ def nvfp4_fake(x: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.
         scale = nvfp4_block_scale(chunk, scale_2, block_scale).float().mul_(scale_2)
         round_e2m1(chunk / scale, out=out).mul_(scale)
 
-    return _map_blocks(x, NVFP4_BLOCK, quantize)
+    return _map_blocks(x, block, quantize)
 
 
 @torch.no_grad()
@@ -183,27 +200,28 @@ def fp8_fake(x: Tensor, scale: Tensor) -> Tensor:
     def quantize(chunk: Tensor, out: Tensor) -> None:
         torch.mul(round_e4m3(chunk / scale).float(), scale, out=out).add_(0.0)
 
-    return _map_blocks(x, BLOCK[Format.fp8], quantize)
+    return _map_blocks(x, GRIDS[Rounding.fp8].block, quantize)
 
 
 class StraightThrough(torch.autograd.Function):
     """Fake quantization whose gradient is the identity; nothing is saved for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, number_format: Format, scale: Tensor | None, block_scale: BlockScale) -> Tensor:
+    def forward(ctx, x: Tensor, rounding: Rounding, scale: Tensor | None, block_scale: BlockScale) -> Tensor:
         """Fake-quantized x; see fake_quantize."""
-        if scale is None and number_format is not Format.mxfp4:
-            raise ValueError(f"{number_format.value} needs a scale per tensor")
-        if x.is_cuda:
+        grid = GRIDS[rounding]
+        if scale is None and grid.per_tensor:
+            raise ValueError(f"{rounding.value} needs a scale per tensor")
+        if x.is_cuda and rounding is not Rounding.nvfp4_block32:  # weights only, once a batch: no kernel of its own
             from halfbyte.training import kernels  # Triton comes with torch's CUDA builds only
 
-            check_blocks(x, BLOCK[number_format])
-            if kernels.supports(x, number_format, block_scale):
+            check_blocks(x, grid.block)
+            if kernels.supports(x, rounding, block_scale):
                 scale = None if scale is None else scale.to(device=x.device, dtype=torch.float32)
-                return kernels.fake(x, number_format, scale, block_scale)
-        if number_format is Format.mxfp4:
+                return kernels.fake(x, rounding, scale, block_scale)
+        if scale is None or not grid.per_tensor:
             return mxfp4_fake(x)
-        return fp8_fake(x, scale) if number_format is Format.fp8 else nvfp4_fake(x, scale, block_scale)
+        return fp8_fake(x, scale) if grid.block_scale is None else nvfp4_fake(x, scale, block_scale, grid.block)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
@@ -212,15 +230,15 @@ class StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(
-    x: Tensor, number_format: Format, scale: Tensor | None = None, block_scale: BlockScale = BlockScale.amax
+    x: Tensor, rounding: Rounding, scale: Tensor | None = None, block_scale: BlockScale = BlockScale.amax
 ) -> Tensor:
     """Fake quantization with a straight-through gradient (dL/dx = dL/dy everywhere).
 
     Args:
-        x: [..., K] float; K a multiple of the format's block.
-        number_format: nvfp4 and w4a16_nvfp4 round alike; mxfp4; fp8.
+        x: [..., K] float; K a multiple of the block.
+        rounding: How one operand of a format rounds (formats.SPECS).
         scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; ignored by mxfp4.
-        block_scale: How NVFP4 chooses its block scales; other formats have one way.
+        block_scale: How NVFP4 chooses its block scales; other roundings have one way.
 
     Returns:
         x's shape and dtype.
@@ -228,7 +246,7 @@ def fake_quantize(
     Raises:
         ValueError: K is not a multiple of the block, or the scale is missing.
     """
-    return StraightThrough.apply(x, Format(number_format), scale, block_scale)
+    return StraightThrough.apply(x, Rounding(rounding), scale, block_scale)
 
 
 def _map_blocks(x: Tensor, block: int, quantize: Callable[[Tensor, Tensor], None]) -> Tensor:
@@ -285,7 +303,7 @@ def round_e4m3(y: Tensor) -> Tensor:
 
 
 def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax) -> Tensor:
-    """E4M3 block scale: float8_e4m3fn [C, 1] of FP32 [C, 16]."""
+    """E4M3 block scale: float8_e4m3fn [C, 1] of FP32 [C, block]."""
     amax = chunk.abs().amax(-1, keepdim=True)
     six = _e4m3_scale(amax, E2M1_MAX * scale_2)
     if BlockScale(block_scale) is BlockScale.amax:

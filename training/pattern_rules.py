@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from halfbyte.training.config import Recipe
-from halfbyte.training.shape import FUSED_GROUPS, LAYER_NORMS, ModelShape, excluded, linear_sizes
+from halfbyte.training.shape import FUSED_GROUPS, ModelShape, excluded, layer_norms, linear_sizes
 
 EMBEDDINGS = {"model.embed_tokens", "lm_head"}
 
@@ -41,7 +41,7 @@ def pattern_problems(key: str, patterns: list[str], modules: Sequence[str], shap
 def freeze_problems(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     """What train.freeze names is there and whole, and every pipeline stage keeps something to train."""
     patterns = recipe.train.freeze
-    norms = [f"model.layers.{layer}.{name}" for layer in range(shape.layers) for name in LAYER_NORMS]
+    norms = [f"model.layers.{layer}.{name}" for layer in range(shape.layers) for name, _ in layer_norms(shape).values()]
     modules = [*linear_sizes(shape), *norms, *sorted(EMBEDDINGS), "model.norm"]
     yield from pattern_problems("train.freeze", patterns, modules, shape)
     key = f"train.freeze = [{', '.join(patterns)}]"

@@ -7,8 +7,8 @@ linear here, so they share one format and one scale from the start and nothing h
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ import torch.distributed as dist
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
-from halfbyte.training import numerics
-from halfbyte.training.config import BLOCK, BlockScale, Format, Quantize, Recipe
+from halfbyte.training import kv_cache, numerics
+from halfbyte.training.config import BlockScale, Format, LayerFormat, Quantize, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.fake_quant import clip_gradient, largest
 from halfbyte.training.files import damage, read_json
+from halfbyte.training.formats import GRIDS, SPECS, Rounding
 from halfbyte.training.hf_map import FUSED
+from halfbyte.training.kv_format import KVCache
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.shape import excluded, layer_format
 
-SCALE_BITS = {Format.nvfp4: (4, 3), Format.w4a16_nvfp4: (4, 3), Format.mxfp4: (8, 0)}
-"""(exponent, mantissa) bits of the block scale: E4M3 or E8M0, in ModelOpt's notation."""
+SIDES = ("weight", "input")
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Planned:
     format: Format
 
     @property
-    def quantizers(self) -> list[str]:
-        """Names of its quantizers in this rank's model."""
-        sides = ("weight",) if self.format is Format.w4a16_nvfp4 else ("weight", "input")
-        return [f"{self.module}.{side}_quantizer" for side in sides]
+    def quantizers(self) -> dict[str, Rounding]:
+        """Names of its quantizers in this rank's model, and how each rounds."""
+        roundings = {side: SPECS[self.format].rounding(side) for side in SIDES}
+        return {f"{self.module}.{side}_quantizer": rounding for side, rounding in roundings.items() if rounding}
 
 
 @dataclass
@@ -59,35 +60,35 @@ class Arithmetic:
     """What our backend needs at a quantizer; kept in the slot that ModelOpt reserves for backends and never saves.
 
     Attributes:
-        format: The number format.
+        rounding: How values round.
         scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; None for MXFP4.
         block_scale: How NVFP4 chooses its block scales.
         limit: FP32 [] magnitude beyond which the gradient is zero; None passes it everywhere.
     """
 
-    format: Format
+    rounding: Rounding
     scale: torch.Tensor | None
     block_scale: BlockScale = BlockScale.amax
     limit: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, side: str, number_format: Format, amax: torch.Tensor | None, quantize: Quantize) -> "Arithmetic":
+    def of(cls, side: str, rounding: Rounding, amax: torch.Tensor | None, quantize: Quantize) -> "Arithmetic":
         """The arithmetic of one side (weight or input) of a linear whose calibrated maximum is FP32 [] `amax`."""
         block_scale = quantize.block_scale if side == "weight" else BlockScale.amax
-        if number_format is Format.mxfp4 or amax is None:
-            return cls(number_format, None)
-        scale = numerics.tensor_scale(amax.float(), number_format, quantize.scale_2, block_scale)
-        return cls(number_format, scale, block_scale, largest(number_format, scale) if quantize.clip_gradient else None)
+        if amax is None or not GRIDS[rounding].per_tensor:
+            return cls(rounding, None)
+        scale = numerics.tensor_scale(amax.float(), rounding, quantize.scale_2, block_scale)
+        return cls(rounding, scale, block_scale, largest(rounding, scale) if quantize.clip_gradient else None)
 
     def fake(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through, within `limit`."""
-        return numerics.fake_quantize(clip_gradient(x, self.limit), self.format, self.scale, self.block_scale)
+        return numerics.fake_quantize(clip_gradient(x, self.limit), self.rounding, self.scale, self.block_scale)
 
     def rule(self) -> tuple[Any, torch.Tensor | None]:
         """The same for a kernel that rounds what it is about to store: how (kernels.rule_of), and the scale."""
         from halfbyte.training import kernels
 
-        return kernels.rule_of(self.format, self.block_scale), self.scale
+        return kernels.rule_of(self.rounding, self.block_scale), self.scale
 
 
 def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
@@ -114,11 +115,12 @@ def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
     return planned
 
 
-def quantizer_config(number_format: Format) -> dict[str, Any]:
-    """ModelOpt's settings of one quantizer of a format, with our arithmetic."""
-    if number_format is Format.fp8:
+def quantizer_config(rounding: Rounding) -> dict[str, Any]:
+    """ModelOpt's settings of one quantizer, with our arithmetic."""
+    grid = GRIDS[rounding]
+    if grid.block_scale is None:
         return {"num_bits": (4, 3), "axis": None, "backend": "halfbyte"}
-    block = {-1: BLOCK[number_format], "type": "dynamic", "scale_bits": SCALE_BITS[number_format]}
+    block = {-1: grid.block, "type": "dynamic", "scale_bits": grid.block_scale}
     return {"num_bits": (2, 1), "block_sizes": block, "backend": "halfbyte"}
 
 
@@ -130,9 +132,13 @@ def modelopt_config(planned: list[Planned], quantize: Quantize) -> dict[str, Any
     """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for layer in planned:
-        entries += [{"quantizer_name": name, "cfg": quantizer_config(layer.format)} for name in layer.quantizers]
-    needs_none = {quantize.format.value, *(chosen.value for chosen in quantize.layers.values())} <= {"mxfp4", "bf16"}
-    return {"quant_cfg": entries, "algorithm": None if needs_none else "max"}
+        entries += [
+            {"quantizer_name": name, "cfg": quantizer_config(rounding)} for name, rounding in layer.quantizers.items()
+        ]
+    named = {quantize.format.value, *(chosen.value for chosen in quantize.layers.values())} - {LayerFormat.bf16.value}
+    roundings = {SPECS[Format(name)].rounding(side) for name in named for side in SIDES} - {None}
+    calibrates = any(GRIDS[rounding].per_tensor for rounding in roundings if rounding)
+    return {"quant_cfg": entries, "algorithm": "max" if calibrates else None}
 
 
 def quantize(
@@ -148,7 +154,8 @@ def quantize(
 
     Returns:
         The content of quantize.json: the default format, scale_2 and block_scale modes, and per layer its own format,
-        maxima, scales (scale_2 of NVFP4, scale of FP8) and the relative RMS error of its weight. Equal on every rank.
+        maxima, scales (scale_2 of NVFP4, scale of FP8) and the relative RMS error of its weight; the format of the
+        cache, and per attention the maxima and scales of keys and values. Equal on every rank.
 
     Raises:
         UserError: a planned layer was not converted, another one was, a weight or a calibrated maximum is not finite.
@@ -157,13 +164,17 @@ def quantize(
     for layer in planned:
         if not torch.isfinite(model.get_submodule(layer.module).weight).all():
             raise UserError(f"quantize: {layer.key}.weight holds NaN or Inf; check the weights")
-    insert(model, planned, recipe.quantize, calibrate)
+    kv_cache.insert(model, recipe.quantize.kv_cache)
+    with kv_cache.collecting(model):
+        insert(model, planned, recipe.quantize, calibrate)
     refresh_scales(model, recipe.quantize)
     return {
         "format": recipe.quantize.format.value,
         "scale_2": recipe.quantize.scale_2.value,
         "block_scale": recipe.quantize.block_scale.value,
+        "kv_cache": recipe.quantize.kv_cache.value,
         "layers": _gather({layer.key: _describe(model, layer) for layer in planned}),
+        "caches": _gather(kv_cache.describe(model)),
     }
 
 
@@ -175,6 +186,7 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
     """
     content = read_json(report)
     planned = plan(model, recipe.quantize)
+    kv_cache.insert(model, recipe.quantize.kv_cache)
     insert(model, planned, recipe.quantize, lambda stage: None)
     with damage(report):
         _same_plan(content, model, planned, recipe.quantize, report)
@@ -183,6 +195,8 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
             for side, amax in content["layers"][layer.key]["amax"].items():
                 quantizer = linear.get_submodule(f"{side}_quantizer")
                 quantizer.amax = torch.tensor(amax, dtype=linear.weight.dtype, device=linear.weight.device)
+        if recipe.quantize.kv_cache is not KVCache.none:
+            kv_cache.restore(model, content["caches"])
         refresh_scales(model, recipe.quantize)
     return content
 
@@ -195,6 +209,8 @@ def _same_plan(
     differing = sorted({key for key, _ in listed ^ {(layer.key, layer.format.value) for layer in planned}})
     block_scale = content.get("block_scale", "amax")  # absent in run folders older than the key
     there = (content["format"], content["scale_2"], block_scale)
+    if content.get("kv_cache", "none") != quantize.kv_cache.value:
+        differing.append(f"kv_cache {content['kv_cache']}")
     if there != (quantize.format.value, quantize.scale_2.value, quantize.block_scale.value):
         differing.append(f"{content['format']} with scale_2 {content['scale_2']} and block_scale {block_scale}")
     if differing:
@@ -245,65 +261,26 @@ def enabled_quantizers(model: torch.nn.Module) -> Iterator[tuple[str, TensorQuan
 
 
 def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
-    """Derive every scale per tensor from its calibrated maximum: after calibration and after every checkpoint load.
+    """Derive every scale from its calibrated maximum: after calibration and after every checkpoint load.
 
     Raises:
         UserError: a maximum is missing or not finite.
     """
-    format_of = {name: layer.format for layer in plan(model, quantize) for name in layer.quantizers}
+    roundings = {name: way for layer in plan(model, quantize) for name, way in layer.quantizers.items()}
     for name, quantizer in enabled_quantizers(model):
-        amax = None if format_of[name] is Format.mxfp4 else quantizer.amax
-        if format_of[name] is not Format.mxfp4 and (amax is None or not torch.isfinite(amax).all()):
+        calibrated = GRIDS[roundings[name]].per_tensor
+        amax = quantizer.amax if calibrated else None
+        if calibrated and (amax is None or not torch.isfinite(amax).all()):
             found = "nothing" if amax is None else amax.item()
             raise UserError(f"quantize: {name} was calibrated to {found}; check the weights and the calibration data")
         side = name.rpartition(".")[2].removesuffix("_quantizer")
-        quantizer._quantizer_cache = Arithmetic.of(side, format_of[name], amax, quantize)
+        quantizer._quantizer_cache = Arithmetic.of(side, roundings[name], amax, quantize)
+    kv_cache.refresh_scales(model)
 
 
 def _fake_quantize(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     """ModelOpt's backend entry: x -> x on the format's grid, gradient passed straight through."""
     return quantizer._quantizer_cache.fake(x)
-
-
-@contextlib.contextmanager
-def weights_as_served(model: torch.nn.Module, quantize: Quantize, input_scales: Mapping[str, float]):
-    """Inside this context the weights are taken as they are, and inputs are rounded with the scales of exported files.
-
-    Args:
-        model: This rank's GPTModel, quantizers inserted, with the decoded weights of an export.
-        quantize: The plan that the export was made by.
-        input_scales: Hugging Face module name -> second-level scale of its input, from the files; the members of a
-            fused linear have the same one.
-
-    Raises:
-        UserError: the files lack the scale of a layer whose input is quantized with one, or members differ.
-    """
-    layers = [(layer, model.get_submodule(layer.module)) for layer in plan(model, quantize)]
-    before: list[tuple[TensorQuantizer, Arithmetic]] = []
-    try:
-        for layer, linear in layers:
-            linear.weight_quantizer.disable()
-            quantizer = linear.input_quantizer
-            if not quantizer.is_enabled or quantizer._quantizer_cache.scale is None:
-                continue
-            rule = quantizer._quantizer_cache
-            before.append((quantizer, rule))
-            scale = torch.full_like(rule.scale, _one_scale(layer, input_scales))
-            quantizer._quantizer_cache = replace(rule, scale=scale)
-        yield
-    finally:
-        for _, linear in layers:
-            linear.weight_quantizer.enable()
-        for quantizer, rule in before:
-            quantizer._quantizer_cache = rule
-
-
-def _one_scale(layer: Planned, input_scales: Mapping[str, float]) -> float:
-    found = {input_scales.get(name) for name in layer.hf}
-    scale = found.pop()
-    if found or scale is None:
-        raise UserError(f"export: the files hold no one input_scale for {', '.join(layer.hf)}; export again")
-    return scale
 
 
 def weight_errors(model: torch.nn.Module, quantize: Quantize) -> dict[str, float]:
@@ -332,12 +309,13 @@ def _describe(model: torch.nn.Module, layer: Planned) -> dict[str, Any]:
         "amax": {},
         "scale_2": {},
     }
-    scales = entry.setdefault("scale" if layer.format is Format.fp8 else "scale_2", {})
-    for side in ("weight", "input"):
+    for side in SIDES:
         quantizer = linear.get_submodule(f"{side}_quantizer")
         if quantizer.is_enabled and quantizer._quantizer_cache.scale is not None:
             entry["amax"][side] = float(quantizer.amax)
-            scales[side] = float(quantizer._quantizer_cache.scale)
+            rule = quantizer._quantizer_cache
+            kind = "scale" if GRIDS[rule.rounding].block_scale is None else "scale_2"
+            entry.setdefault(kind, {})[side] = float(rule.scale)
     return entry
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from halfbyte.training.config import GateRule, Method, Recipe, TaskKind
 from halfbyte.training.errors import RecipeError
+from halfbyte.training.families import TINY
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.shape import ModelShape, read_shape
 from halfbyte.training.task_rules import task_file_problems
 
-FETCHABLE = ("smollm2", "tiny")
+FETCHABLE = ("smollm2", *TINY)
 LM_EVAL = TaskKind.lm_eval
 
 POSITIVE = (

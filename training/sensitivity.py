@@ -54,15 +54,15 @@ class Variants:
         of_layer = {group.hf: choice for group, choice in chosen.items()}
         for hf, layer in self.here.items():
             choice = of_layer.get(hf)
-            wanted = replace(layer, format=choice).quantizers if choice else []
+            wanted = replace(layer, format=choice).quantizers if choice else {}
             for name in layer.quantizers:
                 quantizer = self.model.get_submodule(name)
-                if choice is None or name not in wanted:
+                if name not in wanted:
                     quantizer.disable()  # type: ignore[operator]
                     continue
                 quantizer.enable()  # type: ignore[operator]
                 side = name.rpartition(".")[2].removesuffix("_quantizer")
-                quantizer._quantizer_cache = quantize.Arithmetic.of(side, choice, quantizer.amax, self.section)  # type: ignore[arg-type]
+                quantizer._quantizer_cache = quantize.Arithmetic.of(side, wanted[name], quantizer.amax, self.section)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The facts of a Llama-family model that planning needs, read from its Hugging Face config.json. Torch-free."""
+"""The facts of a model that planning needs, read from its Hugging Face config.json. Torch-free."""
 
 import json
 import math
@@ -7,14 +7,22 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from halfbyte.training.config import BITS, Format, LayerFormat, Method, Quantize, Recipe
+from halfbyte.training.config import Format, LayerFormat, Method, Quantize, Recipe
 from halfbyte.training.errors import RecipeError
+from halfbyte.training.families import FAMILIES, Family
+from halfbyte.training.formats import BITS
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 FUSED_GROUPS = (QKV, GATE_UP)
 """Linears that are one layer at training time and share one second-level scale."""
-LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+NORMS = {
+    "input_layernorm": "input_layernorm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
+}
+"""Megatron's norms inside a layer -> Hugging Face module name inside the layer; the last two only with qk_norm."""
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
 """Linears whose K is split over tensor-parallel ranks; the others split N."""
 
@@ -24,7 +32,7 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-family model.
+    """Sizes of a model.
 
     Attributes:
         layers: Transformer layers.
@@ -39,6 +47,10 @@ class ModelShape:
         rope_theta: Base of the rotary frequencies.
         rope_scaling_factor: Factor of Llama-3 frequency scaling; None without scaling.
         norm_eps: Epsilon of RMSNorm.
+        qkv_bias: Whether the q, k and v projections have a bias.
+        qk_norm: Whether every head of q and k goes through an RMSNorm before its rotation.
+        sliding_window: Tokens that attention looks back at most; None without such a limit. Attention here is causal
+            without a window, so max_positions is at most this: up to there both are the same.
     """
 
     layers: int
@@ -53,13 +65,17 @@ class ModelShape:
     rope_theta: float
     rope_scaling_factor: float | None
     norm_eps: float
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
 
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied lm_head counts once."""
         linear = sum(n * k for n, k in linear_sizes(self).values())
-        norms = (2 * self.layers + 1) * self.hidden
-        return linear + norms + self.vocab * self.hidden * (1 if self.tied else 2)
+        norms = (2 * self.layers + 1) * self.hidden + self.layers * (2 * self.head_dim if self.qk_norm else 0)
+        biases = self.layers * (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
+        return linear + norms + biases + self.vocab * self.hidden * (1 if self.tied else 2)
 
 
 def linear_sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -143,12 +159,14 @@ def read_shape(config_json: str | Path) -> ModelShape:
     """
     config = _load(Path(config_json))
     rope = _rope(config)
-    missing = [key for key in _REQUIRED if not isinstance(config.get(key), int)]
+    architecture = (config.get("architectures") or ["none"])[0]
+    family = FAMILIES.get(architecture, Family())
+    missing = [key for key in (*_REQUIRED, *family.required) if not isinstance(config.get(key), int)]
     problems = [f"{config_json}: {key} is missing or not a whole number; take the model's own file" for key in missing]
     problems += [f"{config_json}: {reason}" for reason in _unsupported(config, rope)]
     if problems:
         raise RecipeError(problems)
-    heads = config["num_attention_heads"]
+    heads, window = config["num_attention_heads"], family.window(config)
     return ModelShape(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
@@ -158,10 +176,13 @@ def read_shape(config_json: str | Path) -> ModelShape:
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocab=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=config["max_position_embeddings"],
+        max_positions=min(config["max_position_embeddings"], window or config["max_position_embeddings"]),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
         rope_scaling_factor=float(rope["factor"]) if rope["rope_type"] == "llama3" else None,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        sliding_window=window,
     )
 
 
@@ -199,15 +220,17 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     """What in the config has no counterpart in training/model.py, one reason each."""
     reasons = []
     architecture = (config.get("architectures") or ["none"])[0]
-    if architecture != "LlamaForCausalLM":
-        reasons.append(f"architectures = {architecture}: only LlamaForCausalLM models can be trained")
+    # A family with a bias of its own does not read attention_bias, which elsewhere gives o_proj one as well.
+    biases = ("mlp_bias",) if FAMILIES.get(architecture, Family()).qkv_bias else ("attention_bias", "mlp_bias")
+    if architecture not in FAMILIES:
+        reasons.append(f"architectures = {architecture}: only {', '.join(FAMILIES)} models can be trained")
+    if not isinstance(config.get("sliding_window"), int | None):
+        reasons.append(
+            f"sliding_window = {config['sliding_window']}: not a number of tokens; take the model's own file"
+        )
     if config.get("hidden_act", "silu") != "silu":
         reasons.append(f"hidden_act = {config['hidden_act']}: only silu (SwiGLU) is supported")
-    reasons += [
-        f"{key} = true: linears with a bias are not supported"
-        for key in ("attention_bias", "mlp_bias")
-        if config.get(key)
-    ]
+    reasons += [f"{key} = true: linears with a bias are not supported" for key in biases if config.get(key)]
     if rope["rope_type"] == "llama3":
         reasons += [
             f"rope {key} = {rope.get(key)}: Megatron-Core computes Llama-3 scaling with {key} = {value:g} only"
@@ -221,3 +244,12 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         reasons.append(f"partial_rotary_factor = {rope['partial_rotary_factor']}: only full rotary (1.0) is supported")
     return reasons
+
+
+def layer_norms(shape: ModelShape) -> dict[str, tuple[str, int]]:
+    """The norms of NORMS that the model has: Hugging Face module name inside the layer, and elements of its weight."""
+    return {
+        name: (hf, shape.head_dim if hf.startswith("self_attn.") else shape.hidden)
+        for name, hf in NORMS.items()
+        if shape.qk_norm or not hf.startswith("self_attn.")
+    }
