@@ -125,7 +125,7 @@ def _repack(
     values = torch.from_numpy(decoded)
     if number_format is Format.mxfp4:
         # Values, not bytes: a block whose maximum was rounded down to 3 * 2^k can be written with the exponent below.
-        wrong = int((numerics.mxfp4_fake(values) != values).sum())
+        wrong = int((numerics.mxfp4_fake(values, quantize.block_scale) != values).sum())
         return [f"{module}: {wrong} values change when packed again"] if wrong else []
     if number_format is Format.fp8:
         scale = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale")))

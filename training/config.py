@@ -48,13 +48,14 @@ class SecondScale(StrEnum):
 
 
 class BlockScale(StrEnum):
-    """How NVFP4 chooses a weight block's scale: its maximum becomes 6, or 6 or 4 by the smaller squared error.
-
-    The second is arXiv 2512.02010; the tensor's scale then leaves room for 4 and is amax/1536 instead of amax/2688.
-    """
+    """How a weight block's scale is chosen; activations always take amax."""
 
     amax = "amax"
+    """The block's maximum becomes 6 (MXFP4: at most 6)."""
     four_over_six = "four_over_six"
+    """NVFP4: the maximum becomes 6 or 4, by the smaller squared error (arXiv 2512.02010)."""
+    mse = "mse"
+    """NVFP4 and MXFP4: the scale with the smallest squared error of all that put the maximum between 2.5 and 10."""
 
 
 class Dtype(StrEnum):
@@ -165,7 +166,7 @@ class Quantize:
     `exclude` comes before it. q/k/v and gate/up are one layer each and take one format."""
     scale_2: SecondScale = SecondScale.pow2
     block_scale: BlockScale = BlockScale.amax
-    """Of NVFP4 weights; activations always scale a block by its maximum."""
+    """Of FP4 weights. The last two leave head-room: NVFP4's tensor scale is then amax/1536 instead of amax/2688."""
     exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])
     """fnmatch patterns on Hugging Face module names (model.layers.0.mlp.down_proj) that stay unquantized.
     q/k/v and gate/up are one layer each at training time: exclude all members or none."""

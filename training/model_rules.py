@@ -78,8 +78,15 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         names = " and ".join(formats)
         if quantize.scale_2 != SecondScale.pow2:
             yield f"quantize.scale_2 = {quantize.scale_2}: {names} has no second-level scale; leave the key out"
-        if quantize.block_scale != BlockScale.amax:
+        if quantize.block_scale != BlockScale.amax and not (
+            quantize.block_scale == BlockScale.mse and Format.mxfp4 in formats
+        ):
             yield f"quantize.block_scale = {quantize.block_scale}: {names} has no choice of scales; leave the key out"
+    elif quantize.block_scale == BlockScale.mse and quantize.scale_2 != SecondScale.pow2:
+        yield (
+            f"quantize.block_scale = mse: quantize.scale_2 = {quantize.scale_2} would blur which scales reproduce a "
+            "block exactly; use scale_2=pow2, or block_scale=four_over_six"
+        )
     sizes = linear_sizes(shape)
     told: set[tuple[str, Format]] = set()
     for name, number_format in planned.items():

@@ -60,7 +60,7 @@ class Arithmetic:
     Attributes:
         format: The number format.
         scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; None for MXFP4.
-        block_scale: How NVFP4 chooses its block scales.
+        block_scale: How block scales are chosen.
     """
 
     format: Format
@@ -72,7 +72,7 @@ class Arithmetic:
         """The arithmetic of one side (weight or input) of a linear whose calibrated maximum is FP32 [] `amax`."""
         block_scale = quantize.block_scale if side == "weight" else BlockScale.amax
         if number_format is Format.mxfp4 or amax is None:
-            return cls(number_format, None)
+            return cls(number_format, None, block_scale)
         scale = numerics.tensor_scale(amax.float(), number_format, quantize.scale_2, block_scale)
         return cls(number_format, scale, block_scale)
 
