@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from halfbyte.training.config import BLOCK, TWO_LEVEL, Format, GateRule, Method, Recipe, Task
+from halfbyte.training.config import BLOCK, TWO_LEVEL, Activations, Format, GateRule, Method, Recipe, Task
 from halfbyte.training.rules import missing_weights, must_fetch
 from halfbyte.training.shape import (
     ROW_PARALLEL,
@@ -209,6 +209,8 @@ def _formats(recipe: Recipe, shape: ModelShape) -> list[str]:
         for pattern, chosen in quantize.layers.items()
     ]
     lines += rules[:PATTERNS] + ([f"and {len(rules) - PATTERNS} more patterns"] if len(rules) > PATTERNS else [])
+    if quantize.activations is Activations.percentile:
+        lines.append(f"inputs clipped at their {quantize.percentile:g}th percentile")
     if quantize.layers:
         lines.append(f"all others -> {quantize.format}: {decided[None]} {_plural(decided[None], 'linear')}")
     return lines

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from halfbyte.launch.console import Console
-from halfbyte.training import checkpoint, corpus, data, evaluate, model, quantize
+from halfbyte.training import checkpoint, corpus, data, evaluate, model, ptq, quantize
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.fast_path import weights_once
@@ -150,7 +150,7 @@ class Work:
                 report = quantize.restore(self.gpt, self.recipe, path)
                 notes.append("as in quantize.json")
             else:
-                report = quantize.quantize(self.gpt, self.recipe, self.runtime, self.run_calibration)
+                report = ptq.calibrate(self.gpt, self.recipe, self.runtime, self.run_calibration)
                 on_first_rank(self.runtime, lambda: write_json(path, report))
             layers = report["layers"].values()
             errors = [layer["weight_relative_rms_error"] for layer in layers]

@@ -273,17 +273,6 @@ def test_formats_methods_and_gate_combinations(with_shape):
         assert "no second-level scale" in problems(f"quantize.format={one_level}", "quantize.scale_2=amax")[0]
     resolve("tiny", ["quantize.format=fp8", "quantize.scale_2=amax", "quantize.layers={'*.o_proj': nvfp4}"])
     assert resolve("tiny", ["quantize.scale_2=amax"]).quantize.scale_2 is SecondScale.amax
-
-
-def test_block_scale_rules(with_shape):
-    for rule in ("four_over_six", "mse"):
-        assert "no choice of scales" in problems("quantize.format=fp8", f"quantize.block_scale={rule}")[0]
-        resolve("tiny", [f"quantize.block_scale={rule}"])
-    assert "no choice of scales" in problems("quantize.format=mxfp4", "quantize.block_scale=four_over_six")[0]
-    resolve("tiny", ["quantize.format=mxfp4", "quantize.block_scale=mse"])
-    clash = problems("quantize.block_scale=mse", "quantize.scale_2=amax")
-    assert clash[0].startswith("quantize.block_scale = mse: quantize.scale_2 = amax")
-    assert "use scale_2=pow2" in clash[0]
     assert "compared with itself" in problems("method=ptq", f"gate.rule={GateRule.better_than_ptq}")[0]
     assert "give a JSONL file" in problems("data.train=null")[0]
     assert "calibration needs text" in problems("method=ptq", "data.train=null")[0]
@@ -463,3 +452,27 @@ def test_resume_allows_what_does_not_touch_the_past():
 def test_resolving_needs_no_torch():
     code = "import sys, halfbyte.training.resolve as r; r.resolve('tiny', []); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_block_scale_rules():
+    for rule in ("four_over_six", "mse"):
+        assert "no choice of scales" in problems("quantize.format=fp8", f"quantize.block_scale={rule}")[0]
+        resolve("tiny", [f"quantize.block_scale={rule}"])
+    assert "no choice of scales" in problems("quantize.format=mxfp4", "quantize.block_scale=four_over_six")[0]
+    resolve("tiny", ["quantize.format=mxfp4", "quantize.block_scale=mse"])
+    clash = problems("quantize.block_scale=mse", "quantize.scale_2=amax")
+    assert clash[0].startswith("quantize.block_scale = mse: quantize.scale_2 = amax")
+    assert "use scale_2=pow2" in clash[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["quantize.format=mxfp4", "quantize.activations=percentile"], "inputs of mxfp4 have no scale per tensor"),
+        (["quantize.activations=percentile", "quantize.percentile=0"], "a share in percent; give a number such as"),
+        (["quantize.percentile=99"], "under quantize.activations=percentile only"),
+    ],
+)
+def test_calibration_rules(overrides, says):
+    (line,) = problems(*overrides)
+    assert says in line

@@ -58,6 +58,16 @@ class BlockScale(StrEnum):
     """NVFP4 and MXFP4: the scale with the smallest squared error of all that put the maximum between 2.5 and 10."""
 
 
+class Activations(StrEnum):
+    """What the scale per tensor of a linear's input (NVFP4, FP8) comes from, on calibration data.
+
+    The maximum, or a percentile of the magnitudes, above which values saturate.
+    """
+
+    max = "max"
+    percentile = "percentile"
+
+
 class Dtype(StrEnum):
     """Compute type: auto is bfloat16 on a GPU and float32 on a CPU; float64 is for layout tests."""
 
@@ -167,6 +177,9 @@ class Quantize:
     scale_2: SecondScale = SecondScale.pow2
     block_scale: BlockScale = BlockScale.amax
     """Of FP4 weights. The last two leave head-room: NVFP4's tensor scale is then amax/1536 instead of amax/2688."""
+    activations: Activations = Activations.max
+    percentile: float = 99.99
+    """Percent of an input's magnitudes that activations=percentile does not clip."""
     exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])
     """fnmatch patterns on Hugging Face module names (model.layers.0.mlp.down_proj) that stay unquantized.
     q/k/v and gate/up are one layer each at training time: exclude all members or none."""

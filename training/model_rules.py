@@ -4,7 +4,17 @@ import math
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from halfbyte.training.config import BLOCK, TWO_LEVEL, BlockScale, Format, Method, Recipe, SecondScale
+from halfbyte.training.config import (
+    BLOCK,
+    TWO_LEVEL,
+    Activations,
+    BlockScale,
+    Format,
+    Method,
+    Quantize,
+    Recipe,
+    SecondScale,
+)
 from halfbyte.training.shape import (
     FUSED_GROUPS,
     ROW_PARALLEL,
@@ -87,6 +97,7 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
             f"quantize.block_scale = mse: quantize.scale_2 = {quantize.scale_2} would blur which scales reproduce a "
             "block exactly; use scale_2=pow2, or block_scale=four_over_six"
         )
+    yield from _calibration(recipe, formats)
     sizes = linear_sizes(shape)
     told: set[tuple[str, Format]] = set()
     for name, number_format in planned.items():
@@ -112,6 +123,21 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     if recipe.method != Method.bf16 and not planned:
         patterns, layers = ", ".join(quantize.exclude), "" if not quantize.layers else " and quantize.layers"
         yield f"quantize.exclude = [{patterns}]{layers}: leaves nothing to quantize; method=bf16 is the control"
+
+
+def _calibration(recipe: Recipe, formats: Sequence[Format]) -> Iterator[str]:
+    """Keys of the calibration that would do nothing."""
+    quantize, default = recipe.quantize, Quantize()
+    if quantize.activations == Activations.percentile:
+        if formats and not {Format.nvfp4, Format.fp8} & set(formats):
+            yield (
+                f"quantize.activations = percentile: the inputs of {' and '.join(formats)} have no scale per tensor; "
+                "leave the key out"
+            )
+        if not 0 < quantize.percentile <= 100:
+            yield f"quantize.percentile = {quantize.percentile}: a share in percent; give a number such as 99.99"
+    elif quantize.percentile != default.percentile:
+        yield f"quantize.percentile = {quantize.percentile}: is read under quantize.activations=percentile only; set it"
 
 
 def _patterns(recipe: Recipe, shape: ModelShape) -> Iterator[str]:

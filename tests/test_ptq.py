@@ -1,0 +1,97 @@
+"""Calibrations of post-training quantization on a tiny model in this process; layouts are in test_ptq_layouts.py."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.training import numerics
+from halfbyte.training.config import Activations, Format, Quantize, Recipe
+from halfbyte.training.files import write_json
+
+pytestmark = pytest.mark.slow  # imports Megatron-Core and ModelOpt
+
+TOKENS = torch.arange(96).reshape(4, 24) * 7 % 64
+LINEARS = [
+    f"decoder.layers.{layer}.{name}"
+    for layer in range(2)
+    for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+]
+
+
+@pytest.fixture(scope="module")
+def world():
+    helpers = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+    with helpers["world_of_one"]() as runtime:
+
+        def build(section: Quantize) -> torch.nn.Module:
+            gpt = helpers["random_model"](runtime, Recipe(quantize=section))
+            with torch.no_grad():  # outliers in a few channels, as trained models have them
+                for layer in gpt.decoder.layers:
+                    for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+                        norm.weight[[3, 17, 40]] *= torch.tensor([20.0, 6.0, 11.0])
+            return gpt
+
+        yield build, runtime
+
+
+def forward(gpt: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return gpt(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS), None)
+
+
+def inputs_of(gpt: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every linear's inputs on TOKENS, FP32 [T, K], by hooks of the test's own."""
+    seen = {}
+    handles = [
+        gpt.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args[0].flatten(0, 1)})
+        )
+        for name in LINEARS
+    ]
+    forward(gpt)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def calibrated(world, **settings):
+    """(model, report, recipe) after calibration on TOKENS."""
+    from halfbyte.training import ptq
+
+    build, runtime = world
+    recipe = Recipe(quantize=Quantize(**settings))
+    gpt = build(recipe.quantize)
+    return gpt, ptq.calibrate(gpt, recipe, runtime, forward), recipe
+
+
+@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.fp8])
+def test_a_percentile_is_the_order_statistic_rounded_up_to_bf16(world, number_format):
+    gpt, report, _ = calibrated(world, format=number_format, activations=Activations.percentile, percentile=97.5)
+    _, plain, _ = calibrated(world, format=number_format)
+    for name, x in inputs_of(world[0](Quantize())).items():
+        ordered = x.abs().flatten().sort().values
+        exact = ordered[-(-len(ordered) * 975 // 1000) - 1]  # the smallest that 97.5 % do not exceed
+        found = report["layers"][name]["amax"]["input"]
+        assert exact <= found <= exact * (1 + 2**-7)
+        assert torch.tensor(found).bfloat16() == found
+        assert found < plain["layers"][name]["amax"]["input"] == ordered[-1]
+        assert report["layers"][name]["amax"]["weight"] == plain["layers"][name]["amax"]["weight"]
+        scale = gpt.get_submodule(name).input_quantizer._quantizer_cache.scale
+        assert scale == numerics.tensor_scale(torch.tensor(found), number_format, "pow2")
+
+
+def test_the_whole_percentile_is_the_maximum(world):
+    _, report, _ = calibrated(world, activations=Activations.percentile, percentile=100.0)
+    assert report["layers"] == calibrated(world)[1]["layers"]
+
+
+def test_a_restart_takes_the_percentiles_from_quantize_json(world, tmp_path):
+    from halfbyte.training import quantize
+
+    gpt, report, recipe = calibrated(world, activations=Activations.percentile, percentile=99.0)
+    write_json(tmp_path / "quantize.json", report)
+    again = world[0](recipe.quantize)
+    quantize.restore(again, recipe, tmp_path / "quantize.json")
+    assert torch.equal(forward(again), forward(gpt))
