@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from halfbyte.training.config import BLOCK, TWO_LEVEL, Activations, Format, GateRule, Method, Recipe, Task
+from halfbyte.training.config import BLOCK, TWO_LEVEL, Activations, Format, GateRule, Method, Recipe, Smoothing, Task
 from halfbyte.training.rules import missing_weights, must_fetch
 from halfbyte.training.shape import (
     ROW_PARALLEL,
@@ -209,6 +209,9 @@ def _formats(recipe: Recipe, shape: ModelShape) -> list[str]:
         for pattern, chosen in quantize.layers.items()
     ]
     lines += rules[:PATTERNS] + ([f"and {len(rules) - PATTERNS} more patterns"] if len(rules) > PATTERNS else [])
+    if quantize.smoothing is not Smoothing.none:
+        alpha = f" with alpha {quantize.smoothing_alpha:g}" if quantize.smoothing is Smoothing.smoothquant else ""
+        lines.append(f"smoothed before quantization: {quantize.smoothing}{alpha}")
     if quantize.activations is Activations.percentile:
         lines.append(f"inputs clipped at their {quantize.percentile:g}th percentile")
     if quantize.layers:

@@ -78,6 +78,12 @@ class Work:
         """The folder of training checkpoints."""
         return self.folder / "checkpoints"
 
+    @property
+    def calibrated(self) -> Path:
+        """The checkpoint of a calibration that changes weights; for PTQ it is the run's one checkpoint."""
+        parent = self.checkpoints if self.recipe.method == Method.ptq else self.folder / "calibrated"
+        return parent / checkpoint.folder_name(0)
+
     def _marks(self) -> dict[str, Any]:
         """What is done, by stage, with what it was done for."""
         path = self.folder / "state.json"
@@ -148,13 +154,23 @@ class Work:
         with self.console.stage("calibrate") as notes:
             if on_first_rank(self.runtime, path.exists):
                 report = quantize.restore(self.gpt, self.recipe, path)
+                if ptq.changes_weights(self.recipe.quantize):
+                    self._restore_weights()
                 notes.append("as in quantize.json")
             else:
                 report = ptq.calibrate(self.gpt, self.recipe, self.runtime, self.run_calibration)
+                if ptq.changes_weights(self.recipe.quantize):
+                    checkpoint.save(checkpoint.Trainable(self.gpt), {}, self.calibrated)
                 on_first_rank(self.runtime, lambda: write_json(path, report))
             layers = report["layers"].values()
             errors = [layer["weight_relative_rms_error"] for layer in layers]
             notes.append(f"{_counted(layers)}, weight error {min(errors):.3f} to {max(errors):.3f} relative RMS")
+
+    def _restore_weights(self) -> None:
+        if not on_first_rank(self.runtime, self.calibrated.exists):
+            raise UserError(f"{self.calibrated}: the calibrated weights are missing; calibrate again on a new run.dir")
+        checkpoint.load(checkpoint.Trainable(self.gpt), self.calibrated)
+        quantize.refresh_scales(self.gpt, self.recipe.quantize)
 
     def run_calibration(self, stage: Any) -> None:
         """Run the calibration windows through a pipeline stage's model."""

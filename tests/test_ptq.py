@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halfbyte.training import numerics
-from halfbyte.training.config import Activations, Format, Quantize, Recipe
+from halfbyte.training.config import Activations, Format, Quantize, Recipe, SecondScale, Smoothing
 from halfbyte.training.files import write_json
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core and ModelOpt
@@ -79,7 +79,7 @@ def test_a_percentile_is_the_order_statistic_rounded_up_to_bf16(world, number_fo
         assert found < plain["layers"][name]["amax"]["input"] == ordered[-1]
         assert report["layers"][name]["amax"]["weight"] == plain["layers"][name]["amax"]["weight"]
         scale = gpt.get_submodule(name).input_quantizer._quantizer_cache.scale
-        assert scale == numerics.tensor_scale(torch.tensor(found), number_format, "pow2")
+        assert scale == numerics.tensor_scale(torch.tensor(found), number_format, SecondScale.pow2)
 
 
 def test_the_whole_percentile_is_the_maximum(world):
@@ -95,3 +95,63 @@ def test_a_restart_takes_the_percentiles_from_quantize_json(world, tmp_path):
     again = world[0](recipe.quantize)
     quantize.restore(again, recipe, tmp_path / "quantize.json")
     assert torch.equal(forward(again), forward(gpt))
+
+
+def plain_and_smoothed(world, method: Smoothing) -> tuple[torch.nn.Module, torch.nn.Module, dict]:
+    """(model, the same smoothed but not quantized, factors by layer)."""
+    from halfbyte.training import quantize, smoothing
+
+    section = Quantize(smoothing=method)
+    plain, smoothed = world[0](section), world[0](section)
+    return plain, smoothed, smoothing.smooth(smoothed, quantize.plan(smoothed, section), section, forward)
+
+
+@pytest.mark.parametrize("method", [Smoothing.smoothquant, Smoothing.awq_lite])
+def test_smoothing_does_not_change_one_bit_of_the_logits(world, method):
+    plain, smoothed, facts = plain_and_smoothed(world, method)
+    assert torch.equal(forward(smoothed), forward(plain))
+    for name in LINEARS:
+        same = torch.equal(smoothed.get_submodule(name).weight, plain.get_submodule(name).weight)
+        assert same == (facts[name]["least"] == facts[name]["most"] == 1.0 and not name.endswith(("qkv", "fc1")))
+    assert any(entry["most"] >= 2 for entry in facts.values())
+
+
+def test_smoothquant_follows_its_formula(world):
+    plain, smoothed, _ = plain_and_smoothed(world, Smoothing.smoothquant)
+    before, after = inputs_of(plain), inputs_of(smoothed)
+    for name in LINEARS:
+        x, w = before[name].abs().amax(0).double(), plain.get_submodule(name).weight.abs().amax(0).double()
+        if name.endswith("proj"):  # 4 query heads of 16 over 2 key/value heads: two heads share each value channel
+            x, w = (v.view(2, 2, 16).amax(1, keepdim=True).expand(2, 2, 16).flatten() for v in (x, w))
+        wanted = (x / w).sqrt()
+        factor = (before[name] / after[name]).double().nanmean(0)
+        assert torch.equal(factor.log2(), factor.log2().round())  # powers of two
+        assert ((factor / wanted).log2().abs() <= 0.5 + 1e-9).all()
+
+
+def test_awq_lite_never_loses_on_its_sample(world):
+    plain, smoothed, facts = plain_and_smoothed(world, Smoothing.awq_lite)
+    inputs = {"plain": inputs_of(plain), "smoothed": inputs_of(smoothed)}
+    for name in LINEARS:
+        assert facts[name]["alpha"] in [i / 10 for i in range(11)]
+        if name.endswith(("qkv", "fc1")):
+            continue  # their rows are scaled as well, for the next linear's sake
+        exact, errors = inputs["plain"][name] @ plain.get_submodule(name).weight.T, {}
+        for which, gpt in (("plain", plain), ("smoothed", smoothed)):
+            sides = inputs[which][name], gpt.get_submodule(name).weight.detach()
+            x, w = (numerics.nvfp4_fake(v, numerics.second_scale(v.abs().amax(), SecondScale.pow2)) for v in sides)
+            errors[which] = float((x @ w.T - exact).square().sum())
+        assert errors["smoothed"] <= errors["plain"] * (1 + 1e-4), name
+    assert sum(facts[name]["alpha"] > 0 for name in LINEARS) >= 4
+
+
+@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.mxfp4])  # FP8's steps are relative: little to gain
+@pytest.mark.parametrize("method", [Smoothing.smoothquant, Smoothing.awq_lite])
+def test_smoothing_brings_the_quantized_model_closer(world, number_format, method):
+    exact = forward(world[0](Quantize()))
+    error = {}
+    for smoothing in (Smoothing.none, method):
+        gpt, report, _ = calibrated(world, format=number_format, smoothing=smoothing)
+        error[smoothing] = float((forward(gpt) - exact).square().mean())
+        assert all(("smoothing" in layer) == (smoothing is not Smoothing.none) for layer in report["layers"].values())
+    assert error[method] < error[Smoothing.none]

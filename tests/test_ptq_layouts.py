@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("workers") / "ptq.py"
-VARIANTS = ("percentile",)
+VARIANTS = ("clipped", "searched")
 
 
 def measure(model: Path, out: Path, environment, processes: int) -> dict:
@@ -38,14 +38,15 @@ def together(tiny_model, environment, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layout", ["tp2", "tp2_sp", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
 def test_scales_and_logits_do_not_depend_on_the_layout(alone, together, layout, variant):
     mine, one = together[layout][variant], alone[variant]
     assert mine["layers"].keys() == one["layers"].keys()
     for key, entry in one["layers"].items():
         assert mine["layers"][key]["scale_2"] == entry["scale_2"], key
         assert mine["layers"][key]["amax"] == pytest.approx(entry["amax"], rel=1e-6), key
+        assert mine["layers"][key].get("smoothing") == entry.get("smoothing"), key
         error = entry["weight_relative_rms_error"]
         assert mine["layers"][key]["weight_relative_rms_error"] == pytest.approx(error, rel=1e-6), key
     for ours, theirs in zip(mine["logits"], one["logits"], strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-6)  # a single flipped code is above 1e-4
+        assert ours == pytest.approx(theirs, abs=1e-6)

@@ -470,6 +470,8 @@ def test_block_scale_rules():
     [
         (["quantize.format=mxfp4", "quantize.activations=percentile"], "inputs of mxfp4 have no scale per tensor"),
         (["quantize.activations=percentile", "quantize.percentile=0"], "a share in percent; give a number such as"),
+        (["quantize.smoothing=smoothquant", "quantize.smoothing_alpha=1.5"], "an exponent between 0 and 1"),
+        (["quantize.smoothing_alpha=0.7"], "under quantize.smoothing=smoothquant only"),
         (["quantize.percentile=99"], "under quantize.activations=percentile only"),
     ],
 )

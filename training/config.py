@@ -7,6 +7,8 @@ command line stays fast. OmegaConf 2.3 has no Literal fields, hence the string e
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from halfbyte.training.choices import Activations, BlockScale, SecondScale, Smoothing
+
 
 class Method(StrEnum):
     """How accuracy is won back: not at all, by cross-entropy, by distillation; or no quantization (the control)."""
@@ -38,34 +40,6 @@ class LayerFormat(StrEnum):
     mxfp4 = "mxfp4"
     fp8 = "fp8"
     bf16 = "bf16"
-
-
-class SecondScale(StrEnum):
-    """NVFP4's per-tensor scale: amax/2688 rounded up to a power of two, or amax/2688 itself (as ModelOpt)."""
-
-    pow2 = "pow2"
-    amax = "amax"
-
-
-class BlockScale(StrEnum):
-    """How a weight block's scale is chosen; activations always take amax."""
-
-    amax = "amax"
-    """The block's maximum becomes 6 (MXFP4: at most 6)."""
-    four_over_six = "four_over_six"
-    """NVFP4: the maximum becomes 6 or 4, by the smaller squared error (arXiv 2512.02010)."""
-    mse = "mse"
-    """NVFP4 and MXFP4: the scale with the smallest squared error of all that put the maximum between 2.5 and 10."""
-
-
-class Activations(StrEnum):
-    """What the scale per tensor of a linear's input (NVFP4, FP8) comes from, on calibration data.
-
-    The maximum, or a percentile of the magnitudes, above which values saturate.
-    """
-
-    max = "max"
-    percentile = "percentile"
 
 
 class Dtype(StrEnum):
@@ -180,6 +154,9 @@ class Quantize:
     activations: Activations = Activations.max
     percentile: float = 99.99
     """Percent of an input's magnitudes that activations=percentile does not clip."""
+    smoothing: Smoothing = Smoothing.none
+    smoothing_alpha: float = 0.5
+    """SmoothQuant's exponent, 0 .. 1: at 1 all input channels get the same maximum, at 0 all weight channels do."""
     exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])
     """fnmatch patterns on Hugging Face module names (model.layers.0.mlp.down_proj) that stay unquantized.
     q/k/v and gate/up are one layer each at training time: exclude all members or none."""

@@ -14,6 +14,7 @@ from halfbyte.training.config import (
     Quantize,
     Recipe,
     SecondScale,
+    Smoothing,
 )
 from halfbyte.training.shape import (
     FUSED_GROUPS,
@@ -98,6 +99,7 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
             "block exactly; use scale_2=pow2, or block_scale=four_over_six"
         )
     yield from _calibration(recipe, formats)
+    yield from _smoothing(quantize)
     sizes = linear_sizes(shape)
     told: set[tuple[str, Format]] = set()
     for name, number_format in planned.items():
@@ -138,6 +140,14 @@ def _calibration(recipe: Recipe, formats: Sequence[Format]) -> Iterator[str]:
             yield f"quantize.percentile = {quantize.percentile}: a share in percent; give a number such as 99.99"
     elif quantize.percentile != default.percentile:
         yield f"quantize.percentile = {quantize.percentile}: is read under quantize.activations=percentile only; set it"
+
+
+def _smoothing(quantize: Quantize) -> Iterator[str]:
+    alpha = quantize.smoothing_alpha
+    if not 0 <= alpha <= 1:
+        yield f"quantize.smoothing_alpha = {alpha}: an exponent between 0 and 1; 0.5 is the default"
+    elif quantize.smoothing != Smoothing.smoothquant and alpha != Quantize().smoothing_alpha:
+        yield f"quantize.smoothing_alpha = {alpha}: is read under quantize.smoothing=smoothquant only; set it"
 
 
 def _patterns(recipe: Recipe, shape: ModelShape) -> Iterator[str]:

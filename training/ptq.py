@@ -1,14 +1,20 @@
 """Post-training quantization of one model in place: what happens between the BF16 weights and quantize.json."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from halfbyte.training import quantize
-from halfbyte.training.config import Activations, Recipe
+from halfbyte.training.config import Activations, Format, Quantize, Recipe, Smoothing
 from halfbyte.training.observe import Percentiles, observe
 from halfbyte.training.runtime import Runtime
+from halfbyte.training.smoothing import smooth
+
+
+def changes_weights(section: Quantize) -> bool:
+    """Whether calibration leaves other weights than it found, so that quantize.json alone cannot restore it."""
+    return section.smoothing is not Smoothing.none
 
 
 def calibrate(
@@ -30,8 +36,23 @@ def calibrate(
     """
     section = recipe.quantize
     planned = quantize.plan(model, section)
+    smoothed = {} if section.smoothing is Smoothing.none else smooth(model, planned, section, run)
     percentiles = Percentiles() if section.activations is Activations.percentile else None
     if percentiles:
         observe(model, planned, run, [percentiles.take])
-    input_amax = percentiles.amax(section.percentile) if percentiles else None
-    return quantize.quantize(model, recipe, runtime, run, input_amax)
+    report = quantize.quantize(model, recipe, runtime, run)
+    if percentiles:
+        _clip_inputs(model, planned, percentiles.amax(section.percentile))
+        quantize.refresh_scales(model, section)
+        report = quantize.report(model, planned, section)
+    for key, facts in smoothed.items():
+        report["layers"][key]["smoothing"] = facts
+    return report
+
+
+def _clip_inputs(model: torch.nn.Module, planned: Sequence[quantize.Planned], amax: Mapping[str, torch.Tensor]) -> None:
+    """Put a linear's percentile in the place of its input's maximum, where the format has a scale per tensor."""
+    for layer in planned:
+        quantizer: Any = model.get_submodule(layer.module).input_quantizer
+        if quantizer.is_enabled and layer.format is not Format.mxfp4:
+            quantizer.amax = torch.minimum(quantizer.amax, amax[layer.key].to(quantizer.amax))

@@ -137,7 +137,6 @@ def quantize(
     recipe: Recipe,
     runtime: Runtime,
     calibrate: Callable[[torch.nn.Module], None],
-    input_amax: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Insert quantizers, calibrate them, prove that what was planned is what was converted.
 
@@ -146,7 +145,6 @@ def quantize(
         recipe: The recipe; `method` is not bf16.
         runtime: This process.
         calibrate: Runs the calibration windows through the model it is given (not called for MXFP4, which needs none).
-        input_amax: Layer key -> FP32 [] that takes the place of its input's maximum where it is smaller.
 
     Returns:
         The content of quantize.json: the default format, scale_2 and block_scale modes, and per layer its own format,
@@ -160,16 +158,16 @@ def quantize(
         if not torch.isfinite(model.get_submodule(layer.module).weight).all():
             raise UserError(f"quantize: {layer.key}.weight holds NaN or Inf; check the weights")
     insert(model, planned, recipe.quantize, calibrate)
-    for layer in planned:
-        quantizer = model.get_submodule(layer.module).input_quantizer
-        if input_amax and quantizer.is_enabled and layer.format is not Format.mxfp4:
-            quantizer.amax = torch.minimum(quantizer.amax, input_amax[layer.key].to(quantizer.amax))
     refresh_scales(model, recipe.quantize)
+    return report(model, planned, recipe.quantize)
+
+
+def report(model: torch.nn.Module, planned: list[Planned], quantize: Quantize) -> dict[str, Any]:
+    """The content of quantize.json for a calibrated model; collective."""
     return {
-        "format": recipe.quantize.format.value,
-        "scale_2": recipe.quantize.scale_2.value,
-        "block_scale": recipe.quantize.block_scale.value,
-        "activations": recipe.quantize.activations.value,
+        "format": quantize.format.value,
+        "scale_2": quantize.scale_2.value,
+        "block_scale": quantize.block_scale.value,
         "layers": gather_layers({layer.key: _describe(model, layer) for layer in planned}),
     }
 
@@ -315,9 +313,7 @@ def _one_scale(layer: Planned, input_scales: Mapping[str, float]) -> float:
 
 def weight_errors(model: torch.nn.Module, quantize: Quantize) -> dict[str, float]:
     """Relative RMS error ||W_q - W|| / ||W|| of every quantized weight as it is now, by layer; equal on every rank."""
-    return gather_layers(
-        {layer.key: _weight_error(model.get_submodule(layer.module)) for layer in plan(model, quantize)}
-    )
+    return gather_layers({at.key: _weight_error(model.get_submodule(at.module)) for at in plan(model, quantize)})
 
 
 def round_unquantized(model: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region as gather
 
 from halfbyte.training import environment, model, ptq
-from halfbyte.training.config import Activations, Parallel, Quantize, Recipe, Train
+from halfbyte.training.config import Activations, BlockScale, Format, Parallel, Quantize, Recipe, Smoothing, Train
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.files import write_json
 from halfbyte.training.runtime import Runtime, close_runtime, open_runtime
@@ -22,14 +22,15 @@ from halfbyte.training.shape import read_shape
 LAYOUTS = {
     1: {"one": Parallel()},
     2: {
-        "tp2": Parallel(tensor=2),
         "tp2_sp": Parallel(tensor=2, sequence=True),
         "pp2": Parallel(pipeline=2),
-        "dp2": Parallel(data=2),
     },
 }
 VARIANTS = {
-    "percentile": Quantize(activations=Activations.percentile, percentile=99.5),
+    "clipped": Quantize(
+        activations=Activations.percentile, percentile=99.5, smoothing=Smoothing.smoothquant, format=Format.nvfp4
+    ),
+    "searched": Quantize(smoothing=Smoothing.awq_lite, block_scale=BlockScale.mse),
 }
 
 
