@@ -3,7 +3,19 @@
 from collections import Counter
 from pathlib import Path
 
-from halfbyte.training.config import BLOCK, TWO_LEVEL, Activations, Format, GateRule, Method, Recipe, Smoothing, Task
+from halfbyte.training.config import (
+    BLOCK,
+    TWO_LEVEL,
+    Activations,
+    BlockScale,
+    Format,
+    GateRule,
+    Method,
+    Recipe,
+    Smoothing,
+    Task,
+    Weights,
+)
 from halfbyte.training.rules import missing_weights, must_fetch
 from halfbyte.training.shape import (
     ROW_PARALLEL,
@@ -199,6 +211,8 @@ def _formats(recipe: Recipe, shape: ModelShape) -> list[str]:
     for number_format in sorted(set(planned.values())):
         scales = f", second-level scale {quantize.scale_2}, block scale of weights {quantize.block_scale}"
         second = scales if number_format in TWO_LEVEL else ""
+        if number_format is Format.mxfp4 and quantize.block_scale is not BlockScale.amax:
+            second = f", block scale of weights {quantize.block_scale}"
         block = f"block {BLOCK[number_format]}" if BLOCK[number_format] > 1 else "one scale per tensor"
         count = f": {list(planned.values()).count(number_format)} linears" if quantize.layers else ""
         lines.append(f"{number_format}, {FORMAT_WORDS[number_format]}, {block}{second}{count}")
@@ -209,6 +223,8 @@ def _formats(recipe: Recipe, shape: ModelShape) -> list[str]:
         for pattern, chosen in quantize.layers.items()
     ]
     lines += rules[:PATTERNS] + ([f"and {len(rules) - PATTERNS} more patterns"] if len(rules) > PATTERNS else [])
+    if quantize.weights is Weights.gptq:
+        lines.append("FP4 weights by GPTQ")
     if quantize.smoothing is not Smoothing.none:
         alpha = f" with alpha {quantize.smoothing_alpha:g}" if quantize.smoothing is Smoothing.smoothquant else ""
         lines.append(f"smoothed before quantization: {quantize.smoothing}{alpha}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halfbyte.training import numerics
-from halfbyte.training.config import Activations, Format, Quantize, Recipe, SecondScale, Smoothing
+from halfbyte.training.config import Activations, Format, Quantize, Recipe, SecondScale, Smoothing, Weights
 from halfbyte.training.files import write_json
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core and ModelOpt
@@ -155,3 +155,18 @@ def test_smoothing_brings_the_quantized_model_closer(world, number_format, metho
         error[smoothing] = float((forward(gpt) - exact).square().mean())
         assert all(("smoothing" in layer) == (smoothing is not Smoothing.none) for layer in report["layers"].values())
     assert error[method] < error[Smoothing.none]
+
+
+@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.mxfp4])
+def test_gptq_brings_every_output_and_the_model_closer(world, number_format):
+    exact, error = forward(world[0](Quantize())), {}
+    for weights in Weights:
+        gpt, report, _ = calibrated(world, format=number_format, weights=weights)
+        error[weights] = float((forward(gpt) - exact).square().mean())
+    for name in LINEARS:
+        linear, entry = gpt.get_submodule(name), report["layers"][name]
+        assert torch.equal(linear.weight_quantizer._quantizer_cache.fake(linear.weight), linear.weight)
+        assert 0.05 < entry["weight_relative_rms_error"] < 0.5  # against the weight as it was before
+        outputs = entry["output_relative_rms_error"]
+        assert 0 < outputs["gptq"] < outputs["round"] < 0.2
+    assert error[Weights.gptq] < error[Weights.round]

@@ -46,6 +46,10 @@ def test_scales_and_logits_do_not_depend_on_the_layout(alone, together, layout, 
         assert mine["layers"][key]["scale_2"] == entry["scale_2"], key
         assert mine["layers"][key]["amax"] == pytest.approx(entry["amax"], rel=1e-6), key
         assert mine["layers"][key].get("smoothing") == entry.get("smoothing"), key
+        outputs = entry.get("output_relative_rms_error")
+        assert mine["layers"][key].get("output_relative_rms_error") == (outputs and pytest.approx(outputs, rel=1e-6)), (
+            key
+        )
         error = entry["weight_relative_rms_error"]
         assert mine["layers"][key]["weight_relative_rms_error"] == pytest.approx(error, rel=1e-6), key
     for ours, theirs in zip(mine["logits"], one["logits"], strict=True):

@@ -39,3 +39,10 @@ class Smoothing(StrEnum):
     """By the maxima of input and weight channels (arXiv 2211.10438)."""
     awq_lite = "awq_lite"
     """By the means of input channels, with the exponent that has the smallest output error (arXiv 2306.00978)."""
+
+
+class Weights(StrEnum):
+    """How FP4 weights get their values: each rounded by itself, or by GPTQ (training/gptq.py)."""
+
+    round = "round"
+    gptq = "gptq"

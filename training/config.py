@@ -7,7 +7,7 @@ command line stays fast. OmegaConf 2.3 has no Literal fields, hence the string e
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from halfbyte.training.choices import Activations, BlockScale, SecondScale, Smoothing
+from halfbyte.training.choices import Activations, BlockScale, SecondScale, Smoothing, Weights
 
 
 class Method(StrEnum):
@@ -157,6 +157,7 @@ class Quantize:
     smoothing: Smoothing = Smoothing.none
     smoothing_alpha: float = 0.5
     """SmoothQuant's exponent, 0 .. 1: at 1 all input channels get the same maximum, at 0 all weight channels do."""
+    weights: Weights = Weights.round
     exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])
     """fnmatch patterns on Hugging Face module names (model.layers.0.mlp.down_proj) that stay unquantized.
     q/k/v and gate/up are one layer each at training time: exclude all members or none."""

@@ -15,6 +15,7 @@ from halfbyte.training.config import (
     Recipe,
     SecondScale,
     Smoothing,
+    Weights,
 )
 from halfbyte.training.shape import (
     FUSED_GROUPS,
@@ -130,6 +131,8 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
 def _calibration(recipe: Recipe, formats: Sequence[Format]) -> Iterator[str]:
     """Keys of the calibration that would do nothing."""
     quantize, default = recipe.quantize, Quantize()
+    if quantize.weights == Weights.gptq and set(formats) == {Format.fp8}:
+        yield "quantize.weights = gptq: compensates FP4 layers only, and all are fp8; leave the key out"
     if quantize.activations == Activations.percentile:
         if formats and not {Format.nvfp4, Format.fp8} & set(formats):
             yield (

@@ -280,6 +280,14 @@ def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor, block_scale: BlockScale = 
     return torch.where(better, four.float(), six.float()).to(torch.float8_e4m3fn)
 
 
+def element_scale(chunk: Tensor, number_format: Format, scale: Tensor | None, block_scale: BlockScale) -> Tensor:
+    """What the elements of FP4 blocks are multiples of once they are rounded: FP32 [C, 1] of FP32 [C, block]."""
+    if number_format is Format.mxfp4:
+        return mxfp4_scales(mxfp4_exponent_code(chunk, block_scale))[0]
+    assert scale is not None
+    return nvfp4_block_scale(chunk, scale, block_scale).float() * scale
+
+
 def _e4m3_scale(amax: Tensor, unit: Tensor) -> Tensor:
     return (amax / unit).clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from halfbyte.training import quantize
-from halfbyte.training.config import Activations, Format, Quantize, Recipe, Smoothing
+from halfbyte.training import gptq, quantize
+from halfbyte.training.config import Activations, Format, Quantize, Recipe, Smoothing, Weights
 from halfbyte.training.observe import Percentiles, observe
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.smoothing import smooth
@@ -14,7 +14,7 @@ from halfbyte.training.smoothing import smooth
 
 def changes_weights(section: Quantize) -> bool:
     """Whether calibration leaves other weights than it found, so that quantize.json alone cannot restore it."""
-    return section.smoothing is not Smoothing.none
+    return section.smoothing is not Smoothing.none or section.weights is Weights.gptq
 
 
 def calibrate(
@@ -38,8 +38,9 @@ def calibrate(
     planned = quantize.plan(model, section)
     smoothed = {} if section.smoothing is Smoothing.none else smooth(model, planned, section, run)
     percentiles = Percentiles() if section.activations is Activations.percentile else None
-    if percentiles:
-        observe(model, planned, run, [percentiles.take])
+    hessians = gptq.Hessians(model) if section.weights is Weights.gptq else None
+    if percentiles or hessians:
+        observe(model, planned, run, [taker.take for taker in (percentiles, hessians) if taker])
     report = quantize.quantize(model, recipe, runtime, run)
     if percentiles:
         _clip_inputs(model, planned, percentiles.amax(section.percentile))
@@ -47,6 +48,11 @@ def calibrate(
         report = quantize.report(model, planned, section)
     for key, facts in smoothed.items():
         report["layers"][key]["smoothing"] = facts
+    if hessians:
+        compensated = [layer for layer in planned if gptq.has_blocks(layer)]
+        mine = {layer.key: gptq.apply(model, layer, hessians.sums.pop(layer.key)) for layer in compensated}
+        for key, facts in quantize.gather_layers(mine).items():
+            report["layers"][key] |= facts
     return report
 
 

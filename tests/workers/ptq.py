@@ -12,7 +12,17 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region as gather
 
 from halfbyte.training import environment, model, ptq
-from halfbyte.training.config import Activations, BlockScale, Format, Parallel, Quantize, Recipe, Smoothing, Train
+from halfbyte.training.config import (
+    Activations,
+    BlockScale,
+    Format,
+    Parallel,
+    Quantize,
+    Recipe,
+    Smoothing,
+    Train,
+    Weights,
+)
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.files import write_json
 from halfbyte.training.runtime import Runtime, close_runtime, open_runtime
@@ -30,7 +40,7 @@ VARIANTS = {
     "clipped": Quantize(
         activations=Activations.percentile, percentile=99.5, smoothing=Smoothing.smoothquant, format=Format.nvfp4
     ),
-    "searched": Quantize(smoothing=Smoothing.awq_lite, block_scale=BlockScale.mse),
+    "searched": Quantize(smoothing=Smoothing.awq_lite, block_scale=BlockScale.mse, weights=Weights.gptq),
 }
 
 
