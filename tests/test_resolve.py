@@ -472,9 +472,28 @@ def test_block_scale_rules():
         (["quantize.activations=percentile", "quantize.percentile=0"], "a share in percent; give a number such as"),
         (["quantize.smoothing=smoothquant", "quantize.smoothing_alpha=1.5"], "an exponent between 0 and 1"),
         (["quantize.smoothing_alpha=0.7"], "under quantize.smoothing=smoothquant only"),
+        (["quantize.format=fp8", "quantize.weights=gptq"], "compensates FP4 layers only"),
         (["quantize.percentile=99"], "under quantize.activations=percentile only"),
     ],
 )
 def test_calibration_rules(overrides, says):
     (line,) = problems(*overrides)
+    assert says in line
+
+
+def test_a_recipe_holds_only_differences_from_its_base(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: tiny\ntrain: {steps: 3}\nquantize: {format: mxfp4}\n")
+    (tmp_path / "more.yaml").write_text("base: mine.yaml\nrun: {name: more}\ntrain: {seed: 5}\n")
+    recipe, tiny = resolve(str(tmp_path / "more.yaml"), ["train.seed=6"]), resolve("tiny", [])
+    assert (recipe.train.steps, recipe.train.seed, recipe.quantize.format) == (3, 6, "mxfp4")
+    assert recipe.run.dir == "runs/more"
+    assert (recipe.data.train, recipe.evaluate, recipe.gate) == (tiny.data.train, tiny.evaluate, tiny.gate)
+
+
+@pytest.mark.parametrize(("base", "says"), [("nothing", "no such recipe; name a file beside"), ("a", "leads back to")])
+def test_a_bad_base_is_one_line(tmp_path, base, says):
+    (tmp_path / "a.yaml").write_text("base: b\n")
+    (tmp_path / "b.yaml").write_text(f"run: {{name: b}}\nbase: {base}\n")
+    (line,) = problems(recipe=str(tmp_path / "a.yaml"))
+    assert f"base = {base} (b.yaml line 2)" in line
     assert says in line
