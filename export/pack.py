@@ -130,7 +130,7 @@ def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
     if not torch.isfinite(tensor).all():
         raise UserError(f"{weight.name}: the weight holds NaN or Inf; export an earlier checkpoint")
     if not grid.per_tensor:
-        codes, scale = codec.mxfp4_encode(tensor)
+        codes, scale = codec.mxfp4_encode(tensor, quantize.block_scale)
         return {"weight_packed": codes.cpu(), "weight_scale": scale.cpu()}
     per_tensor = weight_scale(weight, quantize)
     if grid.block_scale is None:

@@ -129,7 +129,7 @@ def _repack(
     grid = SPECS[number_format].grid
     if not grid.per_tensor:
         # Values, not bytes: a block whose maximum was rounded down to 3 * 2^k can be written with the exponent below.
-        wrong = int((numerics.mxfp4_fake(values) != values).sum())
+        wrong = int((numerics.mxfp4_fake(values, quantize.block_scale) != values).sum())
         return [f"{module}: {wrong} values change when packed again"] if wrong else []
     if grid.block_scale is None:
         scale = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale")))

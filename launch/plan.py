@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from halfbyte.training.config import GateRule, Method, Recipe, Task
+from halfbyte.training.config import Activations, BlockScale, GateRule, Method, Recipe, Smoothing, Task, Weights
 from halfbyte.training.config_distill import Distill
 from halfbyte.training.formats import GRIDS, SPECS, Spec
 from halfbyte.training.kv_format import KVCache
@@ -230,6 +230,8 @@ def _formats(recipe: Recipe, shape: ModelShape) -> list[str]:
         scales = f", second-level scale {quantize.scale_2}, block scale of weights {quantize.block_scale}"
         spec = SPECS[number_format]
         second = scales if spec.two_level else ""
+        if not spec.grid.per_tensor and quantize.block_scale is not BlockScale.amax:
+            second = f", block scale of weights {quantize.block_scale}"
         block = f"block {spec.grid.block}" if spec.grid.block > 1 else "one scale per tensor"
         count = f": {list(planned.values()).count(number_format)} linears" if quantize.layers else ""
         lines.append(f"{number_format}, {spec.words}, {block}{second}{count}")
@@ -240,6 +242,13 @@ def _formats(recipe: Recipe, shape: ModelShape) -> list[str]:
         for pattern, chosen in quantize.layers.items()
     ]
     lines += rules[:PATTERNS] + ([f"and {len(rules) - PATTERNS} more patterns"] if len(rules) > PATTERNS else [])
+    if quantize.weights is Weights.gptq:
+        lines.append("FP4 weights by GPTQ")
+    if quantize.smoothing is not Smoothing.none:
+        alpha = f" with alpha {quantize.smoothing_alpha:g}" if quantize.smoothing is Smoothing.smoothquant else ""
+        lines.append(f"smoothed before quantization: {quantize.smoothing}{alpha}")
+    if quantize.activations is Activations.percentile:
+        lines.append(f"inputs clipped at their {quantize.percentile:g}th percentile")
     if quantize.layers:
         lines.append(f"all others -> {quantize.format}: {decided[None]} {_plural(decided[None], 'linear')}")
     return lines

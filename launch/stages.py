@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from halfbyte.launch.console import Console
-from halfbyte.training import checkpoint, corpus, data, evaluate, model, quantize
+from halfbyte.training import checkpoint, corpus, data, evaluate, model, ptq, quantize
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.fast_path import weights_once
@@ -80,6 +80,12 @@ class Work:
     def checkpoints(self) -> Path:
         """The folder of training checkpoints."""
         return self.folder / "checkpoints"
+
+    @property
+    def calibrated(self) -> Path:
+        """The checkpoint of a calibration that changes weights; for PTQ it is the run's one checkpoint."""
+        parent = self.checkpoints if self.recipe.method == Method.ptq else self.folder / "calibrated"
+        return parent / checkpoint.folder_name(0)
 
     def _marks(self) -> dict[str, Any]:
         """What is done, by stage, with what it was done for."""
@@ -151,15 +157,25 @@ class Work:
         with self.console.stage("calibrate") as notes:
             if on_first_rank(self.runtime, path.exists):
                 report = quantize.restore(self.gpt, self.recipe, path)
+                if ptq.changes_weights(self.recipe.quantize):
+                    self._restore_weights()
                 notes.append("as in quantize.json")
             else:
-                report = quantize.quantize(self.gpt, self.recipe, self.runtime, self.run_calibration)
+                report = ptq.calibrate(self.gpt, self.recipe, self.runtime, self.run_calibration)
+                if ptq.changes_weights(self.recipe.quantize):
+                    checkpoint.save(checkpoint.Trainable(self.gpt), {}, self.calibrated)
                 on_first_rank(self.runtime, lambda: write_json(path, report))
             layers = report["layers"].values()
             errors = [layer["weight_relative_rms_error"] for layer in layers]
             notes.append(f"{_counted(layers)}, weight error {min(errors):.3f} to {max(errors):.3f} relative RMS")
             if self.recipe.quantize.kv_cache is not KVCache.none:
                 notes.append(f"key/value cache in {self.recipe.quantize.kv_cache}")
+
+    def _restore_weights(self) -> None:
+        if not on_first_rank(self.runtime, self.calibrated.exists):
+            raise UserError(f"{self.calibrated}: the calibrated weights are missing; calibrate again on a new run.dir")
+        checkpoint.load(checkpoint.Trainable(self.gpt), self.calibrated)
+        quantize.refresh_scales(self.gpt, self.recipe.quantize)
 
     def run_calibration(self, stage: Any) -> None:
         """Run the calibration windows through a pipeline stage's model."""

@@ -471,3 +471,48 @@ def test_resume_allows_what_does_not_touch_the_past():
 def test_resolving_needs_no_torch():
     code = "import sys, halfbyte.training.resolve as r; r.resolve('tiny', []); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_block_scale_rules():
+    for rule in ("four_over_six", "mse"):
+        assert "no choice of scales" in problems("quantize.format=fp8", f"quantize.block_scale={rule}")[0]
+        resolve("tiny", [f"quantize.block_scale={rule}"])
+    assert "no choice of scales" in problems("quantize.format=mxfp4", "quantize.block_scale=four_over_six")[0]
+    resolve("tiny", ["quantize.format=mxfp4", "quantize.block_scale=mse"])
+    clash = problems("quantize.block_scale=mse", "quantize.scale_2=amax")
+    assert clash[0].startswith("quantize.block_scale = mse: quantize.scale_2 = amax")
+    assert "use scale_2=pow2" in clash[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["quantize.format=mxfp4", "quantize.activations=percentile"], "inputs of mxfp4 have no scale per tensor"),
+        (["quantize.activations=percentile", "quantize.percentile=0"], "a share in percent; give a number such as"),
+        (["quantize.smoothing=smoothquant", "quantize.smoothing_alpha=1.5"], "an exponent between 0 and 1"),
+        (["quantize.smoothing_alpha=0.7"], "under quantize.smoothing=smoothquant only"),
+        (["quantize.format=fp8", "quantize.weights=gptq"], "compensates FP4 layers only"),
+        (["quantize.percentile=99"], "under quantize.activations=percentile only"),
+    ],
+)
+def test_calibration_rules(overrides, says):
+    (line,) = problems(*overrides)
+    assert says in line
+
+
+def test_a_recipe_holds_only_differences_from_its_base(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: tiny\ntrain: {steps: 3}\nquantize: {format: mxfp4}\n")
+    (tmp_path / "more.yaml").write_text("base: mine.yaml\nrun: {name: more}\ntrain: {seed: 5}\n")
+    recipe, tiny = resolve(str(tmp_path / "more.yaml"), ["train.seed=6"]), resolve("tiny", [])
+    assert (recipe.train.steps, recipe.train.seed, recipe.quantize.format) == (3, 6, "mxfp4")
+    assert recipe.run.dir == "runs/more"
+    assert (recipe.data.train, recipe.evaluate, recipe.gate) == (tiny.data.train, tiny.evaluate, tiny.gate)
+
+
+@pytest.mark.parametrize(("base", "says"), [("nothing", "no such recipe; name a file beside"), ("a", "leads back to")])
+def test_a_bad_base_is_one_line(tmp_path, base, says):
+    (tmp_path / "a.yaml").write_text("base: b\n")
+    (tmp_path / "b.yaml").write_text(f"run: {{name: b}}\nbase: {base}\n")
+    (line,) = problems(recipe=str(tmp_path / "a.yaml"))
+    assert f"base = {base} (b.yaml line 2)" in line
+    assert says in line

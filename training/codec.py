@@ -9,9 +9,9 @@ encoding, and packing the decoded values gives the same bytes.
 import torch
 from torch import Tensor
 
-from halfbyte.training import numerics
+from halfbyte.training import numerics, rounding
 from halfbyte.training.config import BlockScale
-from halfbyte.training.numerics import E2M1, MXFP4_BLOCK, NVFP4_BLOCK
+from halfbyte.training.numerics import MXFP4_BLOCK, NVFP4_BLOCK
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def nvfp4_encode(
     packed_rows, scale_rows = packed.view(-1, block // 2), scale.view(-1, 1)
     for rows, chunk in numerics.chunks(w, block):
         scale_C1 = numerics.nvfp4_block_scale(chunk, scale_2, block_scale)
-        q = numerics.round_e2m1(chunk / scale_C1.float().mul_(scale_2))
+        q = rounding.round_e2m1(chunk / scale_C1.float().mul_(scale_2))
         # One canonical encoding of zeros. NaN counts as nonzero here and keeps its NaN scale.
         empty = ~q.ne(0).any(-1, keepdim=True)
         scale_rows[rows] = torch.where(empty, 1.0, scale_C1.float()).to(torch.float8_e4m3fn)
@@ -63,11 +63,12 @@ def nvfp4_decode(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mxfp4_encode(w: Tensor) -> tuple[Tensor, Tensor]:
+def mxfp4_encode(w: Tensor, block_scale: BlockScale = BlockScale.amax) -> tuple[Tensor, Tensor]:
     """Pack a weight as MXFP4; decode(encode(w)) equals mxfp4_fake(w) bit for bit.
 
     Args:
         w: [N, K] (or [..., K]) float; K a multiple of 32.
+        block_scale: How block scales are chosen: amax or mse.
 
     Returns:
         packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
@@ -79,9 +80,9 @@ def mxfp4_encode(w: Tensor) -> tuple[Tensor, Tensor]:
     packed, scale = _empty_encoding(w, MXFP4_BLOCK, torch.uint8)
     packed_rows, scale_rows = packed.view(-1, MXFP4_BLOCK // 2), scale.view(-1, 1)
     for rows, chunk in numerics.chunks(w, MXFP4_BLOCK):
-        code = numerics.mxfp4_exponent_code(chunk)
+        code = numerics.mxfp4_exponent_code(chunk, block_scale)
         scale_rows[rows] = code.to(torch.uint8)
-        packed_rows[rows] = _pack(numerics.round_e2m1(chunk * numerics.mxfp4_scales(code)[1]))
+        packed_rows[rows] = _pack(rounding.round_e2m1(chunk * numerics.mxfp4_scales(code)[1]))
     return packed, scale
 
 
@@ -115,7 +116,7 @@ def fp8_encode(w: Tensor, scale: Tensor) -> Tensor:
     codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
     rows = codes.view(-1, 1)
     for row, chunk in numerics.chunks(w, 1):
-        rows[row] = (numerics.round_e4m3(chunk / scale).float() + 0.0).to(torch.float8_e4m3fn)
+        rows[row] = (rounding.round_e4m3(chunk / scale).float() + 0.0).to(torch.float8_e4m3fn)
     return codes
 
 
@@ -148,7 +149,7 @@ def _pack(q: Tensor) -> Tensor:
 def _byte_of_pair() -> Tensor:
     """The packed byte of two E2M1 values a, b at the place (2a + 12) + 25 * (2b + 12); uint8 [625]."""
     code_of_twice = torch.zeros(25, dtype=torch.uint8)
-    for index, magnitude in enumerate(E2M1):
+    for index, magnitude in enumerate(rounding.E2M1):
         code_of_twice[12 - int(2 * magnitude)] = index | 8
         code_of_twice[12 + int(2 * magnitude)] = index  # last, so that zero is code 0
     return ((code_of_twice[:, None] << 4) | code_of_twice).flatten()
@@ -159,6 +160,6 @@ _BYTE_OF_PAIR = _byte_of_pair()
 
 def _unpack(packed: Tensor) -> Tensor:
     """uint8 [..., K/2] -> signed E2M1 values, FP32 [..., K]."""
-    value_of_code = torch.tensor([*E2M1, *(-v for v in E2M1)], device=packed.device)
+    value_of_code = torch.tensor([*rounding.E2M1, *(-v for v in rounding.E2M1)], device=packed.device)
     pair_of_byte = torch.stack([value_of_code.repeat(16), value_of_code.repeat_interleave(16)], -1)
     return pair_of_byte[packed.int()].flatten(-2)

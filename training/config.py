@@ -7,6 +7,7 @@ command line stays fast. OmegaConf 2.3 has no Literal fields, hence the string e
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from halfbyte.training.choices import Activations, BlockScale, SecondScale, Smoothing, Weights
 from halfbyte.training.config_commands import Generate, Sensitivity
 from halfbyte.training.config_distill import Distill
 from halfbyte.training.kv_format import KVCache
@@ -48,23 +49,6 @@ class LayerFormat(StrEnum):
     w4a16_mxfp4 = "w4a16_mxfp4"
     fp8 = "fp8"
     bf16 = "bf16"
-
-
-class SecondScale(StrEnum):
-    """NVFP4's per-tensor scale: amax/2688 rounded up to a power of two, or amax/2688 itself (as ModelOpt)."""
-
-    pow2 = "pow2"
-    amax = "amax"
-
-
-class BlockScale(StrEnum):
-    """How NVFP4 chooses a weight block's scale: its maximum becomes 6, or 6 or 4 by the smaller squared error.
-
-    The second is arXiv 2512.02010; the tensor's scale then leaves room for 4 and is amax/1536 instead of amax/2688.
-    """
-
-    amax = "amax"
-    four_over_six = "four_over_six"
 
 
 class Dtype(StrEnum):
@@ -176,7 +160,14 @@ class Quantize:
     `exclude` comes before it. q/k/v and gate/up are one layer each and take one format."""
     scale_2: SecondScale = SecondScale.pow2
     block_scale: BlockScale = BlockScale.amax
-    """Of NVFP4 weights; activations always scale a block by its maximum."""
+    """Of FP4 weights. The last two leave head-room: NVFP4's tensor scale is then amax/1536 instead of amax/2688."""
+    activations: Activations = Activations.max
+    percentile: float = 99.99
+    """Percent of an input's magnitudes that activations=percentile does not clip."""
+    smoothing: Smoothing = Smoothing.none
+    smoothing_alpha: float = 0.5
+    """SmoothQuant's exponent, 0 .. 1: at 1 all input channels get the same maximum, at 0 all weight channels do."""
+    weights: Weights = Weights.round
     clip_gradient: bool = False
     """The straight-through gradient is zero where a value exceeds what the calibrated scale can represent."""
     kv_cache: KVCache = KVCache.none

@@ -34,7 +34,7 @@ _INFINITY = tl.constexpr(0x7F800000)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _ONE = tl.constexpr(0x3F800000)
 _E4M3_SMALLEST_NORMAL = tl.constexpr(0x3C800000)  # FP32 bits of 2^-6
-_E2M1_MAGIC = tl.constexpr((22 << 23) | 0x400000)  # numerics.round_e2m1 says why
+_E2M1_MAGIC = tl.constexpr((22 << 23) | 0x400000)  # rounding.round_e2m1 says why
 _E4M3_MAGIC = tl.constexpr((20 << 23) | 0x400000)  # on the bits of 2^e: 1.5 * 2^(e+20), whose ulp is 2^(e-3)
 
 
@@ -46,7 +46,7 @@ def _amax_bits(x):
 
 @triton.jit
 def _round_e2m1(y):
-    """numerics.round_e2m1 for |y| up to 7."""
+    """rounding.round_e2m1 for |y| up to 7."""
     exponent = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT, _ONE)
     magic = (exponent + _E2M1_MAGIC).to(tl.float32, bitcast=True)
     return (y + magic) - magic
@@ -172,7 +172,9 @@ def width(rule: tl.constexpr) -> int:
 
 
 def supports(x: torch.Tensor, rounding: Rounding, block_scale: BlockScale) -> bool:
-    """Whether the kernels take a tensor: CUDA, 16- or 32-bit floats, whole tiles."""
+    """Whether the kernels take a tensor: CUDA, 16- or 32-bit floats, whole tiles; not BlockScale.mse."""
+    if block_scale is BlockScale.mse:
+        return False
     whole = x.numel() % width(rule_of(rounding, block_scale)) == 0
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and whole
 

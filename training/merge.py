@@ -5,6 +5,7 @@ Strings may hold `${run.name}` (another key), `${recipe:data/x.jsonl}` (a path b
 """
 
 import difflib
+import importlib.resources
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from halfbyte.training.config import Recipe, Task
 from halfbyte.training.errors import RecipeError
 
+BASE = "base"
+"""The key of a recipe file that names the recipe it differs from."""
 TASKS = "evaluate.tasks"
 TASK_KEY = re.compile(r"evaluate\.tasks\.([^.]+)\.(\w+)")
 PLACE = re.compile(r"\$\{(recipe|package):([^}]+)\}")
@@ -58,20 +61,20 @@ class Merged:
 
 
 def merge(path: Path, overrides: list[str]) -> tuple[Recipe, Merged]:
-    """Defaults < YAML < overrides.
+    """Defaults < the recipe's base < the recipe < overrides.
 
     Args:
-        path: Recipe file.
+        path: Recipe file; its key `base` names another recipe, of which it holds the differences.
         overrides: `key=value` strings, and YAML files that hold some of a recipe's keys, each in its place.
 
     Returns:
         The recipe, in which a broken key has its default (or an empty text), and what is wrong with it.
 
     Raises:
-        RecipeError: the file cannot be read as YAML.
+        RecipeError: the file, or a base of it, cannot be read as YAML.
     """
     merged = Merged()
-    entries = [(path, *entry) for entry in _from_yaml(path)]
+    entries = _with_base(path)
     for override in overrides:
         fragment = Path(override).expanduser()
         if fragment.suffix in (".yaml", ".yml") and fragment.is_file():  # a folder's name may hold a =
@@ -87,6 +90,31 @@ def merge(path: Path, overrides: list[str]) -> tuple[Recipe, Merged]:
     recipe: Any = OmegaConf.to_object(merged.config)
     _make_absolute(recipe)
     return recipe, merged
+
+
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, str, Any, str]]:
+    """(file, dotted key, value, place in the file) of a recipe's entries, those of its base first."""
+    entries = [(path, *entry) for entry in _from_yaml(path)]
+    bases = [(value, where) for _, key, value, where in entries if key == BASE]
+    rest = [entry for entry in entries if entry[1] != BASE]
+    if not bases:
+        return rest
+    ((name, where),) = bases
+    base = _find_base(name, where, path)
+    if base.resolve() in (path.resolve(), *(one.resolve() for one in above)):
+        raise RecipeError([f"base = {name}{where}: leads back to {path.name}; a recipe cannot be its own base"])
+    return [*_with_base(base, (*above, path)), *rest]
+
+
+def _find_base(name: Any, where: str, path: Path) -> Path:
+    """The file of a base: beside the recipe, or shipped; with or without .yaml."""
+    folders = (path.resolve().parent, Path(str(importlib.resources.files("halfbyte.recipes"))))
+    files = [folder / f"{str(name).removesuffix('.yaml')}.yaml" for folder in folders]
+    for file in files:
+        if file.is_file():
+            return file
+    remedy = "name a file beside this one, or a shipped recipe"
+    raise RecipeError([f"base = {_shown(name)}{where}: no such recipe; {remedy}"])
 
 
 def _make_absolute(recipe: Recipe) -> None:

@@ -1,12 +1,22 @@
 """Whether a recipe fits its model: layout, block sizes, exclude patterns. Pure and torch-free; a line per problem."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from halfbyte.training import kv_format
-from halfbyte.training.config import BlockScale, Format, Method, Recipe, SecondScale
-from halfbyte.training.formats import SPECS
+from halfbyte.training.config import (
+    Activations,
+    BlockScale,
+    Format,
+    Method,
+    Quantize,
+    Recipe,
+    SecondScale,
+    Smoothing,
+    Weights,
+)
+from halfbyte.training.formats import GRIDS, SPECS, Rounding
 from halfbyte.training.kv_format import KVCache
 from halfbyte.training.pattern_rules import freeze_problems, pattern_problems, some
 from halfbyte.training.shape import (
@@ -93,8 +103,19 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         names = " and ".join(formats)
         if quantize.scale_2 != SecondScale.pow2:
             yield f"quantize.scale_2 = {quantize.scale_2}: {names} has no second-level scale; leave the key out"
-        if quantize.block_scale != BlockScale.amax:
+        if quantize.block_scale != BlockScale.amax and not (
+            quantize.block_scale == BlockScale.mse and any(SPECS[f].weights is Rounding.mxfp4 for f in formats)
+        ):
             yield f"quantize.block_scale = {quantize.block_scale}: {names} has no choice of scales; leave the key out"
+    elif quantize.block_scale == BlockScale.mse and quantize.scale_2 != SecondScale.pow2:
+        yield (
+            f"quantize.block_scale = mse: quantize.scale_2 = {quantize.scale_2} would blur which scales reproduce a "
+            "block exactly; use scale_2=pow2, or block_scale=four_over_six"
+        )
+    if quantize.block_scale == BlockScale.mse and Format.w4a8_nvfp4_fp8 in formats:
+        yield "quantize.block_scale = mse: not for w4a8_nvfp4_fp8, whose scales are bounded; use amax or four_over_six"
+    yield from _calibration(recipe, formats)
+    yield from _smoothing(quantize)
     if formats == [Format.mxfp4] and quantize.clip_gradient:
         yield "quantize.clip_gradient = true: mxfp4 has no calibrated range to leave; leave the key out"
     sizes = linear_sizes(shape)
@@ -140,6 +161,32 @@ def _cache(recipe: Recipe, shape: ModelShape, formats: list[Format]) -> Iterator
             f"quantize.kv_cache = {chosen}: no serving runtime is known to read it beside mxfp4 weights; use none, or "
             "nvfp4 for the weights"
         )
+
+
+def _calibration(recipe: Recipe, formats: Sequence[Format]) -> Iterator[str]:
+    """Keys of the calibration that would do nothing."""
+    quantize, default = recipe.quantize, Quantize()
+    if quantize.weights == Weights.gptq and set(formats) == {Format.fp8}:
+        yield "quantize.weights = gptq: compensates FP4 layers only, and all are fp8; leave the key out"
+    if quantize.activations == Activations.percentile:
+        inputs = [SPECS[number_format].inputs for number_format in formats]
+        if formats and not any(rounding is not None and GRIDS[rounding].per_tensor for rounding in inputs):
+            yield (
+                f"quantize.activations = percentile: the inputs of {' and '.join(formats)} have no scale per tensor; "
+                "leave the key out"
+            )
+        if not 0 < quantize.percentile <= 100:
+            yield f"quantize.percentile = {quantize.percentile}: a share in percent; give a number such as 99.99"
+    elif quantize.percentile != default.percentile:
+        yield f"quantize.percentile = {quantize.percentile}: is read under quantize.activations=percentile only; set it"
+
+
+def _smoothing(quantize: Quantize) -> Iterator[str]:
+    alpha = quantize.smoothing_alpha
+    if not 0 <= alpha <= 1:
+        yield f"quantize.smoothing_alpha = {alpha}: an exponent between 0 and 1; 0.5 is the default"
+    elif quantize.smoothing != Smoothing.smoothquant and alpha != Quantize().smoothing_alpha:
+        yield f"quantize.smoothing_alpha = {alpha}: is read under quantize.smoothing=smoothquant only; set it"
 
 
 def _patterns(recipe: Recipe, shape: ModelShape) -> Iterator[str]:

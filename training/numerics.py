@@ -7,7 +7,9 @@ last dimension (K, the input channels of a linear); FP8 rounds to E4M3 with one 
     NVFP4    16      E4M3, amax/(6 s2), RNE       s2, see second_scale     q * (sb * s2)
     (4/6)    16      E4M3, amax/(6 s2 or 4 s2)    s2, see second_scale     q * (sb * s2)
     (W4A8)   32      as NVFP4 or 4/6              s2 >= amax/448           q * (sb * s2)
+    (mse)    16      E4M3, see best_scale         s2, see second_scale     q * (sb * s2)
     MXFP4    32      E8M0, 2^ceil(log2(amax/6))   none                     q * 2^k
+    (mse)    32      E8M0, see best_scale         none                     q * 2^k
     FP8      none    none                         s = amax/448             q * s
 
 The rules, with the reasons in docs/decisions.md:
@@ -32,32 +34,30 @@ from torch import Tensor
 
 from halfbyte.training.config import BlockScale, SecondScale
 from halfbyte.training.formats import GRIDS, Rounding
+from halfbyte.training.rounding import E2M1_MAX, E4M3_MAX, best_scale, round_e2m1, round_e4m3, sum_of_squares
 
 NVFP4_BLOCK = GRIDS[Rounding.nvfp4].block
 MXFP4_BLOCK = GRIDS[Rounding.mxfp4].block
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Magnitude of code & 7; code & 8 is the sign."""
-E2M1_MAX = 6.0
-E4M3_MIN, E4M3_MAX = 2.0**-9, 448.0
+E4M3_MIN = 2.0**-9
 DIVISOR = {
     (Rounding.nvfp4, BlockScale.amax): (2688.0, 0.65625, 12),
     (Rounding.nvfp4, BlockScale.four_over_six): (1536.0, 0.75, 11),
+    (Rounding.nvfp4, BlockScale.mse): (1536.0, 0.75, 11),
     (Rounding.nvfp4_block32, BlockScale.amax): (448.0, 0.875, 9),
     (Rounding.nvfp4_block32, BlockScale.four_over_six): (448.0, 0.875, 9),
 }
 """D = 6 M, where M is the block scale that a tensor's maximum gets, and m and e with D = m * 2^e. M is 448, E4M3's
-largest; 256 in 4/6, whose alternative scale, half as large again, is then still in range (arXiv 2512.02010, section 3);
-448/6 where q * sb itself shall fit into E4M3 (ModelOpt's W4A8_NVFP4_FP8)."""
+largest; 256 in 4/6 and mse: a scale half as large again, which puts the maximum at 4, is then still in range (arXiv
+2512.02010, section 3); 448/6 where q * sb itself shall fit into E4M3 (ModelOpt's W4A8_NVFP4_FP8)."""
 SCALE_2_EXPONENT = 116
 """s2 stays in [2^-116, 2^116]: then E2M1's smallest step times E4M3's smallest scale times s2 is FP32's smallest normal
 number (0.5 * 2^-9 * 2^-116 = 2^-126), and 6 * 448 * s2 is finite."""
 E8M0_BIAS, E8M0_NAN, E8M0_MAX = 127, 255, 252
 """E8M0 code = exponent + 127; 252 is the largest whose block maximum, 6 * 2^125, is finite in FP32."""
 
-_EXPONENT_MASK = 0x7F800000
-_ONE = 0x3F800000  # FP32 bits of 1.0
-_MAGIC = (22 << 23) | 0x400000  # on the bits of 2^e: 1.5 * 2^(e+22), whose ulp is 2^(e-1)
+_E4M3_VALUES = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all positive ones, ascending
+_MXFP4_STEPS = torch.tensor([0.5, 1.0, 2.0])
 
 # Temporaries of one chunk stay in a core's L2 cache; a GPU wants few launches instead.
 _CPU_CHUNK = 1 << 18  # elements
@@ -131,7 +131,7 @@ def nvfp4_fake(
 
     Idempotent for a frozen scale_2, with one exception that the format itself makes: a block with an amax between
     9 and 10 times 2^-9 * s2 (5e-6 of the tensor's amax) gets the subnormal scale 2 * 2^-9, on which 9..10 rounds to 8,
-    and 8 alone would have got the scale 2^-9 and saturated at 6.
+    and 8 alone would have got the scale 2^-9 and saturated at 6. BlockScale.mse has no exception (see best_scale).
 
     Args:
         x: [..., K] float32, bfloat16, float16 or float64; K a multiple of the block.
@@ -156,15 +156,16 @@ def nvfp4_fake(
 
 
 @torch.no_grad()
-def mxfp4_fake(x: Tensor) -> Tensor:
+def mxfp4_fake(x: Tensor, block_scale: BlockScale = BlockScale.amax) -> Tensor:
     """Round to MXFP4 and back.
 
-    The exponent is the smallest k with amax <= 6 * 2^k (RCEIL), so nothing in range saturates; k is clamped to
-    [-127, 125], so that finite input stays finite. Idempotent; but a block whose maximum was rounded down to 3 * 2^k
-    may be encoded with the exponent below the second time (same values, other bytes).
+    The exponent of BlockScale.amax is the smallest k with amax <= 6 * 2^k (RCEIL), so nothing in range saturates; k is
+    clamped to [-127, 125], so that finite input stays finite. Idempotent; but under amax a block whose maximum was
+    rounded down to 3 * 2^k may be encoded with the exponent below the second time (same values, other bytes).
 
     Args:
         x: [..., K] float32, bfloat16, float16 or float64; K a multiple of 32.
+        block_scale: How exponents are chosen: amax or mse.
 
     Returns:
         Contiguous, x's shape and dtype, exact in float32, float64 and bfloat16.
@@ -174,7 +175,7 @@ def mxfp4_fake(x: Tensor) -> Tensor:
     """
 
     def quantize(chunk: Tensor, out: Tensor) -> None:
-        scale, inverse = mxfp4_scales(mxfp4_exponent_code(chunk))
+        scale, inverse = mxfp4_scales(mxfp4_exponent_code(chunk, block_scale))
         round_e2m1(chunk * inverse, out=out).mul_(scale)
 
     return _map_blocks(x, MXFP4_BLOCK, quantize)
@@ -220,7 +221,7 @@ class StraightThrough(torch.autograd.Function):
                 scale = None if scale is None else scale.to(device=x.device, dtype=torch.float32)
                 return kernels.fake(x, rounding, scale, block_scale)
         if scale is None or not grid.per_tensor:
-            return mxfp4_fake(x)
+            return mxfp4_fake(x, block_scale)
         return fp8_fake(x, scale) if grid.block_scale is None else nvfp4_fake(x, scale, block_scale, grid.block)
 
     @staticmethod
@@ -238,7 +239,7 @@ def fake_quantize(
         x: [..., K] float; K a multiple of the block.
         rounding: How one operand of a format rounds (formats.SPECS).
         scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; ignored by mxfp4.
-        block_scale: How NVFP4 chooses its block scales; other roundings have one way.
+        block_scale: How block scales are chosen; FP8 has none.
 
     Returns:
         x's shape and dtype.
@@ -281,29 +282,10 @@ def chunks(x: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
         yield rows, rows_NB[rows].float()
 
 
-def round_e2m1(y: Tensor, out: Tensor | None = None) -> Tensor:
-    """Nearest signed E2M1 value, ties to even, saturating at 6; FP32, no branches, y is overwritten.
-
-    Adding 1.5 * 2^(e+22) to a number of exponent e pushes everything below its first mantissa bit out of FP32, with
-    the hardware's own ties-to-even; e is at least 0, because below 1 the grid keeps the step 0.5. The 1.5 keeps the
-    sum of a negative number in the same binade. A rounded zero comes out as +0.
-    """
-    y.clamp_(-E2M1_MAX, E2M1_MAX)
-    magic = y.view(torch.int32).bitwise_and(_EXPONENT_MASK).clamp_(min=_ONE).add_(_MAGIC).view(torch.float32)
-    y.add_(magic)
-    return torch.sub(y, magic, out=y if out is None else out)
-
-
-def round_e4m3(y: Tensor) -> Tensor:
-    """Nearest signed E4M3 value, ties to even, saturating at 448: FP32 -> float8_e4m3fn; y is overwritten.
-
-    A rounded zero keeps its sign here; the callers make it +0.
-    """
-    return y.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
 def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax) -> Tensor:
-    """E4M3 block scale: float8_e4m3fn [C, 1] of FP32 [C, block]."""
+    """E4M3 block scale: float8_e4m3fn [C, 1] of FP32 [C, block]; mse needs blocks of 16 and scale_2 a power of two."""
+    if BlockScale(block_scale) is BlockScale.mse:
+        return best_scale(chunk / scale_2, _E4M3_VALUES.to(chunk.device), 16).to(torch.float8_e4m3fn)
     amax = chunk.abs().amax(-1, keepdim=True)
     six = _e4m3_scale(amax, E2M1_MAX * scale_2)
     if BlockScale(block_scale) is BlockScale.amax:
@@ -312,6 +294,14 @@ def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor, block_scale: BlockScale = 
     # A NaN or an equal error leaves the 6.
     better = _squared_error(chunk, four, scale_2) < _squared_error(chunk, six, scale_2)
     return torch.where(better, four.float(), six.float()).to(torch.float8_e4m3fn)
+
+
+def element_scale(chunk: Tensor, rounding: Rounding, scale: Tensor | None, block_scale: BlockScale) -> Tensor:
+    """What the elements of FP4 blocks are multiples of once they are rounded: FP32 [C, 1] of FP32 [C, block]."""
+    if not GRIDS[rounding].per_tensor:
+        return mxfp4_scales(mxfp4_exponent_code(chunk, block_scale))[0]
+    assert scale is not None
+    return nvfp4_block_scale(chunk, scale, block_scale).float() * scale
 
 
 def _e4m3_scale(amax: Tensor, unit: Tensor) -> Tensor:
@@ -324,14 +314,11 @@ def _squared_error(chunk: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     The order of the sum is part of the definition (neighbour by neighbour): kernels must prefer the same scale.
     """
     y = (chunk / (scale.float() * scale_2)).clamp_(-16.0, 16.0)  # beyond, both scales are 448 and the errors equal
-    error = (y - round_e2m1(y.clone())).square_()
-    while error.shape[-1] > 1:
-        error = error[:, 0::2] + error[:, 1::2]
-    return error * scale.float().square()
+    return sum_of_squares(y - round_e2m1(y.clone())) * scale.float().square()
 
 
-def mxfp4_exponent_code(chunk: Tensor) -> Tensor:
-    """E8M0 code of ceil(log2(amax/6)): int32 [C, 1] of FP32 [C, 32].
+def mxfp4_exponent_code(chunk: Tensor, block_scale: BlockScale = BlockScale.amax) -> Tensor:
+    """E8M0 code of a block's exponent: int32 [C, 1] of FP32 [C, 32]; ceil(log2(amax/6)), or best_scale under mse.
 
     From the bits: amax = 1.f * 2^e and 6 = 1.5 * 2^2, so the exponent is e - 2, plus 1 if 1.f > 1.5. Adding 0x3FFFFF
     carries into the exponent field exactly then.
@@ -340,6 +327,11 @@ def mxfp4_exponent_code(chunk: Tensor) -> Tensor:
     nan = amax.isnan()
     bits = amax.masked_fill_(nan, 0.0).view(torch.int32)
     code = bits.add_(0x3FFFFF).bitwise_right_shift_(23).sub_(2).clamp_(0, E8M0_MAX)
+    if BlockScale(block_scale) is BlockScale.mse:
+        # In units of the RCEIL scale: the candidates are one of half, one and two of it, and its neighbour.
+        inverse = mxfp4_scales(code)[1]
+        best = best_scale(chunk.nan_to_num(0.0) * inverse, _MXFP4_STEPS.to(chunk.device), 2)
+        code = (code + (best.view(torch.int32) >> 23) - E8M0_BIAS).clamp_(0, E8M0_MAX)
     return code.masked_fill_(nan, E8M0_NAN)
 
 

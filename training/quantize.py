@@ -62,7 +62,7 @@ class Arithmetic:
     Attributes:
         rounding: How values round.
         scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; None for MXFP4.
-        block_scale: How NVFP4 chooses its block scales.
+        block_scale: How block scales are chosen.
         limit: FP32 [] magnitude beyond which the gradient is zero; None passes it everywhere.
     """
 
@@ -76,7 +76,7 @@ class Arithmetic:
         """The arithmetic of one side (weight or input) of a linear whose calibrated maximum is FP32 [] `amax`."""
         block_scale = quantize.block_scale if side == "weight" else BlockScale.amax
         if amax is None or not GRIDS[rounding].per_tensor:
-            return cls(rounding, None)
+            return cls(rounding, None, block_scale)
         scale = numerics.tensor_scale(amax.float(), rounding, quantize.scale_2, block_scale)
         return cls(rounding, scale, block_scale, largest(rounding, scale) if quantize.clip_gradient else None)
 
@@ -142,7 +142,10 @@ def modelopt_config(planned: list[Planned], quantize: Quantize) -> dict[str, Any
 
 
 def quantize(
-    model: torch.nn.Module, recipe: Recipe, runtime: Runtime, calibrate: Callable[[torch.nn.Module], None]
+    model: torch.nn.Module,
+    recipe: Recipe,
+    runtime: Runtime,
+    calibrate: Callable[[torch.nn.Module], None],
 ) -> dict[str, Any]:
     """Insert quantizers, calibrate them, prove that what was planned is what was converted.
 
@@ -168,13 +171,18 @@ def quantize(
     with kv_cache.collecting(model):
         insert(model, planned, recipe.quantize, calibrate)
     refresh_scales(model, recipe.quantize)
+    return report(model, planned, recipe.quantize)
+
+
+def report(model: torch.nn.Module, planned: list[Planned], quantize: Quantize) -> dict[str, Any]:
+    """The content of quantize.json for a calibrated model; collective."""
     return {
-        "format": recipe.quantize.format.value,
-        "scale_2": recipe.quantize.scale_2.value,
-        "block_scale": recipe.quantize.block_scale.value,
-        "kv_cache": recipe.quantize.kv_cache.value,
-        "layers": _gather({layer.key: _describe(model, layer) for layer in planned}),
-        "caches": _gather(kv_cache.describe(model)),
+        "format": quantize.format.value,
+        "scale_2": quantize.scale_2.value,
+        "block_scale": quantize.block_scale.value,
+        "kv_cache": quantize.kv_cache.value,
+        "layers": gather_layers({layer.key: _describe(model, layer) for layer in planned}),
+        "caches": gather_layers(kv_cache.describe(model)),
     }
 
 
@@ -285,7 +293,7 @@ def _fake_quantize(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
 
 def weight_errors(model: torch.nn.Module, quantize: Quantize) -> dict[str, float]:
     """Relative RMS error ||W_q - W|| / ||W|| of every quantized weight as it is now, by layer; equal on every rank."""
-    return _gather({layer.key: _weight_error(model.get_submodule(layer.module)) for layer in plan(model, quantize)})
+    return gather_layers({at.key: _weight_error(model.get_submodule(at.module)) for at in plan(model, quantize)})
 
 
 def round_unquantized(model: torch.nn.Module) -> None:
@@ -331,8 +339,8 @@ def _weight_error(linear: Any) -> float:
     return float((sums[0] / sums[1].clamp(min=1e-30)).sqrt())
 
 
-def _gather(mine: dict[str, Any]) -> dict[str, Any]:
-    """The union over pipeline stages, in layer order."""
+def gather_layers(mine: dict[str, Any]) -> dict[str, Any]:
+    """Entries by layer key, of all pipeline stages, in layer order; collective."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     merged = {key: value for part in parts for key, value in part.items()}

@@ -1,7 +1,7 @@
 """A recipe file and key=value overrides become one checked `Recipe`; every problem is reported at once.
 
-Order of precedence: the dataclass defaults < the YAML file < key=value. merge.py builds the recipe and checks types,
-rules.py and model_rules.py check that the values make sense together. Nothing here imports torch.
+Order of precedence: the dataclass defaults < the recipe's base < the recipe < key=value. merge.py builds the recipe and
+checks types, rules.py and model_rules.py check that the values make sense together. Nothing here imports torch.
 """
 
 import importlib.resources

@@ -1,0 +1,172 @@
+"""Calibrations of post-training quantization on a tiny model in this process; layouts are in test_ptq_layouts.py."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.training import numerics
+from halfbyte.training.config import Activations, Format, Quantize, Recipe, SecondScale, Smoothing, Weights
+from halfbyte.training.files import write_json
+
+pytestmark = pytest.mark.slow  # imports Megatron-Core and ModelOpt
+
+TOKENS = torch.arange(96).reshape(4, 24) * 7 % 64
+LINEARS = [
+    f"decoder.layers.{layer}.{name}"
+    for layer in range(2)
+    for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+]
+
+
+@pytest.fixture(scope="module")
+def world():
+    helpers = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+    with helpers["world_of_one"]() as runtime:
+
+        def build(section: Quantize) -> torch.nn.Module:
+            gpt = helpers["random_model"](runtime, Recipe(quantize=section))
+            with torch.no_grad():  # outliers in a few channels, as trained models have them
+                for layer in gpt.decoder.layers:
+                    for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+                        norm.weight[[3, 17, 40]] *= torch.tensor([20.0, 6.0, 11.0])
+            return gpt
+
+        yield build, runtime
+
+
+def forward(gpt: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return gpt(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS), None)
+
+
+def inputs_of(gpt: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every linear's inputs on TOKENS, FP32 [T, K], by hooks of the test's own."""
+    seen = {}
+    handles = [
+        gpt.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args[0].flatten(0, 1)})
+        )
+        for name in LINEARS
+    ]
+    forward(gpt)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def calibrated(world, **settings):
+    """(model, report, recipe) after calibration on TOKENS."""
+    from halfbyte.training import ptq
+
+    build, runtime = world
+    recipe = Recipe(quantize=Quantize(**settings))
+    gpt = build(recipe.quantize)
+    return gpt, ptq.calibrate(gpt, recipe, runtime, forward), recipe
+
+
+@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.fp8])
+def test_a_percentile_is_the_order_statistic_rounded_up_to_bf16(world, number_format):
+    gpt, report, _ = calibrated(world, format=number_format, activations=Activations.percentile, percentile=97.5)
+    _, plain, _ = calibrated(world, format=number_format)
+    for name, x in inputs_of(world[0](Quantize())).items():
+        ordered = x.abs().flatten().sort().values
+        exact = ordered[-(-len(ordered) * 975 // 1000) - 1]  # the smallest that 97.5 % do not exceed
+        found = report["layers"][name]["amax"]["input"]
+        assert exact <= found <= exact * (1 + 2**-7)
+        assert torch.tensor(found).bfloat16() == found
+        assert found < plain["layers"][name]["amax"]["input"] == ordered[-1]
+        assert report["layers"][name]["amax"]["weight"] == plain["layers"][name]["amax"]["weight"]
+        scale = gpt.get_submodule(name).input_quantizer._quantizer_cache.scale
+        assert scale == numerics.tensor_scale(torch.tensor(found), number_format, SecondScale.pow2)
+
+
+def test_the_whole_percentile_is_the_maximum(world):
+    _, report, _ = calibrated(world, activations=Activations.percentile, percentile=100.0)
+    assert report["layers"] == calibrated(world)[1]["layers"]
+
+
+def test_a_restart_takes_the_percentiles_from_quantize_json(world, tmp_path):
+    from halfbyte.training import quantize
+
+    gpt, report, recipe = calibrated(world, activations=Activations.percentile, percentile=99.0)
+    write_json(tmp_path / "quantize.json", report)
+    again = world[0](recipe.quantize)
+    quantize.restore(again, recipe, tmp_path / "quantize.json")
+    assert torch.equal(forward(again), forward(gpt))
+
+
+def plain_and_smoothed(world, method: Smoothing) -> tuple[torch.nn.Module, torch.nn.Module, dict]:
+    """(model, the same smoothed but not quantized, factors by layer)."""
+    from halfbyte.training import quantize, smoothing
+
+    section = Quantize(smoothing=method)
+    plain, smoothed = world[0](section), world[0](section)
+    return plain, smoothed, smoothing.smooth(smoothed, quantize.plan(smoothed, section), section, forward)
+
+
+@pytest.mark.parametrize("method", [Smoothing.smoothquant, Smoothing.awq_lite])
+def test_smoothing_does_not_change_one_bit_of_the_logits(world, method):
+    plain, smoothed, facts = plain_and_smoothed(world, method)
+    assert torch.equal(forward(smoothed), forward(plain))
+    for name in LINEARS:
+        same = torch.equal(smoothed.get_submodule(name).weight, plain.get_submodule(name).weight)
+        assert same == (facts[name]["least"] == facts[name]["most"] == 1.0 and not name.endswith(("qkv", "fc1")))
+    assert any(entry["most"] >= 2 for entry in facts.values())
+
+
+def test_smoothquant_follows_its_formula(world):
+    plain, smoothed, _ = plain_and_smoothed(world, Smoothing.smoothquant)
+    before, after = inputs_of(plain), inputs_of(smoothed)
+    for name in LINEARS:
+        x, w = before[name].abs().amax(0).double(), plain.get_submodule(name).weight.abs().amax(0).double()
+        if name.endswith("proj"):  # 4 query heads of 16 over 2 key/value heads: two heads share each value channel
+            x, w = (v.view(2, 2, 16).amax(1, keepdim=True).expand(2, 2, 16).flatten() for v in (x, w))
+        wanted = (x / w).sqrt()
+        factor = (before[name] / after[name]).double().nanmean(0)
+        assert torch.equal(factor.log2(), factor.log2().round())  # powers of two
+        assert ((factor / wanted).log2().abs() <= 0.5 + 1e-9).all()
+
+
+def test_awq_lite_never_loses_on_its_sample(world):
+    plain, smoothed, facts = plain_and_smoothed(world, Smoothing.awq_lite)
+    inputs = {"plain": inputs_of(plain), "smoothed": inputs_of(smoothed)}
+    for name in LINEARS:
+        assert facts[name]["alpha"] in [i / 10 for i in range(11)]
+        if name.endswith(("qkv", "fc1")):
+            continue  # their rows are scaled as well, for the next linear's sake
+        exact, errors = inputs["plain"][name] @ plain.get_submodule(name).weight.T, {}
+        for which, gpt in (("plain", plain), ("smoothed", smoothed)):
+            sides = inputs[which][name], gpt.get_submodule(name).weight.detach()
+            x, w = (numerics.nvfp4_fake(v, numerics.second_scale(v.abs().amax(), SecondScale.pow2)) for v in sides)
+            errors[which] = float((x @ w.T - exact).square().sum())
+        assert errors["smoothed"] <= errors["plain"] * (1 + 1e-4), name
+    assert sum(facts[name]["alpha"] > 0 for name in LINEARS) >= 4
+
+
+@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.mxfp4])  # FP8's steps are relative: little to gain
+@pytest.mark.parametrize("method", [Smoothing.smoothquant, Smoothing.awq_lite])
+def test_smoothing_brings_the_quantized_model_closer(world, number_format, method):
+    exact = forward(world[0](Quantize()))
+    error = {}
+    for smoothing in (Smoothing.none, method):
+        gpt, report, _ = calibrated(world, format=number_format, smoothing=smoothing)
+        error[smoothing] = float((forward(gpt) - exact).square().mean())
+        assert all(("smoothing" in layer) == (smoothing is not Smoothing.none) for layer in report["layers"].values())
+    assert error[method] < error[Smoothing.none]
+
+
+@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.mxfp4])
+def test_gptq_brings_every_output_and_the_model_closer(world, number_format):
+    exact, error = forward(world[0](Quantize())), {}
+    for weights in Weights:
+        gpt, report, _ = calibrated(world, format=number_format, weights=weights)
+        error[weights] = float((forward(gpt) - exact).square().mean())
+    for name in LINEARS:
+        linear, entry = gpt.get_submodule(name), report["layers"][name]
+        assert torch.equal(linear.weight_quantizer._quantizer_cache.fake(linear.weight), linear.weight)
+        assert 0.05 < entry["weight_relative_rms_error"] < 0.5  # against the weight as it was before
+        outputs = entry["output_relative_rms_error"]
+        assert 0 < outputs["gptq"] < outputs["round"] < 0.2
+    assert error[Weights.gptq] < error[Weights.round]

@@ -1,0 +1,48 @@
+"""How quantized numbers are chosen: the enumerations of the recipe's section `quantize`; config.py has its fields."""
+
+from enum import StrEnum
+
+
+class SecondScale(StrEnum):
+    """NVFP4's per-tensor scale: amax/2688 rounded up to a power of two, or amax/2688 itself (as ModelOpt)."""
+
+    pow2 = "pow2"
+    amax = "amax"
+
+
+class BlockScale(StrEnum):
+    """How a weight block's scale is chosen; activations always take amax."""
+
+    amax = "amax"
+    """The block's maximum becomes 6 (MXFP4: at most 6)."""
+    four_over_six = "four_over_six"
+    """NVFP4: the maximum becomes 6 or 4, by the smaller squared error (arXiv 2512.02010)."""
+    mse = "mse"
+    """NVFP4 and MXFP4: the scale with the smallest squared error of all that put the maximum between 2.5 and 10."""
+
+
+class Activations(StrEnum):
+    """What the scale per tensor of a linear's input (NVFP4, FP8) comes from, on calibration data.
+
+    The maximum, or a percentile of the magnitudes, above which values saturate.
+    """
+
+    max = "max"
+    percentile = "percentile"
+
+
+class Smoothing(StrEnum):
+    """How outliers are moved from inputs into weights before quantization (training/smoothing.py)."""
+
+    none = "none"
+    smoothquant = "smoothquant"
+    """By the maxima of input and weight channels (arXiv 2211.10438)."""
+    awq_lite = "awq_lite"
+    """By the means of input channels, with the exponent that has the smallest output error (arXiv 2306.00978)."""
+
+
+class Weights(StrEnum):
+    """How FP4 weights get their values: each rounded by itself, or by GPTQ (training/gptq.py)."""
+
+    round = "round"
+    gptq = "gptq"
