@@ -185,9 +185,11 @@ def finish_logging(trainer: pl.Trainer) -> None:
     W&B's own service also gets the SIGTERM that Slurm sends to every process of a job, and ends by it: what it had not
     yet written is lost to W&B (losses are in the checkpoint), and closing must not fail because of it.
     """
+    if not trainer.loggers:
+        return
     import wandb
 
-    if not trainer.loggers or wandb.run is None:
+    if wandb.run is None:
         return
     try:
         wandb.finish()
