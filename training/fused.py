@@ -2,7 +2,7 @@
 
 An activation is then quantized while it is still in registers: no pass over memory is added to BF16 training. The
 result is bit for bit that of the same kernel without rounding, followed by numerics.fake_quantize; the gradient passes
-straight through the rounding. On the CPU, and in float64, torch's own operations do the same.
+straight through the rounding. On the CPU torch's own operations do the same (model.py).
 
 Shapes: R rows (sequence times batch), H hidden or F ffn elements of a row, G elements of a block; S sequence, B batch,
 N heads, D head dimension.
