@@ -151,10 +151,10 @@ def _one_turn(
     with training(size, layout, arm, runtime, parts) as trained:
         warm = time_steps(trained, parts, WARM_UP, runtime)
         if runtime.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()  # of reserved memory: a graph's own is not "allocated" while it rests
         entry["first_step"] = entry["first_step"] or warm[0]
         entry["seconds"] += time_steps(trained, parts, steps, runtime)
-        entry["peak_bytes"] = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else None
+        entry["peak_bytes"] = torch.cuda.max_memory_reserved() if runtime.device.type == "cuda" else None
         entry["loss"] = trained.progress.losses[-1]
 
 

@@ -84,7 +84,7 @@ def together(recipe: Recipe, stages: Sequence[str], stop: Stop, *, resume: bool)
     work.evaluate("bf16", wanted="evaluate" in stages)
     if recipe.method != Method.bf16:
         work.calibrate()
-        work.evaluate("ptq", wanted="evaluate" in stages)
+        work.evaluate("ptq", wanted="evaluate" in stages and recipe.evaluate.ptq)
     if recipe.method == Method.ptq:
         work.keep_weights()
     else:
@@ -106,7 +106,7 @@ def _trained_and_scored(recipe: Recipe) -> bool:
     path = Path(recipe.run.dir) / "state.json"
     marks = read_json(path) if path.exists() else {}
     wanted: dict[str, int] = {"evaluate.bf16": 0} if recipe.evaluate.tasks else {}
-    if recipe.method != Method.bf16 and recipe.evaluate.tasks:
+    if recipe.method != Method.bf16 and recipe.evaluate.tasks and recipe.evaluate.ptq:
         wanted |= {"evaluate.ptq": 0}
     steps = 0 if recipe.method == Method.ptq else recipe.train.steps
     if recipe.method == Method.ptq:

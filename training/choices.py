@@ -1,4 +1,4 @@
-"""How quantized numbers are chosen: the enumerations of the recipe's section `quantize`; config.py has its fields."""
+"""Enumerations of the recipe's sections `quantize` and `train`; config.py has their fields."""
 
 from enum import StrEnum
 
@@ -46,3 +46,13 @@ class Weights(StrEnum):
 
     round = "round"
     gptq = "gptq"
+
+
+class CudaGraphs(StrEnum):
+    """Whether a micro-batch's passes are replayed as one CUDA graph (training/graphs.py)."""
+
+    auto = "auto"
+    """Where it was measured: on one GPU."""
+    always = "always"
+    """Wherever it is possible: also under tensor and data parallelism."""
+    never = "never"

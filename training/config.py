@@ -7,7 +7,7 @@ command line stays fast. OmegaConf 2.3 has no Literal fields, hence the string e
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from halfbyte.training.choices import Activations, BlockScale, SecondScale, Smoothing, Weights
+from halfbyte.training.choices import Activations, BlockScale, CudaGraphs, SecondScale, Smoothing, Weights
 from halfbyte.training.config_commands import Generate, Sensitivity
 from halfbyte.training.config_distill import Distill
 from halfbyte.training.kv_format import KVCache
@@ -240,6 +240,8 @@ class Train:
     """Shard optimizer state over the data-parallel ranks (float64 always uses the plain optimizer)."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
+    cuda_graphs: CudaGraphs = CudaGraphs.auto
+    """No graph with a pipeline, recompute or distill.teacher, whatever this says."""
     freeze: list[str] = field(default_factory=list)
     """fnmatch patterns on Hugging Face module names (*norm*, lm_head, model.layers.0.mlp.*) that are not trained.
     q/k/v, gate/up and tied embeddings are one parameter each: all members or none."""
@@ -286,6 +288,8 @@ class Evaluate:
     tasks: list[Task] = field(default_factory=list)
     tokens_per_batch: int = 2048
     """Padded tokens of one forward pass."""
+    ptq: bool = True
+    """Score the calibrated model before QAT or QAD trains it; false saves one pass over all tasks."""
     kl_positions: int = 32
     """At most this many scored positions of an item, evenly spread, enter the KL to BF16; 0 means no KL."""
 

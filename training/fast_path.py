@@ -30,7 +30,7 @@ class _Swapped:
 
 
 @contextlib.contextmanager
-def weights_once(model: torch.nn.Module) -> Iterator[None]:
+def weights_once(model: torch.nn.Module, kept: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
     """Inside this context every quantized linear computes with its weight as it is quantized now.
 
     Outputs and gradients are bit for bit those of the ModelOpt path. Nothing can go stale: the context spans one global
@@ -39,6 +39,8 @@ def weights_once(model: torch.nn.Module) -> Iterator[None]:
 
     Args:
         model: A GPTModel after quantize.quantize; any dtype, any layout.
+        kept: Where the quantized weights stay between calls, by name, so that they keep their addresses (graphs.py);
+            None frees them at the end.
 
     Raises:
         UserError: somebody wrote to a weight inside the context; that change would be lost.
@@ -50,7 +52,7 @@ def weights_once(model: torch.nn.Module) -> Iterator[None]:
         for name, linear in linears:
             if hasattr(linear, "weight_quantizer"):
                 if linear.weight_quantizer.is_enabled:  # not so for weights_as_served: they are on the grid already
-                    swapped.append(_swap(name, linear))
+                    swapped.append(_swap(name, linear, kept))
                 _bypass(linear, producers.get(linear))
         yield
     finally:
@@ -67,12 +69,14 @@ def weights_once(model: torch.nn.Module) -> Iterator[None]:
         )
 
 
-def _swap(name: str, linear: torch.nn.Module) -> _Swapped:
+def _swap(name: str, linear: torch.nn.Module, kept: dict[str, torch.Tensor] | None) -> _Swapped:
     rule = linear.weight_quantizer._quantizer_cache
     parameter: torch.nn.Parameter = linear.weight  # type: ignore[assignment]
     own = parameter.data
     with torch.no_grad():
-        quantized = rule.fake(own)
+        quantized = rule.fake(own) if kept is None else rule.fake_into(own, kept.get(name))
+    if kept is not None:
+        kept[name] = quantized
     parameter.data = quantized
     return _Swapped(name, parameter, own, parameter._version)
 

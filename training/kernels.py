@@ -179,7 +179,13 @@ def supports(x: torch.Tensor, rounding: Rounding, block_scale: BlockScale) -> bo
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and whole
 
 
-def fake(x: torch.Tensor, rounding: Rounding, scale: torch.Tensor | None, block_scale: BlockScale) -> torch.Tensor:
+def fake(
+    x: torch.Tensor,
+    rounding: Rounding,
+    scale: torch.Tensor | None,
+    block_scale: BlockScale,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """numerics.fake_quantize on the GPU, without its gradient.
 
     Args:
@@ -187,12 +193,13 @@ def fake(x: torch.Tensor, rounding: Rounding, scale: torch.Tensor | None, block_
         rounding: How; not nvfp4_block32.
         scale: FP32 [] scale per tensor on x's device; ignored by mxfp4.
         block_scale: How NVFP4 chooses its block scales.
+        out: Contiguous, x's shape and dtype: where to write; None for a new tensor.
 
     Returns:
-        Contiguous, x's shape and dtype.
+        `out`.
     """
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     rule = rule_of(rounding, block_scale)
     block = width(rule)
     blocks = x.numel() // block

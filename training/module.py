@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from halfbyte.training import gradients, losses
+from halfbyte.training import gradients, graphs, losses
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
@@ -24,7 +24,7 @@ from halfbyte.training.fake_quant import clip_weight_gradients, unquantized
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.freeze import freeze
 from halfbyte.training.runtime import Runtime
-from halfbyte.training.schedule import Loss, train_batch
+from halfbyte.training.schedule import Loss, StepLoss, step_loss, train_batch
 from halfbyte.training.teacher_files import TeacherFiles
 
 
@@ -47,7 +47,8 @@ def wrap(model: GPTModel, recipe: Recipe) -> DistributedDataParallel:
         grad_reduce_in_fp32=recipe.train.dtype != "float64", use_distributed_optimizer=sharded
     )
     model.config.finalize_model_grads_func = finalize_model_grads
-    ddp = DistributedDataParallel(model.config, config, model)
+    with graphs.capturable_hooks(next(model.parameters()).device):
+        ddp = DistributedDataParallel(model.config, config, model)
     if config.grad_reduce_in_fp32:
         gradients.fuse(model)
     return ddp
@@ -179,6 +180,8 @@ class Training(pl.LightningModule):
             assert teacher is not None
             self._distillation = Distillation(model, teacher, recipe.distill)
         self.optimizer = MegatronOptimizer(self.ddp, recipe, runtime.dtype)
+        self._replay = graphs.Replay() if graphs.wanted(recipe, runtime) else None
+        self._rounded: dict[str, torch.Tensor] | None = None if self._replay is None else {}
 
     @property
     def gpt(self) -> GPTModel:
@@ -224,8 +227,8 @@ class Training(pl.LightningModule):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         quantizes = step >= self.recipe.train.fake_quant_after_steps
-        with nullcontext() if quantizes else unquantized(self.gpt), weights_once(self.gpt):
-            loss = train_batch(self.ddp, batch, self._loss(batch), needs_logits=self._distillation is not None)
+        with nullcontext() if quantizes else unquantized(self.gpt), weights_once(self.gpt, self._rounded):
+            loss = self._pass(batch, quantizes)
         if loss.tokens == 0:
             raise UserError(f"step {step}: no token carries loss; check data.answer_only and data.train")
         if not math.isfinite(loss.mean):
@@ -244,6 +247,15 @@ class Training(pl.LightningModule):
             batch_size=1,
             rank_zero_only=True,
         )
+
+    def _pass(self, batch: list[MicroBatch], quantizes: bool) -> StepLoss:
+        """Forward and backward of the global batch: replayed where that can be, else through Megatron's schedule."""
+        loss, needs_logits = self._loss(batch), self._distillation is not None
+        if self._replay is not None:
+            total = self._replay.run(self.ddp, batch, loss, needs_logits=needs_logits, kind=quantizes)
+            if total is not None:
+                return step_loss(total)
+        return train_batch(self.ddp, batch, loss, needs_logits=needs_logits)
 
     def _loss(self, batches: list[MicroBatch]) -> Loss:
         return losses.cross_entropy if self._distillation is None else self._distillation.loss(batches)

@@ -204,25 +204,32 @@ def fp8_fake(x: Tensor, scale: Tensor) -> Tensor:
     return _map_blocks(x, GRIDS[Rounding.fp8].block, quantize)
 
 
+def _rounded(
+    x: Tensor, rounding: Rounding, scale: Tensor | None, block_scale: BlockScale, out: Tensor | None
+) -> Tensor:
+    """Fake-quantized x, in `out` where a kernel can write there, else in a new tensor."""
+    grid = GRIDS[rounding]
+    if scale is None and grid.per_tensor:
+        raise ValueError(f"{rounding.value} needs a scale per tensor")
+    if x.is_cuda and rounding is not Rounding.nvfp4_block32:  # weights only, once a batch: no kernel of its own
+        from halfbyte.training import kernels  # Triton comes with torch's CUDA builds only
+
+        check_blocks(x, grid.block)
+        if kernels.supports(x, rounding, block_scale):
+            scale = None if scale is None else scale.to(device=x.device, dtype=torch.float32)
+            return kernels.fake(x, rounding, scale, block_scale, out)
+    if scale is None or not grid.per_tensor:
+        return mxfp4_fake(x, block_scale)
+    return fp8_fake(x, scale) if grid.block_scale is None else nvfp4_fake(x, scale, block_scale, grid.block)
+
+
 class StraightThrough(torch.autograd.Function):
     """Fake quantization whose gradient is the identity; nothing is saved for the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rounding: Rounding, scale: Tensor | None, block_scale: BlockScale) -> Tensor:
         """Fake-quantized x; see fake_quantize."""
-        grid = GRIDS[rounding]
-        if scale is None and grid.per_tensor:
-            raise ValueError(f"{rounding.value} needs a scale per tensor")
-        if x.is_cuda and rounding is not Rounding.nvfp4_block32:  # weights only, once a batch: no kernel of its own
-            from halfbyte.training import kernels  # Triton comes with torch's CUDA builds only
-
-            check_blocks(x, grid.block)
-            if kernels.supports(x, rounding, block_scale):
-                scale = None if scale is None else scale.to(device=x.device, dtype=torch.float32)
-                return kernels.fake(x, rounding, scale, block_scale)
-        if scale is None or not grid.per_tensor:
-            return mxfp4_fake(x, block_scale)
-        return fp8_fake(x, scale) if grid.block_scale is None else nvfp4_fake(x, scale, block_scale, grid.block)
+        return _rounded(x, rounding, scale, block_scale, None)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
@@ -248,6 +255,19 @@ def fake_quantize(
         ValueError: K is not a multiple of the block, or the scale is missing.
     """
     return StraightThrough.apply(x, Rounding(rounding), scale, block_scale)
+
+
+@torch.no_grad()
+def fake_quantize_into(
+    x: Tensor, out: Tensor, rounding: Rounding, scale: Tensor | None = None, block_scale: BlockScale = BlockScale.amax
+) -> Tensor:
+    """fake_quantize without a gradient, written to `out`: contiguous, x's shape and dtype; the same errors.
+
+    Returns:
+        `out`.
+    """
+    found = _rounded(x, Rounding(rounding), scale, block_scale, out)
+    return out if found is out else out.copy_(found)
 
 
 def _map_blocks(x: Tensor, block: int, quantize: Callable[[Tensor, Tensor], None]) -> Tensor:

@@ -84,6 +84,12 @@ class Arithmetic:
         """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through, within `limit`."""
         return numerics.fake_quantize(clip_gradient(x, self.limit), self.rounding, self.scale, self.block_scale)
 
+    def fake_into(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """Fake-quantized x, without a gradient, written to `out` (of x's shape and dtype); a new tensor for None."""
+        if out is None:
+            return self.fake(x)
+        return numerics.fake_quantize_into(x, out, self.rounding, self.scale, self.block_scale)
+
     def rule(self) -> tuple[Any, torch.Tensor | None]:
         """The same for a kernel that rounds what it is about to store: how (kernels.rule_of), and the scale."""
         from halfbyte.training import kernels

@@ -218,6 +218,8 @@ def _gate(recipe: Recipe) -> Iterator[str]:
     gate, kinds = recipe.gate, {task.name: task.kind for task in recipe.evaluate.tasks}
     if gate.rule == GateRule.better_than_ptq and recipe.method == Method.ptq:
         yield "gate.rule = better_than_ptq: method ptq is compared with itself; set gate.rule=bf16"
+    if not recipe.evaluate.ptq and (gate.rule == GateRule.better_than_ptq or recipe.method == Method.ptq):
+        yield "evaluate.ptq = false: method ptq and gate.rule=better_than_ptq need PTQ's scores; set evaluate.ptq=true"
     for name, value in gate.thresholds_pp.items():
         key = f"gate.thresholds_pp.{name} = {value}"
         if name not in kinds:

@@ -22,6 +22,27 @@ Forward = Callable[[torch.nn.Module, MicroBatch, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Part:
+    """The loss of one micro-batch.
+
+    Attributes:
+        loss: [] sum over the tokens that carry loss; has the gradient.
+        tokens: int32 [] how many they are.
+        total: FP64 [] `loss`, without a gradient.
+    """
+
+    loss: torch.Tensor
+    tokens: torch.Tensor
+    total: torch.Tensor
+
+
+def part_of(loss: torch.Tensor, batch: MicroBatch) -> Part:
+    """Sum a loss per token [B, S] where the micro-batch carries loss."""
+    masked = loss * batch.loss_mask
+    return Part(masked.sum(), batch.loss_mask.sum().to(torch.int32), masked.detach().double().sum())
+
+
+@dataclass(frozen=True)
 class StepLoss:
     """The loss of one global batch, the same on every rank.
 
@@ -47,7 +68,8 @@ def attention_mask(batch: MicroBatch) -> torch.Tensor | None:
     return same.tril()
 
 
-def _forward(model: torch.nn.Module, batch: MicroBatch, labels: torch.Tensor | None) -> torch.Tensor:
+def forward(model: torch.nn.Module, batch: MicroBatch, labels: torch.Tensor | None) -> torch.Tensor:
+    """What a pipeline stage makes of a micro-batch: logits [B, S, V/tp] or, with labels, the cross-entropy [B, S]."""
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
     return model(batch.tokens, positions, attention_mask(batch), labels=labels)
 
@@ -55,7 +77,7 @@ def _forward(model: torch.nn.Module, batch: MicroBatch, labels: torch.Tensor | N
 def forward_only(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits [B, S, V/tp] of one micro-batch without a graph, where there is no pipeline: not through the schedule."""
     with torch.no_grad():
-        return _forward(model, batch, None)
+        return forward(model, batch, None)
 
 
 def train_batch(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Loss, *, needs_logits: bool) -> StepLoss:
@@ -73,20 +95,26 @@ def train_batch(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Los
 
     def forward_step(data: Any, stage: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         index, batch = next(data)
-        out = _forward(stage, batch, None if needs_logits else batch.labels)
+        out = forward(stage, batch, None if needs_logits else batch.labels)
 
-        def reduce(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            masked = loss(output, batch, index) * batch.loss_mask
-            tokens = batch.loss_mask.sum().to(torch.int32)
-            return masked.sum(), tokens, {"sum": masked.detach().double().sum(), "tokens": tokens.double()}
+        def reduce(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Part]:
+            part = part_of(loss(output, batch, index), batch)
+            return part.loss, part.tokens, Part(part.loss.detach(), part.tokens, part.total)
 
         return out, reduce
 
     done = _run(model, batches, forward_step, forward_only=False)
     total = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
     for part in done:
-        total += torch.stack([part["sum"], part["tokens"]])
-    # The last stage knows its own tokens: sum over data-parallel ranks, then tell the other stages.
+        total += torch.stack([part.total, part.tokens.double()])
+    return step_loss(total)
+
+
+def step_loss(total: torch.Tensor) -> StepLoss:
+    """The loss of a global batch from each rank's FP64 [2] sum of losses and number of tokens; collective.
+
+    The last stage knows its own tokens: sum over data-parallel ranks, then tell the other stages.
+    """
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(total, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
@@ -99,7 +127,7 @@ def collect(
     model: torch.nn.Module,
     batches: Sequence[MicroBatch],
     take: Callable[[torch.Tensor, int], Any] | None,
-    forward: Forward | None = None,
+    call: Forward | None = None,
 ) -> list[Any]:
     """Forward pass only; the last stage's logits go through `take`.
 
@@ -107,7 +135,7 @@ def collect(
         model: The pipeline stage, wrapped or not.
         batches: Micro-batches of equal shapes.
         take: (logits [B, S, V/tp], index of the micro-batch) -> anything; None drops the logits.
-        forward: How a stage is called, where plain calls will not do (decoding with a cache).
+        call: How a stage is called, where plain calls will not do (decoding with a cache).
 
     Returns:
         What `take` returned, in order, on the last pipeline stage; an empty list elsewhere.
@@ -115,7 +143,7 @@ def collect(
 
     def forward_step(data: Any, stage: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         index, batch = next(data)
-        out = forward(stage, batch, index) if forward else _forward(stage, batch, None)
+        out = call(stage, batch, index) if call else forward(stage, batch, None)
         return out, lambda logits, non_loss_data=True: take(logits, index) if take else None
 
     with torch.no_grad():

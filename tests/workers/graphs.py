@@ -1,0 +1,116 @@
+"""Trains a small random model on GPUs with and without CUDA graphs, in every way that matters to a capture.
+
+Run under torchrun with OUT.json and a tensor-parallel size; rank 0 writes {case: {plain, graphs, again}}, each the
+losses of a few steps and a sum over the final weights ("again": the plain path once more, the run-to-run spread).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from halfbyte.training import environment, model, module, quantize
+from halfbyte.training.choices import CudaGraphs
+from halfbyte.training.config import Format, Method, Model, Parallel, Quantize, Recipe, Run, Train
+from halfbyte.training.config_distill import Distill
+from halfbyte.training.data import MicroBatch
+from halfbyte.training.runtime import Runtime, close_runtime, open_runtime
+from halfbyte.training.schedule import collect
+from halfbyte.training.shape import ModelShape
+
+SHAPE = ModelShape(
+    layers=2,
+    hidden=256,
+    ffn=384,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    vocab=512,
+    tied=True,
+    max_positions=128,
+    rope_theta=10000.0,
+    rope_scaling_factor=None,
+    norm_eps=1e-5,
+)
+STEPS = 5
+CASES = {
+    "bf16": {"method": Method.bf16},
+    "qat_nvfp4": {"method": Method.qat},
+    "qat_mxfp4": {"method": Method.qat, "quantize": Quantize(format=Format.mxfp4)},
+    "qat_later": {"method": Method.qat, "after": 2},
+    "qad": {"method": Method.qad},
+    "qad_topk": {"method": Method.qad, "distill": Distill(top_k=8, hidden=0.1)},
+    "qad_mixed": {"method": Method.qad, "distill": Distill(cross_entropy=0.5)},
+}
+
+
+def recipe(case: dict, tensor: int, *, graphs: bool) -> Recipe:
+    return Recipe(
+        run=Run(name="graphs", dir="graphs"),
+        method=case["method"],
+        model=Model(path="none"),
+        quantize=case.get("quantize", Quantize()),
+        parallel=Parallel(tensor=tensor, sequence=tensor > 1),
+        distill=case.get("distill", Distill()),
+        train=Train(
+            steps=STEPS,
+            global_batch=6,
+            micro_batch=2,
+            sequence_length=64,
+            learning_rate=1e-3,
+            cuda_graphs=CudaGraphs.always if graphs else CudaGraphs.never,
+            fake_quant_after_steps=case.get("after", 0),
+        ),
+    )
+
+
+def random_model(plan: Recipe, runtime: Runtime, seed: int) -> torch.nn.Module:
+    gpt = model.build(SHAPE, plan, runtime)
+    generator = torch.Generator(runtime.device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.normal_(0.0, 0.05, generator=generator) if parameter.dim() == 2 else parameter.fill_(1.0)
+    return gpt
+
+
+def batches(step: int, runtime: Runtime) -> list[MicroBatch]:
+    generator = torch.Generator().manual_seed(step)
+    windows = torch.randint(SHAPE.vocab, (3, 2, 65), generator=generator)
+    mask = (torch.rand(3, 2, 64, generator=generator) > 0.2).float()
+    found = zip(windows, mask, strict=True)
+    return [MicroBatch(w[:, :-1].contiguous(), w[:, 1:].contiguous(), m, None).to(runtime.device) for w, m in found]
+
+
+def train(case: dict, tensor: int, runtime: Runtime, *, graphs: bool) -> dict:
+    plan = recipe(case, tensor, graphs=graphs)
+    gpt, teacher = random_model(plan, runtime, 1), None
+    if plan.method is Method.qad:
+        teacher = random_model(plan, runtime, 2).requires_grad_(False)
+    if plan.method is not Method.bf16:
+        quantize.quantize(gpt, plan, runtime, lambda stage: collect(stage, batches(99, runtime)[:1], None))
+    trained = module.Training(gpt, teacher=teacher, recipe=plan, runtime=runtime, data=None)
+    trained.optimizers = lambda: trained.optimizer
+    trained.log_dict = lambda *_, **__: None
+    for step in range(STEPS):
+        trained.training_step(batches(step, runtime), step)
+    weights = sum(parameter.double().square().sum() for parameter in gpt.parameters())
+    captured = 0 if trained._replay is None else sum(x is not None for x in trained._replay._captured.values())
+    return {"losses": trained.progress.losses, "weights": float(weights), "captured": captured}
+
+
+def main(out: str, tensor: str) -> None:
+    environment.set_process_environment()
+    environment.quiet_libraries()
+    runtime = open_runtime(recipe(CASES["bf16"], int(tensor), graphs=False))
+    found = {}
+    for name, case in CASES.items():
+        ways = {"plain": False, "graphs": True, "again": False}
+        found[name] = {way: train(case, int(tensor), runtime, graphs=graphs) for way, graphs in ways.items()}
+    if runtime.first:
+        Path(out).write_text(json.dumps(found, indent=1))
+    close_runtime()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

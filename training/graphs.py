@@ -1,0 +1,132 @@
+"""Forward and backward pass of a micro-batch as one CUDA graph: captured once, replayed for every one after it.
+
+Python takes a few milliseconds to issue a layer's kernels. Where a GPU needs less to run them (small models, tensor
+parallelism, several processes on slow cores), it waits. A replayed graph issues the same kernels on the same memory,
+collectives included, with no Python in between; losses and gradients are those of the plain path.
+
+What a graph needs: fixed addresses. Inputs are copied into the tensors that were captured, rounded weights are kept
+between steps (fast_path.weights_once), gradients go to Megatron's buffers, which stay where they are. A pipeline's
+passes wait for other stages, recomputation asks for the generator's state, and a teacher on disk is read in between:
+those run as they always did.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from halfbyte.training.choices import CudaGraphs
+from halfbyte.training.config import Recipe
+from halfbyte.training.data import MicroBatch
+from halfbyte.training.runtime import Runtime
+from halfbyte.training.schedule import Loss, Part, forward, part_of
+
+
+class Replay:
+    """The captured passes of one model and loss; a training run has one.
+
+    The first global batch of every kind runs uncaptured: it compiles kernels and opens communicators, which nothing
+    may do during a capture.
+    """
+
+    def __init__(self) -> None:
+        self._captured: dict[Any, _Captured | None] = {}
+
+    def run(
+        self, model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Loss, *, needs_logits: bool, kind: Any
+    ) -> torch.Tensor | None:
+        """Forward and backward of a global batch, gradients finalized; None the first time: the caller has to do it.
+
+        Args:
+            model: The DDP-wrapped model, without pipeline.
+            batches: This data-parallel rank's micro-batches, equal shapes, on the GPU.
+            loss: Loss per token; what it reads beside its arguments must not move.
+            needs_logits: As in schedule.train_batch.
+            kind: Whatever else changes the computation (hashable).
+
+        Returns:
+            FP64 [2]: this rank's sum of losses and its number of tokens.
+        """
+        key = (kind, tuple(batches[0].tokens.shape), batches[0].segments is None)
+        if key not in self._captured:
+            self._captured[key] = None
+            return None
+        captured = self._captured[key]
+        if captured is None:
+            captured = self._captured[key] = _Captured(model, batches[0], loss, needs_logits=needs_logits)
+        captured.total.zero_()
+        for batch in batches:
+            captured.replay(batch)
+        finalize_model_grads([model], captured.total[1].to(torch.int32))
+        return captured.total
+
+
+class _Captured:
+    """One graph, with the tensors that it reads (`inputs`) and adds to (`total`)."""
+
+    def __init__(self, model: torch.nn.Module, example: MicroBatch, loss: Loss, *, needs_logits: bool):
+        self.inputs = MicroBatch(*(None if x is None else x.clone() for x in tensors(example)))
+        self.total = torch.zeros(2, dtype=torch.float64, device=example.tokens.device)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog, the autograd engine) go on with calls that a global capture would refuse.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), without_generator():
+            out = forward(model, self.inputs, None if needs_logits else self.inputs.labels)
+            part: Part = part_of(loss(out, self.inputs, 0), self.inputs)
+            part.loss.backward()
+            self.total += torch.stack([part.total, part.tokens.double()])
+
+    def replay(self, batch: MicroBatch) -> None:
+        """The pass for another micro-batch of the same shape."""
+        for place, value in zip(tensors(self.inputs), tensors(batch), strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        self.graph.replay()
+
+
+def tensors(batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
+    """A micro-batch's tensors, in the order of its fields."""
+    return batch.tokens, batch.labels, batch.loss_mask, batch.segments
+
+
+def wanted(recipe: Recipe, runtime: Runtime) -> bool:
+    """Whether this run's passes are captured: it says so, and they can be (see the top of this file)."""
+    asked = recipe.train.cuda_graphs is CudaGraphs.always or (
+        recipe.train.cuda_graphs is CudaGraphs.auto and runtime.world == 1
+    )
+    possible = recipe.parallel.pipeline == 1 and not recipe.train.recompute and recipe.distill.teacher is None
+    return asked and possible and runtime.device.type == "cuda"
+
+
+@contextmanager
+def without_generator() -> Iterator[None]:
+    """Megatron's switches of the random generator do nothing in here: no capture can contain one.
+
+    Under sequence parallelism it makes one around each dropout, also around those of probability 0, and this project's
+    models have no others.
+    """
+    tracker = get_cuda_rng_tracker()
+    tracker.fork = lambda *_, **__: nullcontext()
+    try:
+        yield
+    finally:
+        del tracker.fork
+
+
+@contextmanager
+def capturable_hooks(device: torch.device) -> Iterator[None]:
+    """Around the construction of Megatron's DDP: its gradient hooks then live on a stream that a capture can take in.
+
+    An AccumulateGrad node runs on the stream that was current when it was made, and the default stream cannot be
+    captured.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
