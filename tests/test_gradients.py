@@ -117,3 +117,25 @@ def test_accumulation_on_the_gpu():
         accumulate(x, grad, total)
     expected = 2 * grad.double().t() @ x.double()
     assert (total - expected).abs().max() < 1e-3
+
+
+def test_clipping_at_once_is_megatrons_clipping(world, monkeypatch):
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
+
+    from halfbyte.training import gradients
+
+    generator = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(size, generator=generator) for size in ((5, 7), (300,), (1,), (64, 64))]
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", None)
+    monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", None)
+    gradients.fuse_clipping()
+    flag = torch.zeros(1, dtype=torch.int)
+    ours, _ = clip_grads.l2_norm_impl(65536, flag, [tensors], False)
+    theirs, _ = local_multi_tensor_l2_norm(65536, flag, [tensors], False)
+    assert torch.equal(ours, theirs)
+    for places in (tensors, [torch.empty_like(tensor) for tensor in tensors]):
+        expected = [torch.empty_like(tensor) for tensor in tensors]
+        local_multi_tensor_scale(65536, flag, [tensors, expected], 0.37)
+        clip_grads.multi_tensor_scale_impl(65536, flag, [tensors, places], 0.37)
+        assert all(torch.equal(a, b) for a, b in zip(places, expected, strict=True))

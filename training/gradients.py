@@ -5,10 +5,12 @@ do the same since 2.11: addmm with BF16 operands and an FP32 accumulator (pytorc
 every micro-batch's gradient and one pass over the gradients (10 bytes per parameter and micro-batch).
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
 
 
@@ -52,6 +54,37 @@ def fuse_adam(adam: torch.optim.Optimizer) -> None:
     for group in adam.param_groups:
         if all(parameter.is_cuda for parameter in group["params"]):
             group["fused"], group["foreach"] = True, False
+
+
+def fuse_clipping() -> None:
+    """From now on Megatron's gradient norm and clipping take all tensors at once.
+
+    Without Apex it reads the norm of every tensor back to the host by itself (hundreds of synchronizations a step) and
+    scales them one by one through a copy.
+    """
+    clip_grads.l2_norm_impl = _norm
+    clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _norm(chunk: int, flag: Any, lists: Sequence[Sequence[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
+    """FP32 [1] L2 norm of all tensors of one list, from their own norms; called as Apex's kernel is."""
+    (tensors,) = lists
+    return torch.stack(torch._foreach_norm(list(tensors))).norm().float().view(1), None
+
+
+def _scale(chunk: int, flag: Any, lists: Sequence[Sequence[torch.Tensor]], factor: float) -> None:
+    """Second list = first list * factor; Megatron gives it the same list twice."""
+    sources, places = (list(tensors) for tensors in lists)
+    if any(source is not place for source, place in zip(sources, places, strict=True)):
+        torch._foreach_copy_(places, sources)
+    torch._foreach_mul_(places, factor)
+
+
+def clip(optimizer: Any, norm: float) -> None:
+    """Scale an optimizer's gradients to its config.clip_grad at most, by their norm over all ranks; 0: no clipping."""
+    for part in parts(optimizer):
+        if part.config.clip_grad > 0:
+            clip_grads.clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
 
 
 def parts(optimizer: Any) -> list[Any]:

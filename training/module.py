@@ -79,6 +79,7 @@ class MegatronOptimizer:
             ),
             [ddp],
         )
+        gradients.fuse_clipping()
         for part in gradients.parts(self.megatron):
             gradients.fuse_adam(part.optimizer)
         self.ddp = ddp
@@ -117,8 +118,9 @@ class MegatronOptimizer:
         norm = self.megatron.get_grad_norm()
         if not math.isfinite(norm):
             raise UserError(f"gradient norm is {norm}: stopped before the update; lower train.learning_rate")
-        _, clipped, _ = self.megatron.step()
-        self.gradient_norm = float(clipped if clipped is not None else norm)
+        gradients.clip(self.megatron, norm)
+        self.megatron.step_with_ready_grads()
+        self.gradient_norm = float(norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: checkpoint.py saves the sharded state."""
