@@ -1,0 +1,179 @@
+"""`python -m halfbyte.bench.accuracy --text text.jsonl.gz`: the accuracy table of SmolLM2-135M, row by row.
+
+Every row is a `halfbyte run` of its own, several at a time on each GPU. What a row scored is appended to OUT.json as
+soon as it is done, so a run that is stopped keeps what it has, and the same command goes on with the rest; the table
+(OUT.md) is written from all of it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.bench.accuracy_table import table
+from halfbyte.bench.arms import RECIPE, ROWS, Row
+from halfbyte.training.errors import OK, USAGE
+
+JUDGED = (0, 3, 4)
+"""Exit codes of a run that reached its gate."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a row, and a seed for rows that are trained."""
+
+    row: Row
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Name of its run folder."""
+        return f"{self.row.name}-{self.seed}" if self.row.trained else self.row.name
+
+    def command(self, text: Path, folder: Path) -> list[str]:
+        """The command line that a user would type."""
+        keys = [f"data.train={text}", f"run.dir={folder}", "run.wandb=disabled", f"train.seed={self.seed}"]
+        return [sys.executable, "-m", "halfbyte.launch.cli", "run", RECIPE, *self.row.keys, *keys]
+
+
+def jobs(names: list[str], seeds: list[int], done: set[str]) -> list[Job]:
+    """What is left to do, seed by seed, so that a stopped run has as many rows as possible."""
+    rows = [row for name in names for row in ROWS if row.name == name]
+    wanted = [Job(row, seed) for seed in seeds for row in rows if row.trained or seed == seeds[0]]
+    return [job for job in wanted if job.key not in done]
+
+
+def result(job: Job, folder: Path, command: list[str]) -> dict[str, Any]:
+    """What a finished run's folder says."""
+    scores = json.loads((folder / "evaluate.json").read_text())
+    stage = next(name for name in ("qad", "qat", "bf16_trained", "ptq") if name in scores)
+    verify = json.loads((folder / "verify.json").read_text()) if (folder / "verify.json").exists() else {}
+    found = {
+        "row": job.row.name,
+        "seed": job.seed,
+        "command": " ".join(["halfbyte", *command[3:]]),
+        "bf16": scores["bf16"],
+        "scores": scores[stage],
+        "mismatches": verify.get("mismatches"),
+    }
+    if (folder / "train.json").exists():
+        train = json.loads((folder / "train.json").read_text())
+        steady = sorted(train["seconds_per_step"])[len(train["seconds_per_step"]) // 2]
+        found |= {
+            "steps": train["steps"],
+            "tokens": train["steps"] * train["tokens_per_step"],
+            "tokens_per_second": train["tokens_per_step"] / steady,
+            "train_seconds": sum(train["seconds_per_step"]),
+            "losses": train["losses"][:: max(1, train["steps"] // 50)],
+            "peak_gpu_bytes": train["peak_gpu_bytes_rank0"],
+        }
+    return found
+
+
+def run(left: list[Job], *, text: Path, work: Path, gpus: int, per_gpu: int, seconds: float, out: Path) -> list[str]:
+    """Run jobs, `per_gpu` at a time on each GPU, until all are done or the time is up.
+
+    Returns:
+        A line for every job that failed or was stopped.
+    """
+    started, problems = time.monotonic(), []
+    running: dict[int, tuple[Job, subprocess.Popen[bytes], list[str]]] = {}
+    left = list(left)
+    while left or running:
+        over = time.monotonic() - started > seconds
+        for lane in range(gpus * per_gpu):
+            if lane not in running and left and not over:
+                job = left.pop(0)
+                folder = work / job.key
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                command = job.command(text, folder)
+                environment = os.environ | {"CUDA_VISIBLE_DEVICES": _visible(lane % gpus), "OMP_NUM_THREADS": "4"}
+                log = (work / f"{job.key}.log").open("wb")
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                running[lane] = (job, process, command)
+        time.sleep(0.5)
+        for lane, (job, process, command) in list(running.items()):
+            if process.poll() is None and not over:
+                continue
+            del running[lane]
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+                problems.append(f"{job.key}: stopped, time is up")
+            elif process.returncode in JUDGED:
+                _append(out, job.key, result(job, work / job.key, command))
+                print(f"{time.monotonic() - started:5.0f} s  {job.key}", flush=True)
+                shutil.rmtree(work / job.key)
+            else:
+                last = (work / f"{job.key}.log").read_text(errors="replace").strip().splitlines()[-1:]
+                problems.append(f"{job.key}: exit code {process.returncode}: {''.join(last)}")
+        if over and not running:
+            return [*problems, *(f"{job.key}: not started, time is up" for job in left)]
+    return problems
+
+
+def _visible(index: int) -> str:
+    """The index-th of the GPUs that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[index] if named else str(index)
+
+
+def _append(out: Path, key: str, found: dict[str, Any]) -> None:
+    results = json.loads(out.read_text()) if out.exists() else {}
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results | {key: found}, indent=1) + "\n")
+    temporary.replace(out)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(prog="python -m halfbyte.bench.accuracy", description=__doc__)
+    options.add_argument("--text", type=Path, required=True, help="JSONL made by python -m halfbyte.bench.text")
+    options.add_argument("--rows", default=",".join(row.name for row in ROWS), help="names of rows, in order")
+    options.add_argument("--seeds", default="1,2,3", help="of the trained rows")
+    options.add_argument("--gpus", type=int, default=1)
+    options.add_argument("--per-gpu", type=int, default=3, help="runs at a time on one GPU")
+    options.add_argument("--seconds", type=float, default=1e9, help="after this, what still runs is stopped")
+    options.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="run folders")
+    options.add_argument("--out", type=Path, default=Path("accuracy.json"), help="results; the table is beside it")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what is missing, write the table; returns the exit code."""
+    args = parser().parse_args(argv)
+    names, known = args.rows.split(","), {row.name for row in ROWS}
+    for name in names:
+        if name not in known:
+            print(f"error: --rows {name}: no such row; there are {', '.join(sorted(known))}", file=sys.stderr)
+            return USAGE
+    if not args.text.is_file():
+        print(f"error: --text {args.text}: no such file; make it with python -m halfbyte.bench.text", file=sys.stderr)
+        return USAGE
+    done = set(json.loads(args.out.read_text())) if args.out.exists() else set()
+    problems = run(
+        jobs(names, [int(seed) for seed in args.seeds.split(",")], done),
+        text=args.text.absolute(),
+        work=args.work.absolute(),
+        gpus=args.gpus,
+        per_gpu=args.per_gpu,
+        seconds=args.seconds,
+        out=args.out,
+    )
+    if args.out.exists():
+        text = table(json.loads(args.out.read_text()))
+        args.out.with_suffix(".md").write_text(text)
+        print(text)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The rows of the accuracy table: each is the recipe smollm2_135m_accuracy with a few keys changed. Torch-free."""
+
+from dataclasses import dataclass
+
+RECIPE = "smollm2_135m_accuracy"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row."""
+
+    name: str
+    title: str
+    keys: tuple[str, ...]
+    trained: bool = True
+    """Whether seeds matter: the row is then measured once per seed."""
+
+
+CONTROL = ("method=bf16", "train.learning_rate=1e-4")
+QAT = ("method=qat", "train.learning_rate=1e-4")
+PTQ = ("method=ptq", "evaluate.ptq=true")
+TOP_K = ("distill.top_k=64",)
+LONG = (
+    "train.global_batch=64",
+    "train.micro_batch=32",
+    "train.steps=1000",
+    "train.warmup_steps=50",
+    "train.learning_rate=1e-3",
+)
+MXFP4 = ("quantize.format=mxfp4",)
+
+ROWS = (
+    Row("nvfp4_max", "NVFP4 PTQ, max", PTQ, trained=False),
+    Row("nvfp4_mse", "NVFP4 PTQ, MSE", (*PTQ, "quantize.block_scale=mse"), trained=False),
+    Row("nvfp4_46", "NVFP4 PTQ, Four-Over-Six", (*PTQ, "quantize.block_scale=four_over_six"), trained=False),
+    Row("nvfp4_awq", "NVFP4 PTQ, AWQ-lite", (*PTQ, "quantize.smoothing=awq_lite"), trained=False),
+    Row("nvfp4_gptq", "NVFP4 PTQ, GPTQ", (*PTQ, "quantize.weights=gptq"), trained=False),
+    Row(
+        "nvfp4_all",
+        "NVFP4 PTQ, AWQ-lite + MSE + GPTQ",
+        (*PTQ, "quantize.smoothing=awq_lite", "quantize.block_scale=mse", "quantize.weights=gptq"),
+        trained=False,
+    ),
+    Row("nvfp4_kv", "NVFP4 PTQ, max, FP8 KV cache", (*PTQ, "quantize.kv_cache=fp8"), trained=False),
+    Row("w4a16", "NVFP4 W4A16 PTQ, max", (*PTQ, "quantize.format=w4a16_nvfp4"), trained=False),
+    Row("w4a8", "NVFP4 W4A8 PTQ, max", (*PTQ, "quantize.format=w4a8_nvfp4_fp8"), trained=False),
+    Row("mxfp4_max", "MXFP4 PTQ, max", (*PTQ, *MXFP4), trained=False),
+    Row("mxfp4_mse", "MXFP4 PTQ, MSE", (*PTQ, *MXFP4, "quantize.block_scale=mse"), trained=False),
+    Row("mxfp4_awq", "MXFP4 PTQ, AWQ-lite", (*PTQ, *MXFP4, "quantize.smoothing=awq_lite"), trained=False),
+    Row("mxfp4_gptq", "MXFP4 PTQ, GPTQ", (*PTQ, *MXFP4, "quantize.weights=gptq"), trained=False),
+    Row("control", "BF16, trained on the same text", CONTROL),
+    Row("nvfp4_qat", "NVFP4 QAT, cross-entropy", QAT),
+    Row("nvfp4_qad", "NVFP4 QAD, full KL", ()),
+    Row("nvfp4_qad_topk", "NVFP4 QAD, top-64 KL", TOP_K),
+    Row("nvfp4_qad_46", "NVFP4 QAD, full KL, Four-Over-Six", ("quantize.block_scale=four_over_six",)),
+    Row("mxfp4_qat", "MXFP4 QAT, cross-entropy", (*QAT, *MXFP4)),
+    Row("mxfp4_qad", "MXFP4 QAD, full KL", MXFP4),
+    Row(
+        "nvfp4_qad_long",
+        "NVFP4 QAD, full KL, Four-Over-Six, 65.5 M tokens",
+        (*LONG, "quantize.block_scale=four_over_six"),
+    ),
+    Row("mxfp4_qad_long", "MXFP4 QAD, full KL, 65.5 M tokens", (*LONG, *MXFP4)),
+)
