@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,14 @@ def run(left: list[Job], *, text: Path, work: Path, gpus: int, per_gpu: int, sec
     left = list(left)
     while left or running:
         over = time.monotonic() - started > seconds
+        common = work / "common"
         for lane in range(gpus * per_gpu):
-            if lane not in running and left and not over:
+            # The first run alone scores BF16; the others take its scores, which are the same for every row.
+            if lane not in running and left and not over and (share(running, work, common) or not running):
                 job = left.pop(0)
                 folder = work / job.key
+                if common.exists() and not folder.exists():
+                    shutil.copytree(common, folder)
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 command = job.command(text, folder)
                 environment = os.environ | {"CUDA_VISIBLE_DEVICES": _visible(lane % gpus), "OMP_NUM_THREADS": "4"}
@@ -116,6 +121,36 @@ def run(left: list[Job], *, text: Path, work: Path, gpus: int, per_gpu: int, sec
         if over and not running:
             return [*problems, *(f"{job.key}: not started, time is up" for job in left)]
     return problems
+
+
+def share(running: Mapping[int, tuple[Job, Any, Any]], work: Path, common: Path) -> bool:
+    """Copy the BF16 scores of a running job, the reference for KL and the tokens of the text, once they are there.
+
+    Args:
+        running: Lane -> job and its process.
+        work: Holds the jobs' run folders.
+        common: Made by this function; a run folder copied from it goes on after the BF16 evaluation.
+
+    Returns:
+        Whether `common` is there.
+    """
+    if common.exists():
+        return True
+    for job, *_ in running.values():
+        folder = work / job.key
+        marks = json.loads((folder / "state.json").read_text()) if (folder / "state.json").exists() else {}
+        if "evaluate.bf16" not in marks:
+            continue
+        temporary = common.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(folder / "cache", temporary / "cache")
+        shutil.copytree(folder / "evaluate", temporary / "evaluate")
+        scores = json.loads((folder / "evaluate.json").read_text())
+        (temporary / "evaluate.json").write_text(json.dumps({"bf16": scores["bf16"]}))
+        (temporary / "state.json").write_text(json.dumps({"evaluate.bf16": marks["evaluate.bf16"]}))
+        temporary.rename(common)
+        return True
+    return False
 
 
 def _visible(index: int) -> str:

@@ -54,6 +54,17 @@ def test_what_is_left_goes_seed_by_seed():
     assert [job.key for job in left] == ["nvfp4_max", "control-1", "nvfp4_qad-2", "control-2"]
 
 
+SCORED = f"""
+folder = pathlib.Path(folder)
+if not folder.exists():
+    for name in ("cache", "evaluate"):
+        (folder / name).mkdir(parents=True)
+    (folder / "cache" / "reference.lambada.0.pt").write_text(row)
+    (folder / "evaluate.json").write_text(json.dumps({{"bf16": {BF16!r}, "qad": {SCORES!r}}}))
+    (folder / "state.json").write_text(json.dumps({{"evaluate.bf16": 0, "train": 9}}))
+"""
+
+
 def _script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """Every job becomes a Python script that gets its row, seed and folder."""
     file = tmp_path / "job.py"
@@ -93,9 +104,24 @@ sys.exit(4)
     assert not (tmp_path / "work" / "nvfp4_qad-1").exists()  # gigabytes of checkpoints
 
 
+def test_bf16_is_scored_once(tmp_path, monkeypatch):
+    """The first run alone; the others start from a folder that holds its scores and nothing that came later."""
+    body = (
+        SCORED + "(folder.parent / f'{row}.seen').write_text((folder / 'cache/reference.lambada.0.pt').read_text())\n"
+    )
+    body += "(folder.parent / f'{row}.state').write_text((folder / 'state.json').read_text())\ntime.sleep(1.5)\n"
+    body += f"(folder / 'evaluate.json').write_text(json.dumps({{'bf16': {BF16!r}, 'qad': {SCORES!r}}}))"
+    _script(tmp_path, monkeypatch, body)
+    results, problems = _run(tmp_path, ["nvfp4_qad", "control", "mxfp4_qad"])
+    assert problems == []
+    assert len(results) == 3
+    assert (tmp_path / "work" / "control.seen").read_text() == "nvfp4_qad"
+    assert json.loads((tmp_path / "work" / "mxfp4_qad.state").read_text()) == {"evaluate.bf16": 0}
+
+
 def test_time_is_up(tmp_path, monkeypatch):
-    _script(tmp_path, monkeypatch, "time.sleep(60)")
-    results, problems = _run(tmp_path, ["nvfp4_qad", "control", "mxfp4_qad"], seconds=1.0)
+    _script(tmp_path, monkeypatch, SCORED + "time.sleep(60)")
+    results, problems = _run(tmp_path, ["nvfp4_qad", "control", "mxfp4_qad"], seconds=2.0)
     assert results == {}
     assert problems == [
         "nvfp4_qad-1: stopped, time is up",

@@ -54,7 +54,9 @@ FORMATS += [(Format.mxfp4, BlockScale.amax), (Format.fp8, BlockScale.amax)]
 
 
 def scales(x: torch.Tensor, number_format: Format, choice: BlockScale) -> list[torch.Tensor]:
-    """Scales per tensor of both kinds, with and without saturation."""
+    """Scales per tensor of both kinds, with and without saturation; a format without one ignores what it is given."""
+    if number_format == Format.mxfp4:
+        return [torch.ones(())]
     amax = x.float().abs()[x.isfinite()].max()
     return [
         numerics.tensor_scale(amax * part, number_format, mode, choice) for mode in SecondScale for part in (1.0, 0.1)
