@@ -17,7 +17,7 @@ from halfbyte.export.folder import move
 from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
 from halfbyte.launch.scored import kinds, read_control, read_stages
-from halfbyte.training import gate, scoring, tasks
+from halfbyte.training import gate, integrity, retention, scoring, tasks
 from halfbyte.training.config import Format, Method, Recipe, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
@@ -73,9 +73,7 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    from halfbyte.training import checkpoint
-
-    last = checkpoint.latest(folder / "checkpoints")
+    last = retention.latest(folder / "checkpoints")
     if last is None:
         raise UserError(f"{folder / 'checkpoints'}: no checkpoint; train first (halfbyte train {folder})")
     return last
@@ -85,11 +83,14 @@ def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
     """The newest checkpoint's tensors in Hugging Face naming.
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no checkpoint, or its files are not as they were saved.
     """
     from halfbyte.training import checkpoint
 
     last = newest_checkpoint(folder)
+    reason = integrity.damage(last)
+    if reason is not None:
+        raise UserError(checkpoint.damaged_line(last, reason))
     return checkpoint.read_weights(last, read_shape(Path(recipe.model.path) / "config.json"), _formats(recipe))
 
 

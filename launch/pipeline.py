@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.launch.console import Console
-from halfbyte.training import environment
+from halfbyte.training import environment, retention
 from halfbyte.training.config import Judges, Method, Recipe
 from halfbyte.training.errors import FAILED, OK, UserError
 from halfbyte.training.files import damage, read_json, write_json
@@ -115,7 +115,9 @@ def _trained_and_scored(recipe: Recipe) -> bool:
         wanted |= {"train": steps} | ({f"evaluate.{trained_name(recipe)}": steps} if recipe.evaluate.tasks else {})
     if judges_export(recipe):
         wanted |= {"evaluate.exported": steps}
-    return all(marks.get(name) == value for name, value in wanted.items())
+    newest = retention.latest(Path(recipe.run.dir) / "checkpoints")
+    kept = newest is not None and retention.step_of(newest) == steps
+    return kept and all(marks.get(name) == value for name, value in wanted.items())
 
 
 def trained_name(recipe: Recipe) -> str:

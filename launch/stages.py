@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from halfbyte.launch.console import Console
-from halfbyte.training import checkpoint, corpus, data, evaluate, model, ptq, quantize
+from halfbyte.training import checkpoint, corpus, data, evaluate, model, ptq, quantize, retention
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.fast_path import weights_once
@@ -85,7 +85,7 @@ class Work:
     def calibrated(self) -> Path:
         """The checkpoint of a calibration that changes weights; for PTQ it is the run's one checkpoint."""
         parent = self.checkpoints if self.recipe.method == Method.ptq else self.folder / "calibrated"
-        return parent / checkpoint.folder_name(0)
+        return parent / retention.folder_name(0)
 
     def _marks(self) -> dict[str, Any]:
         """What is done, by stage, with what it was done for."""
@@ -174,6 +174,7 @@ class Work:
     def _restore_weights(self) -> None:
         if not on_first_rank(self.runtime, self.calibrated.exists):
             raise UserError(f"{self.calibrated}: the calibrated weights are missing; calibrate again on a new run.dir")
+        checkpoint.check(self.calibrated)
         checkpoint.load(checkpoint.Trainable(self.gpt), self.calibrated)
         quantize.refresh_scales(self.gpt, self.recipe.quantize)
 
@@ -209,23 +210,25 @@ class Work:
 
     def keep_weights(self) -> None:
         """PTQ trains nothing: its weights are kept as step 0, for export and verify."""
-        path = self.checkpoints / checkpoint.folder_name(0)
+        path = self.checkpoints / retention.folder_name(0)
         if not on_first_rank(self.runtime, path.exists):
             checkpoint.save(checkpoint.Trainable(self.gpt), {}, path)
         self._mark("keep_weights", 0)
 
     def train(self, *, wanted: bool) -> None:
-        """Train to train.steps, from the newest checkpoint on."""
+        """Train to train.steps, from the newest checkpoint on whose files are as they were saved."""
         steps = self.recipe.train.steps
-        if not wanted or (self.resume and self._marks().get("train") == steps):
+        if not wanted or (self.resume and self._trained(steps)):
             return
         from halfbyte.training.experiment import fit
         from halfbyte.training.module import Training
 
         assert self.recipe.data.train is not None  # resolve.py has checked it
         packed = self.packed(Path(self.recipe.data.train), self.recipe.train.sequence_length)
-        last = on_first_rank(self.runtime, lambda: checkpoint.repair_link(self.checkpoints))
-        done = int(last.name.removeprefix("step_")) if last else 0
+        last, said = checkpoint.newest_good(self.checkpoints)
+        done = retention.step_of(last) if last else 0
+        for line in said:
+            self.console.say(f"  {line}, going on from {last.name if last else 'the start'}")
         if done > steps:
             raise UserError(f"train.steps = {steps}: {last} is already past it; raise train.steps or use a new run.dir")
         with self.console.stage("train") as notes:
@@ -241,7 +244,19 @@ class Work:
                     f"{progress.losses[-1]:.4f}, {tokens * len(seconds) / sum(seconds):,.0f} tokens/s"
                 )
         self.current = bool(seconds)
+        if seconds:
+            self._forget_scores()
         self._mark("train", steps)
+
+    def _trained(self, steps: int) -> bool:
+        """Whether training is done and its last checkpoint still there."""
+        newest = on_first_rank(self.runtime, lambda: retention.latest(self.checkpoints))
+        return self._marks().get("train") == steps and newest is not None and retention.step_of(newest) == steps
+
+    def _forget_scores(self) -> None:
+        """What was trained now has not been scored, even if a model of as many steps was that is lost."""
+        marks = {k: v for k, v in self._marks().items() if k in ("evaluate.bf16", "evaluate.ptq", "train")}
+        on_first_rank(self.runtime, lambda: write_json(self.folder / "state.json", marks))
 
     def _teacher_files(self, packed: corpus.PackedDataset) -> TeacherFiles:
         folder = Path(self.recipe.distill.teacher or "")
@@ -263,9 +278,10 @@ class Work:
         on_first_rank(self.runtime, lambda: write_json(self.folder / "train.json", content))
 
     def _load_trained(self) -> None:
-        last = on_first_rank(self.runtime, lambda: checkpoint.latest(self.checkpoints))
+        last = on_first_rank(self.runtime, lambda: retention.latest(self.checkpoints))
         if last is None:
             raise UserError(f"{self.checkpoints}: no checkpoint; train first (halfbyte train {self.folder})")
+        checkpoint.check(last)
         checkpoint.load(checkpoint.Trainable(self.gpt), last)
         if self.recipe.method != Method.bf16:
             quantize.refresh_scales(self.gpt, self.recipe.quantize)

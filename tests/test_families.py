@@ -63,7 +63,7 @@ def losses(place: Path, case: str, layout: str) -> list[float]:
 @pytest.fixture(scope="module")
 def exports(place) -> dict[str, dict[str, Path]]:
     """Case -> layout -> the exported directory."""
-    from halfbyte.training.checkpoint import latest
+    from halfbyte.training.retention import latest
 
     found: dict[str, dict[str, Path]] = {case: {} for case in CASES}
     for case in CASES:

@@ -11,8 +11,9 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,13 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from halfbyte.training import gradients
+from halfbyte.training import gradients, integrity, retention
 from halfbyte.training.environment import serve_parent, starting_helpers
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import BIASED, FUSED, HFWeight, split_fused
 from halfbyte.training.kv_format import SCALES
 from halfbyte.training.shape import ModelShape, layer_norms
 
-LAST = "last"
 DAMAGED = (
     CheckpointingException,
     CheckpointException,  # torch's, not an Exception but a BaseException
@@ -60,36 +60,6 @@ class Trainable:
     optimizer: Any | None = None
 
 
-def folder_name(step: int) -> str:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return f"step_{step:08d}"
-
-
-def latest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None.
-
-    It is the one that the link `last` names. Where that was removed, it is the newest one that is left: a folder
-    has its final name only when it is complete.
-    """
-    link = checkpoints / LAST
-    if link.exists():
-        return link.resolve()
-    left = sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
-    return left[-1].resolve() if left else None
-
-
-def repair_link(checkpoints: Path) -> Path | None:
-    """Point `last` at the newest complete checkpoint, which it does not after a user removed its target; rank 0 only.
-
-    Returns:
-        That checkpoint, or None.
-    """
-    newest = latest(checkpoints)
-    if newest is not None and not (checkpoints / LAST).exists():
-        _point(newest)
-    return newest
-
-
 def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
     """Write one checkpoint; collective over all ranks.
 
@@ -104,6 +74,7 @@ def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     first = dist.get_rank() == 0
     failure: BaseException | None = None
+    found: dict[str, tuple[str, int]] = {}
     try:
         _give_queue()
         if first:
@@ -111,17 +82,21 @@ def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
             temporary.mkdir(parents=True)
         dist.barrier()
         dist_checkpointing.save(_state(trainable, loading=False) | {"plain": plain, "rng": _rng()}, str(temporary))
+        found = integrity.digests(temporary, integrity.written_by(temporary, dist.get_rank()))
     except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
         failure = error
     # Every rank must agree that all files stand before the rename makes the checkpoint visible.
     reason = _any_reason(failure)
     if reason is None:
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, found)
         try:
             if first:
+                integrity.write(temporary, {name: value for part in parts for name, value in part.items()})
                 _fsync(temporary)
                 shutil.rmtree(path, ignore_errors=True)
                 temporary.rename(path)
-                _point(path)
+                retention.point(path)
         except OSError as error:
             failure = error
         reason = _any_reason(failure)
@@ -162,13 +137,6 @@ def _any_reason(failure: BaseException | None) -> str | None:
     return next(filter(None, failed), "no reason given") if failed else None
 
 
-def _point(path: Path) -> None:
-    link = path.with_name(f".{LAST}.tmp")
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.name)
-    link.replace(path.with_name(LAST))
-
-
 def _fsync(folder: Path) -> None:
     for file in [*folder.iterdir(), folder]:
         handle = os.open(file, os.O_RDONLY)
@@ -176,11 +144,63 @@ def _fsync(folder: Path) -> None:
         os.close(handle)
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and what a killed save left behind; rank 0 only."""
-    complete = sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
-    for path in [*complete[:-keep], *checkpoints.glob(".step_*.tmp")]:
-        shutil.rmtree(path, ignore_errors=True)
+def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are as they were saved; collective.
+
+    Damaged ones that are newer are set aside (retention.set_aside), and the link `last` is moved.
+
+    Returns:
+        The checkpoint, or None if there is none, and one line for each that was set aside.
+
+    Raises:
+        UserError: a damaged folder cannot be renamed.
+    """
+    said: list[str] = []
+    while True:
+        path = _from_first(partial(retention.repair_link, checkpoints))
+        reason = None if path is None else damage(path)
+        if path is None or reason is None:
+            return path, said
+        aside = _from_first(partial(retention.set_aside, path))
+        said.append(f"checkpoint {path}: damaged ({reason}); set aside as {aside.name}")
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, the same on every rank, or None; collective, each rank reads a share."""
+    mine = integrity.damage(path, rank=dist.get_rank(), world=dist.get_world_size())
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return next(filter(None, found), None)
+
+
+def check(path: Path) -> None:
+    """Read a checkpoint's files and compare their checksums; collective.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    reason = damage(path)
+    if reason is not None:
+        raise UserError(damaged_line(path, reason))
+
+
+def damaged_line(path: Path, reason: str) -> str:
+    """What to tell the user about a damaged checkpoint that nothing can take the place of."""
+    return f"checkpoint {path}: damaged ({reason}); remove it, and halfbyte run goes on from an older one"
+
+
+def _from_first[T](work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except OSError as error:
+            box[1] = f"{error.filename}: {error.strerror}; make the folder of checkpoints writable"
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
 
 
 def load(trainable: Trainable, path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from halfbyte.training.choices import Activations, BlockScale, CudaGraphs, SecondScale, Smoothing, Weights
 from halfbyte.training.config_commands import Generate, Sensitivity
 from halfbyte.training.config_distill import Distill
+from halfbyte.training.config_launch import Checkpoint, Launch
 from halfbyte.training.kv_format import KVCache
 
 
@@ -250,16 +251,6 @@ class Train:
 
 
 @dataclass
-class Checkpoint:
-    """Sharded training checkpoints under <run.dir>/checkpoints."""
-
-    every_steps: int = 0
-    """Save every N steps; 0 means only at the end and on interruption."""
-    keep: int = 2
-    """How many of the newest checkpoints stay on disk."""
-
-
-@dataclass
 class Task:
     """One evaluation data set."""
 
@@ -332,23 +323,6 @@ class Verify:
 
     items: int = 8
     """Items per task on which the decoded checkpoint is scored again; 0 means none."""
-
-
-@dataclass
-class Launch:
-    """How processes start. World size comes from `parallel`."""
-
-    gpus_per_node: int = 8
-    port: int = 0
-    """Rendezvous port on this machine; 0 picks a free one."""
-    partition: str | None = None
-    """Slurm partition."""
-    account: str | None = None
-    """Slurm account."""
-    time: str = "04:00:00"
-    """Slurm time limit."""
-    container: str | None = None
-    """Container image for srun --container-image."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from halfbyte.training import checkpoint
+from halfbyte.training import checkpoint, retention
 from halfbyte.training.config import Recipe, Wandb
 from halfbyte.training.errors import UserError
 from halfbyte.training.interrupt import Interrupted, Stop
@@ -89,9 +89,9 @@ class Checkpoints(Callback):
         every = self.recipe.checkpoint.every_steps
         stopping = agree(self.stop.requested is not None)
         if stopping or step == self.recipe.train.steps or (every and step % every == 0):
-            trainer.save_checkpoint(self.folder / checkpoint.folder_name(step))
+            trainer.save_checkpoint(self.folder / retention.folder_name(step))
             if self.runtime.first:
-                checkpoint.prune(self.folder, self.recipe.checkpoint.keep)
+                retention.prune(self.folder, self.recipe.checkpoint, pl_module.progress.losses)
         if stopping and step < self.recipe.train.steps:
             reason = self.stop.requested or "another rank"
             raise Interrupted(

@@ -47,6 +47,7 @@ NOT_NEGATIVE = (
     "train.weight_decay",
     "train.clip_grad",
     "checkpoint.every_steps",
+    "checkpoint.keep_best",
     "distill.cross_entropy",
     "distill.hidden",
     "evaluate.kl_positions",

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from omegaconf import OmegaConf
 
-from halfbyte.training import checkpoint, environment, losses, model, quantize
+from halfbyte.training import checkpoint, environment, losses, model, quantize, retention
 from halfbyte.training.config import Model, Parallel, Quantize, Recipe, Train
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.fast_path import weights_once
@@ -57,7 +57,7 @@ def train(recipe: Recipe, runtime: Runtime, out: Path) -> None:
             found.append(train_batch(ddp, step, losses.cross_entropy, needs_logits=False).mean)
         optimizer.set_learning_rate(number)
         optimizer.step()
-    path = out / "checkpoints" / checkpoint.folder_name(STEPS)
+    path = out / "checkpoints" / retention.folder_name(STEPS)
     checkpoint.save(checkpoint.Trainable(gpt), {}, path)
     found.append(_loss(gpt, recipe, steps[STEPS]))
     if recipe.parallel.pipeline > 1:

@@ -1,0 +1,32 @@
+"""Sections of the recipe about keeping a run alive: its checkpoints, and how its processes start."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Checkpoint:
+    """Sharded training checkpoints under <run.dir>/checkpoints."""
+
+    every_steps: int = 0
+    """Save every N steps; 0 means only at the end and on interruption."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    keep_best: int = 0
+    """How many of lowest mean training loss stay, of these or older: the mean of the every_steps steps before each."""
+
+
+@dataclass
+class Launch:
+    """How processes start. World size comes from `parallel`."""
+
+    gpus_per_node: int = 8
+    port: int = 0
+    """Rendezvous port on this machine; 0 picks a free one."""
+    partition: str | None = None
+    """Slurm partition."""
+    account: str | None = None
+    """Slurm account."""
+    time: str = "04:00:00"
+    """Slurm time limit."""
+    container: str | None = None
+    """Container image for srun --container-image."""
