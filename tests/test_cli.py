@@ -9,8 +9,10 @@ import pytest
 from safetensors.torch import save_file
 
 from halfbyte.launch import cli, start
+from halfbyte.launch.check import export_bytes, plan_text
 from halfbyte.launch.pipeline import STAGES
-from halfbyte.launch.plan import export_bytes, memory_per_rank, plan_text
+from halfbyte.launch.plan_memory import memory_per_rank
+from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training import fetch
 from halfbyte.training.errors import FAILED, GATE_FAILED, OK, USAGE
 from halfbyte.training.resolve import load, resolve, shipped
@@ -228,7 +230,7 @@ def test_memory_follows_the_layout():
         recipe = resolve("llama31_8b_nvfp4_qat", list(overrides))
         shape, _ = find_shape(recipe)
         assert shape is not None
-        return sum(memory_per_rank(recipe, shape).values())
+        return sum(memory_per_rank(recipe, Architecture.dense("", shape), Layout.of(recipe)).values())
 
     plain = total()
     assert total("parallel.tensor=4") < plain

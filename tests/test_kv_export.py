@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from halfbyte.export import hf
 from halfbyte.export.decode import write_decoded
 from halfbyte.export.verify import decoded_model, verify
-from halfbyte.launch.plan import export_bytes
+from halfbyte.launch.check import export_bytes
 from halfbyte.training.config import Method, Quantize, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight, expected_shapes

@@ -15,7 +15,7 @@ from halfbyte.export import hf, reader
 from halfbyte.export.pack import fake, module_name
 from halfbyte.export.quantization_config import quantization_configs
 from halfbyte.export.verify import decoded_model, verify
-from halfbyte.launch.plan import export_bytes
+from halfbyte.launch.check import export_bytes
 from halfbyte.training import numerics
 from halfbyte.training.config import Format, LayerFormat, Quantize, Recipe
 from halfbyte.training.hf_map import HFWeight, expected_shapes

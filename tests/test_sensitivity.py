@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from scipy.special import rel_entr
 
-from halfbyte.launch.plan import plan_text
+from halfbyte.launch.check import plan_text
 from halfbyte.launch.sensitivity import prepare
 from halfbyte.training.allocation import groups
 from halfbyte.training.config import Format, LayerFormat, Method, Quantize, Recipe

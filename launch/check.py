@@ -1,8 +1,10 @@
-"""What a recipe would do, on paper: layout, tokens, layers, sizes, memory. Torch-free."""
+"""What `halfbyte check` prints: what a recipe will do, with layout, tokens, layers, sizes, memory. Torch-free."""
 
 from collections import Counter
 from pathlib import Path
 
+from halfbyte.launch.plan_memory import memory_per_rank
+from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.config import Activations, BlockScale, GateRule, Method, Recipe, Smoothing, Task, Weights
 from halfbyte.training.config_distill import Distill
 from halfbyte.training.formats import GRIDS, SPECS, Spec
@@ -70,71 +72,6 @@ def export_bytes(recipe: Recipe, shape: ModelShape) -> int:
 def _scalars(spec: Spec) -> int:
     """FP32 scalars per exported linear: the weight's scale per tensor and, for quantized activations, input_scale."""
     return sum(GRIDS[rounding].per_tensor for rounding in (spec.weights, spec.inputs) if rounding)
-
-
-def memory_per_rank(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
-    """Rough peak bytes of the fullest process while training on GPUs in BF16; in FP32 on a CPU, about twice as much.
-
-    With P parameters on one rank (the layers of its stage, the embedding on the first, lm_head on the last one):
-    weights 2 P; gradients 4 P, accumulated in FP32; optimizer 12 P (FP32 master, two Adam moments), divided by the
-    data-parallel ranks under the distributed optimizer. Activations per layer and micro-batch are 34 s b h bytes
-    without the attention scores (arXiv 2205.05198, section 4), of which tensor parallelism divides 24 and sequence
-    parallelism all; stage i of p holds p - i micro-batches. Recomputation keeps 2 s b h per layer and one whole layer.
-    The last stage holds logits and their gradient in FP32, 8 s b v. QAD adds the teacher's weights, and the logits of
-    one micro-batch or, in a pipeline, of the global batch. Fake quantization holds one layer's rounded weights.
-
-    Returns:
-        Part -> bytes, of the stage with the largest sum.
-    """
-    pipeline = recipe.parallel.pipeline
-    stages = [_stage_memory(recipe, shape, stage) for stage in {0, pipeline - 1}]
-    return max(stages, key=lambda parts: sum(parts.values()))
-
-
-def _stage_layers(recipe: Recipe, shape: ModelShape, *, last: bool) -> float:
-    """Layers of the last pipeline stage or of each other one."""
-    pipeline, fixed = recipe.parallel.pipeline, recipe.parallel.last_stage_layers
-    if fixed is None or pipeline == 1:
-        return shape.layers / pipeline
-    return fixed if last else (shape.layers - fixed) / (pipeline - 1)
-
-
-def _teacher_said(recipe: Recipe, shape: ModelShape) -> float:
-    """Bytes that the last stage keeps of a BF16 teacher: its logits, or K values, int32 indices and one FP32 tail."""
-    layout, train, k = recipe.parallel, recipe.train, recipe.distill.top_k
-    batches = train.global_batch // (train.micro_batch * layout.data) if layout.pipeline > 1 else 1
-    tokens = train.sequence_length * train.micro_batch
-    whole = 2 * shape.vocab / layout.tensor
-    if k is None:
-        return batches * tokens * whole
-    return batches * tokens * (6 * k + 4) + tokens * whole  # top-k is taken of one micro-batch's logits at a time
-
-
-def _stage_memory(recipe: Recipe, shape: ModelShape, stage: int) -> dict[str, float]:
-    layout, train = recipe.parallel, recipe.train
-    last = stage == layout.pipeline - 1
-    layers = _stage_layers(recipe, shape, last=last)
-    per_layer = sum(n * k for n, k in linear_sizes(shape).values()) / shape.layers
-    tables = 2 if stage == 0 and last and not shape.tied else int(stage == 0 or last)
-    held = (layers * per_layer + tables * shape.vocab * shape.hidden) / layout.tensor
-    tokens = train.sequence_length * train.micro_batch
-    split = layout.tensor if layout.sequence else 1
-    layer = tokens * shape.hidden * (10 / split + 24 / layout.tensor)
-    in_flight = min(layout.pipeline - stage, train.global_batch // (train.micro_batch * layout.data))
-    kept = 2 * tokens * shape.hidden / split if train.recompute else layer
-    logits = 8 * tokens * shape.vocab / layout.tensor if last else 0.0
-    parts = {
-        "weights": 2 * held,
-        "gradients": 4 * held,
-        "optimizer": 12 * held / (layout.data if train.distributed_optimizer else 1),
-        "activations": in_flight * layers * kept + (layer if train.recompute else 0.0),
-        "logits": logits,
-    }
-    if recipe.method == Method.qad and recipe.distill.teacher is None:
-        parts["teacher"] = 2 * held + (_teacher_said(recipe, shape) if last else 0.0)
-    if recipe.method != Method.bf16:
-        parts["rounded weights"] = 2 * layers * per_layer / layout.tensor
-    return parts
 
 
 def _model(recipe: Recipe, shape: ModelShape) -> list[str]:
@@ -264,7 +201,7 @@ def _size(recipe: Recipe, shape: ModelShape) -> list[str]:
 
 
 def _memory(recipe: Recipe, shape: ModelShape) -> list[str]:
-    parts = memory_per_rank(recipe, shape)
+    parts = memory_per_rank(recipe, Architecture.dense("", shape), Layout.of(recipe))
     shown = ", ".join(f"{name} {_size_word(size)}" for name, size in parts.items() if size)
     return [f"about {_size_word(sum(parts.values()))} per GPU in BF16: {shown}"]
 

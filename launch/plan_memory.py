@@ -1,0 +1,125 @@
+"""Peak memory of a training process on a GPU in BF16, part by part. Torch-free.
+
+T = tokens of a micro-batch, h = hidden size, q = heads x head size, kv = key/value heads x head size, F = width of the
+MLP, V = vocabulary, t = tensor-parallel ranks, split = t under sequence parallelism and 1 without.
+"""
+
+from halfbyte.launch.plan_model import Architecture, Layout
+from halfbyte.training.config import Method, Recipe
+from halfbyte.training.formats import SPECS
+from halfbyte.training.shape import ModelShape, linear_sizes, planned_linears
+
+
+def memory_per_rank(recipe: Recipe, model: Architecture, layout: Layout) -> dict[str, float]:
+    """Peak bytes of the fullest process while it trains on a GPU in BF16; a CPU in FP32 takes about twice as much.
+
+    With P parameters on the rank (the layers of its stage, the embedding on the first, lm_head on the last one):
+    weights 2 P; FP32 gradients 4 P; FP32 master copy and two Adam moments 12 P, over the data-parallel ranks under the
+    distributed optimizer. Fake quantization holds one rounded copy of its linears, 2 bytes each. `activations`: what
+    autograd keeps of every micro-batch in flight (stage i of p has p - i). `logits`: the vocabulary's tensors of one
+    micro-batch, or the temporaries of a layer's backward pass where those are larger. Parameters that are frozen count
+    as the others do.
+
+    Args:
+        recipe: Method, formats and batch.
+        model: A dense model.
+        layout: Taken instead of the recipe's own.
+
+    Returns:
+        Part -> bytes, of the stage with the largest sum.
+    """
+    stages = [_stage(recipe, model, layout, stage) for stage in layout.stages()]
+    return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def parameters_of_stage(model: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
+    """Parameters of one rank: (of its layers' linears, of its embedding and lm_head). Norms are not counted."""
+    shape = model.sizes
+    first, last = stage == 0, stage == layout.pipeline - 1
+    tables = 2 if first and last and not shape.tied else int(first or last)
+    layers = layout.layers(shape, stage) * model.linears / shape.layers
+    return layers / layout.tensor, tables * shape.vocab * shape.hidden / layout.tensor
+
+
+def _stage(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> dict[str, float]:
+    shape, last = model.sizes, stage == layout.pipeline - 1
+    layers, count = layout.layers(shape, stage), layout.micro_batches(recipe)
+    linears, tables = parameters_of_stage(model, layout, stage)
+    held = linears + tables
+    tokens = layout.micro_batch * recipe.train.sequence_length
+    in_flight = min(layout.pipeline - stage, count)
+    split = layout.tensor if layout.sequence else 1
+    one = layer_activations(recipe, model, layout)
+    kept = (
+        in_flight * layers * 2 * tokens * shape.hidden / split + one if layout.recompute else in_flight * layers * one
+    )
+    # The last norm's input and output, and what goes back through the last layer.
+    kept += 2 * 2 * tokens * shape.hidden / split if last else 0.0
+    passing = 2 * tokens * (3 * shape.ffn / layout.tensor + 2 * shape.hidden / split)
+    parts = {
+        "weights": 2 * held,
+        "gradients": 4 * held,
+        "optimizer": 12 * held / (layout.data if recipe.train.distributed_optimizer else 1),
+        "rounded weights": 2 * linears * _planned_share(recipe, shape),
+        "activations": kept,
+        "logits": max(_vocabulary(recipe, shape, layout) if last else 0.0, passing),
+    }
+    if recipe.method is Method.qad and recipe.distill.teacher is None:
+        parts["teacher"] = 2 * held + (_teacher_said(recipe, shape, layout) if last else 0.0)
+    return parts
+
+
+def evaluation_memory(recipe: Recipe, model: Architecture, layout: Layout) -> tuple[float, float]:
+    """Bytes that a batch of evaluate.tokens_per_batch tokens takes while it is scored, on the last stage.
+
+    Returns:
+        Logits, a shard and the gathered whole in BF16; and the key/value cache of as many tokens, where text is
+        generated.
+    """
+    shape, tokens = model.sizes, recipe.evaluate.tokens_per_batch
+    shards = 1 + 1 / layout.tensor if layout.tensor > 1 else 1
+    cached = model.cached * layout.layers(shape, layout.pipeline - 1) / shape.layers / layout.tensor
+    return 2 * tokens * shape.vocab * shards, 2 * tokens * cached
+
+
+def layer_activations(recipe: Recipe, model: Architecture, layout: Layout) -> float:
+    """Bytes that autograd keeps of one layer and micro-batch, without recomputation.
+
+    In BF16 numbers per token: inputs and outputs of both norms 4 h; q, k, v as the linear gave them q + 2 kv; rotated
+    q + kv (with norms of the heads once more); attention's result 2 q; the MLP's first linear 2 F (F without a gate),
+    its activation F. FP4 or FP8 inputs add q: only the output projection's input is rounded into a tensor of its own.
+    """
+    shape = model.sizes
+    split = layout.tensor if layout.sequence else 1
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    heads = (q + 2 * kv) + (q + kv) * (2 if shape.qk_norm else 1) + 2 * q + (q if rounds_inputs(recipe, shape) else 0)
+    mlp = shape.ffn * (3 if model.gated else 2)
+    tokens = layout.micro_batch * recipe.train.sequence_length
+    return 2 * tokens * (4 * shape.hidden / split + (heads + mlp) / layout.tensor)
+
+
+def rounds_inputs(recipe: Recipe, shape: ModelShape) -> bool:
+    """Whether any linear's input is quantized."""
+    return any(SPECS[number_format].inputs for number_format in set(planned_linears(shape, recipe).values()))
+
+
+def _planned_share(recipe: Recipe, shape: ModelShape) -> float:
+    """Share of the linears' parameters that are fake-quantized."""
+    sizes = linear_sizes(shape)
+    planned = sum(sizes[name][0] * sizes[name][1] for name in planned_linears(shape, recipe))
+    return planned / sum(n * k for n, k in sizes.values())
+
+
+def _vocabulary(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
+    """BF16 logits and their gradient; under QAD with a teacher beside it, the teacher's logits as well."""
+    tensors = 3 if recipe.method is Method.qad else 2
+    return tensors * 2 * layout.micro_batch * recipe.train.sequence_length * shape.vocab / layout.tensor
+
+
+def _teacher_said(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
+    """Bytes that a pipeline's last stage keeps of a teacher: all logits, or K values and indices and a tail."""
+    if layout.pipeline == 1:
+        return 0.0
+    k, tokens = recipe.distill.top_k, layout.micro_batch * recipe.train.sequence_length
+    one = 2 * shape.vocab / layout.tensor if k is None else 6 * k + 4
+    return layout.micro_batches(recipe) * tokens * one

@@ -1,0 +1,104 @@
+"""The fastest layout that fits: all of TP x PP x DP x micro-batch x recomputation, tried on paper. Torch-free."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+from halfbyte.launch.plan_memory import memory_per_rank
+from halfbyte.launch.plan_model import Architecture, Layout
+from halfbyte.launch.plan_time import Step, step_time
+from halfbyte.training.config import Recipe
+from halfbyte.training.hardware import GIB, Gpu
+from halfbyte.training.model_rules import model_problems
+from halfbyte.training.shape import ModelShape
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with what it costs.
+
+    Attributes:
+        layout: The layout.
+        memory: Part -> bytes of the fullest rank.
+        step: Its time.
+        problem: Why it cannot run; None if it can.
+    """
+
+    layout: Layout
+    memory: dict[str, float]
+    step: Step
+    problem: str | None
+
+
+def judge(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Candidate:
+    """A layout that divides the model, with memory and time, and the reason why it does not fit, if so."""
+    memory = memory_per_rank(recipe, model, layout)
+    total, problem = sum(memory.values()), None
+    if total > gpu.usable:
+        largest = max(memory, key=lambda part: memory[part])
+        problem = (
+            f"needs {total / GIB:.0f} GiB per GPU of {gpu.usable / GIB:.0f}, most of it {largest} "
+            f"({memory[largest] / GIB:.0f} GiB)"
+        )
+    return Candidate(layout, memory, step_time(recipe, model, layout, gpu), problem)
+
+
+def best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> tuple[Candidate | None, dict[str, str]]:
+    """The fastest layout on a number of GPUs.
+
+    Args:
+        recipe: Method, formats, batch; its own layout plays no part.
+        model: A dense model.
+        gpu: The hardware.
+        gpus: How many of them.
+
+    Returns:
+        The candidate, None if nothing fits; and why others were given up, "TP16 PP1" -> reason.
+    """
+    found: list[Candidate] = []
+    refused: dict[str, str] = {}
+    for tensor in _divisors(gpus):
+        for pipeline in _divisors(gpus // tensor):
+            name = f"TP{tensor} PP{pipeline}"
+            problem = layout_problem(recipe, model.sizes, gpu, tensor, pipeline, gpus)
+            if problem is not None:
+                refused[name] = problem
+                continue
+            tried = [judge(recipe, model, layout, gpu) for layout in _choices(recipe, tensor, pipeline, gpus)]
+            fitting = [candidate for candidate in tried if candidate.problem is None]
+            if not fitting:
+                smallest = min(tried, key=lambda candidate: sum(candidate.memory.values()))
+                refused[name] = smallest.problem or ""
+            found += fitting
+    return min(found, key=lambda candidate: candidate.step.seconds, default=None), refused
+
+
+def layout_problem(recipe: Recipe, shape: ModelShape, gpu: Gpu, tensor: int, pipeline: int, gpus: int) -> str | None:
+    """Why a split cannot run, whatever the micro-batch is: Megatron's divisibility, blocks of the format, NVLink."""
+    data = gpus // (tensor * pipeline)
+    if tensor > gpu.domain:
+        return f"tensor parallelism needs NVLink, which joins {gpu.domain} {gpu.name}"
+    if recipe.train.global_batch % data:
+        return f"train.global_batch = {recipe.train.global_batch} does not divide over {data} data-parallel ranks"
+    if recipe.train.global_batch // data < pipeline:
+        share = recipe.train.global_batch // data
+        return f"train.global_batch gives a rank {share} micro-batches at most, too few for {pipeline} pipeline stages"
+    tried = deepcopy(recipe)
+    tried.parallel.tensor, tried.parallel.pipeline, tried.parallel.data = tensor, pipeline, data
+    tried.parallel.last_stage_layers, tried.parallel.sequence = None, tensor > 1
+    return next(iter(model_problems(tried, shape)), None)
+
+
+def _choices(recipe: Recipe, tensor: int, pipeline: int, gpus: int) -> Iterator[Layout]:
+    data = gpus // (tensor * pipeline)
+    share = recipe.train.global_batch // data
+    for micro_batch in MICRO_BATCHES:
+        if share % micro_batch == 0 and share // micro_batch >= pipeline:
+            for recompute in (False, True):
+                yield Layout(tensor, pipeline, data, micro_batch, recompute, tensor > 1)
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]

@@ -1,0 +1,206 @@
+"""Seconds of a training step and what crosses the links, from FLOPs, bytes and peak rates. Torch-free.
+
+A GEMM takes its FLOPs at the tensor cores' rate plus its operands at the memory's (they overlap only in part);
+everything else is bound by the memory. Letters as in plan_memory.py.
+"""
+
+from dataclasses import dataclass
+
+from halfbyte.launch.plan_memory import parameters_of_stage, rounds_inputs
+from halfbyte.launch.plan_model import Architecture, Layout
+from halfbyte.training.choices import CudaGraphs
+from halfbyte.training.config import Method, Recipe
+from halfbyte.training.hardware import REACHED, Gpu, Reached
+
+BACKWARD_OF_ATTENTION = 2.5
+"""FLOPs of fused attention's backward pass over its forward pass: five products instead of two (arXiv 2205.14135)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step on paper.
+
+    Attributes:
+        compute: Seconds in kernels of the busiest stage, all its micro-batches.
+        waiting: Seconds that the GPU waits for Python.
+        tensor: Seconds in tensor-parallel collectives.
+        bubble: Seconds in which the pipeline fills and empties, transfers between stages included.
+        data: Seconds in which gradients are reduced and weights gathered.
+        optimizer: Seconds of norm, clipping, Adam and rounding of weights.
+        nvlink_bytes: Sent by one GPU over NVLink.
+        network_bytes: Sent by one GPU over the network.
+        model_flops: Of the whole step, all GPUs, without recomputation and teacher.
+    """
+
+    compute: float
+    waiting: float
+    tensor: float
+    bubble: float
+    data: float
+    optimizer: float
+    nvlink_bytes: float
+    network_bytes: float
+    model_flops: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.compute + self.waiting + self.tensor + self.bubble + self.data + self.optimizer
+
+
+def model_flops(model: Architecture, tokens: int, sequence: int) -> float:
+    """FLOPs of training on `tokens` tokens, forward and backward.
+
+    6 per parameter of a matrix and token (arXiv 2001.08361, 2.1; the embedding is a lookup), and causal attention:
+    two products of 2 S^2 q, half of them masked, three times.
+    """
+    if model.shape is None:
+        return 6.0 * model.active * tokens
+    shape = model.shape
+    matrices = model.linears + shape.vocab * shape.hidden
+    return 6.0 * tokens * (matrices + shape.layers * sequence * shape.heads * shape.head_dim)
+
+
+def step_time(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reached: Reached = REACHED) -> Step:
+    """A step of the recipe under a layout on GPUs of one kind.
+
+    Ranks lie as Megatron lays them: tensor, then data, then pipeline neighbours. 1F1B takes (m + p - 1) times the
+    busiest stage's micro-batch. Collectives, also those that Megatron overlaps with GEMMs, count in full.
+
+    Args:
+        recipe: Method, formats, batch.
+        model: A dense model.
+        layout: Taken instead of the recipe's own.
+        gpu: The hardware.
+        reached: Shares of its peaks.
+    """
+    count = layout.micro_batches(recipe)
+    stages = [_micro_batch(recipe, model, layout, stage, gpu, reached) for stage in layout.stages()]
+    kernels, waiting, gathers = max(stages, key=sum)
+    gathered = gathers * gpu.nvlink * reached.nvlink
+    nvlink, network = count * gathered, 0.0
+    handed, over_network = _handed_on(recipe, model, layout, gpu)
+    hop = handed / ((gpu.network * reached.network) if over_network else (gpu.nvlink * reached.nvlink))
+    bubble = (layout.pipeline - 1) * (kernels + waiting + gathers) + 2 * (count + layout.pipeline - 1) * hop
+    reduced, data_seconds, data_network = _data_parallel(model, layout, gpu, reached)
+    nvlink += (0.0 if data_network else reduced) + (0.0 if over_network else count * handed)
+    network += (reduced if data_network else 0.0) + (count * handed if over_network else 0.0)
+    train = recipe.train
+    return Step(
+        compute=count * kernels,
+        waiting=count * waiting,
+        tensor=count * gathers,
+        bubble=bubble if layout.pipeline > 1 else 0.0,
+        data=data_seconds,
+        optimizer=max(_optimizer(recipe, model, layout, stage, gpu, reached) for stage in layout.stages()),
+        nvlink_bytes=nvlink,
+        network_bytes=network,
+        model_flops=model_flops(model, train.global_batch * train.sequence_length, train.sequence_length),
+    )
+
+
+def _micro_batch(
+    recipe: Recipe, model: Architecture, layout: Layout, stage: int, gpu: Gpu, reached: Reached
+) -> tuple[float, float, float]:
+    """Seconds of a micro-batch on one stage: kernels, waiting for Python, tensor-parallel collectives."""
+    shape, last, first = model.sizes, stage == layout.pipeline - 1, stage == 0
+    rate, memory = gpu.bf16 * reached.gemm, gpu.memory * reached.memory
+    tokens = layout.micro_batch * recipe.train.sequence_length
+    layers = layout.layers(shape, stage)
+    student, teacher = recipe.method is not Method.bf16, _has_teacher(recipe)
+    forward, backward = _layer(recipe, model, layout, gpu, reached)
+    repeats = 1 + int(layout.recompute) + int(teacher)
+    kernels = layers * (repeats * forward + backward)
+    python = layers * reached.layer * (0.5 * repeats + 0.5) * (1.2 if student else 1.0)
+    unit = 2 * tokens * shape.hidden * (layout.tensor - 1) / layout.tensor
+    gathers = layers * unit * (4 * repeats + (6 if layout.sequence else 4))
+    if first:  # the embedding's gradient is written as a whole and added to main_grad
+        kernels += 12 * shape.vocab * shape.hidden / layout.tensor / memory
+        gathers += 2 * unit
+    if last:
+        columns = shape.vocab / layout.tensor
+        ahead, back = _linear(tokens, columns, shape.hidden, rate, memory)
+        logits = 2 * tokens * columns * (5 if recipe.method is Method.qad else 3) / memory
+        kernels += ahead * (1 + int(teacher)) + back + logits
+        gathers += unit * (2 + int(teacher))
+    waiting = 0.0 if _captured(recipe, layout) else max(0.0, python - kernels)
+    return kernels, waiting, gathers / (gpu.nvlink * reached.nvlink)
+
+
+def _has_teacher(recipe: Recipe) -> bool:
+    return recipe.method is Method.qad and recipe.distill.teacher is None
+
+
+def _captured(recipe: Recipe, layout: Layout) -> bool:
+    """Whether passes are replayed as CUDA graphs, by the rules of training/graphs.py."""
+    choice = recipe.train.cuda_graphs
+    asked = choice is CudaGraphs.always or (choice is CudaGraphs.auto and layout.world == 1)
+    return asked and layout.pipeline == 1 and not layout.recompute and recipe.distill.teacher is None
+
+
+def _linear(tokens: float, n: float, k: float, rate: float, memory: float) -> tuple[float, float]:
+    """Forward and backward seconds of [T, K] -> [T, N]; the weight gradient is added to FP32 main_grad in place."""
+    flops, operands = 2 * tokens * n * k, 2 * (tokens * k + n * k + tokens * n)
+    forward = flops / rate + operands / memory
+    return forward, 2 * flops / rate + (2 * operands + 6 * n * k) / memory
+
+
+def _layer(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reached: Reached) -> tuple[float, float]:
+    """Forward and backward seconds of one layer and micro-batch on one rank.
+
+    Element-wise traffic in numbers per token, forward / backward: norms 4 h / 6 h; residual sums 6 h / 6 h; copy of q
+    out of the fused projection 2 q / 2 (q + 2 kv); rotation 2 (q + kv) each; SwiGLU 3 F / 5 F; rounding 2 q / 0.
+    """
+    shape, t = model.sizes, layout.tensor
+    rate, memory = gpu.bf16 * reached.gemm, gpu.memory * reached.memory
+    split = t if layout.sequence else 1
+    sequence = recipe.train.sequence_length
+    tokens = layout.micro_batch * sequence
+    q, kv, f = (size / t for size in (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn))
+    h = shape.hidden
+    linears = ((q + 2 * kv, h), (h, q), ((2 if model.gated else 1) * f, h), (h, f))
+    times = [_linear(tokens, n, k, rate, memory) for n, k in linears]
+    attention = 2 * tokens * sequence * q / (gpu.bf16 * reached.attention)
+    rounding = 2 * q if rounds_inputs(recipe, shape) else 0.0
+    ahead = 10 * h / split + 2 * q + 2 * (q + kv) + 3 * f + rounding
+    back = 12 * h / split + 2 * (q + 2 * kv) + 2 * (q + kv) + 5 * f
+    return (
+        sum(forward for forward, _ in times) + attention + 2 * tokens * ahead / memory,
+        sum(backward for _, backward in times) + BACKWARD_OF_ATTENTION * attention + 2 * tokens * back / memory,
+    )
+
+
+def _handed_on(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> tuple[float, bool]:
+    """Bytes that a stage sends one neighbour per micro-batch, and whether over the network."""
+    if layout.pipeline == 1:
+        return 0.0, False
+    split = layout.tensor if layout.sequence else 1
+    tokens = layout.micro_batch * recipe.train.sequence_length
+    return 2 * tokens * model.sizes.hidden / split, layout.world > gpu.domain
+
+
+def _data_parallel(model: Architecture, layout: Layout, gpu: Gpu, reached: Reached) -> tuple[float, float, bool]:
+    """Bytes sent per step for FP32 gradients and BF16 weights, their seconds, whether over the network.
+
+    A ring that leaves a node goes through the network cards of all its members there.
+    """
+    d = layout.data
+    if d == 1:
+        return 0.0, 0.0, False
+    held = max(sum(parameters_of_stage(model, layout, stage)) for stage in layout.stages())
+    sent = 6 * held * (d - 1) / d
+    over_network = layout.tensor * d > gpu.domain
+    rate = gpu.nvlink * reached.nvlink
+    if over_network:
+        members = max(1, gpu.domain // layout.tensor)
+        rate = min(rate, members * gpu.network * reached.network)
+    return sent, sent / rate, over_network
+
+
+def _optimizer(recipe: Recipe, model: Architecture, layout: Layout, stage: int, gpu: Gpu, reached: Reached) -> float:
+    """Seconds of what happens once per step; bytes: zeroing 4, norm 4, clipping 8, Adam 30, rounding of linears 4."""
+    linears, tables = parameters_of_stage(model, layout, stage)
+    own = (linears + tables) / (layout.data if recipe.train.distributed_optimizer else 1)
+    traffic = 4 * (linears + tables) + (4 + 8 + 30) * own
+    traffic += 4 * linears if recipe.method is not Method.bf16 else 0.0
+    return traffic / (gpu.memory * reached.memory)

@@ -1,0 +1,207 @@
+"""`halfbyte plan`: counts against published ones, memory and time against what was measured, search and refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halfbyte.bench import plan as bench
+from halfbyte.launch import cli
+from halfbyte.launch.check import export_bytes
+from halfbyte.launch.plan_memory import memory_per_rank, parameters_of_stage
+from halfbyte.launch.plan_model import Architecture, Layout, named_model
+from halfbyte.launch.plan_search import best, layout_problem
+from halfbyte.launch.plan_served import served, smallest_slice
+from halfbyte.launch.plan_text import named_gpu
+from halfbyte.launch.plan_time import model_flops, step_time
+from halfbyte.training.config import Format
+from halfbyte.training.errors import OK, USAGE, RecipeError
+from halfbyte.training.hardware import GPUS, MIG_SLICES, gpu_of, mig_name
+from halfbyte.training.resolve import resolve
+from halfbyte.training.rules import find_shape
+from halfbyte.training.shape import ModelShape
+
+MEASURED = json.loads((Path(__file__).parent.parent / "docs/evidence/h200_speed.json").read_text())
+
+
+def benchmark_model(size: bench.Size) -> Architecture:
+    shape = ModelShape(
+        layers=size.layers,
+        hidden=size.hidden,
+        ffn=size.ffn,
+        heads=size.heads,
+        kv_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads,
+        vocab=size.vocab,
+        tied=False,
+        max_positions=size.sequence,
+        rope_theta=500000.0,
+        rope_scaling_factor=None,
+        norm_eps=1e-5,
+    )
+    return Architecture.dense("bench", shape)
+
+
+@pytest.mark.parametrize("arm", ["bf16", "nvfp4", "w4a16_nvfp4", "mxfp4", "fp8", "four_over_six"])
+def test_one_h200_as_measured(arm):
+    size = bench.Size(**MEASURED["size"])
+    recipe, model = bench.recipe(size, bench.LAYOUTS["tp1"], bench.ARMS[arm]), benchmark_model(size)
+    found = MEASURED["steps"]["tp1"][arm]
+    memory = sum(memory_per_rank(recipe, model, Layout.of(recipe)).values())
+    assert memory == pytest.approx(found["peak_bytes"], rel=1e-3)
+    seconds = step_time(recipe, model, Layout.of(recipe), GPUS["H200"]).seconds
+    assert seconds == pytest.approx(found["median"], rel=0.1)
+    assert model_flops(model, 4 * 4096, 4096) == pytest.approx(size.step_flops, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "active"),
+    [  # model cards: 8.03 B and 70.6 B; arXiv 2407.21783: 405 B; 2402.16819: 15 B; 2406.11704: 340 B; 2412.19437: 671 B
+        ("llama31_8b", 8_030_261_248, 8_030_261_248),
+        ("llama33_70b", 70_553_706_496, 70_553_706_496),
+        ("llama31_405b", 405.9e9, 405.9e9),
+        ("nemotron4_15b", 15.6e9, 15.6e9),
+        ("nemotron4_340b", 341e9, 341e9),
+        ("deepseek_r1", 671e9, 37e9),
+    ],
+)
+def test_counts_are_the_published_ones(name, parameters, active):
+    model = named_model(name)
+    assert model.parameters == pytest.approx(parameters, rel=2e-3)
+    assert model.active == pytest.approx(active, rel=0.03)
+    assert (model.note is None) == name.startswith("llama")
+
+
+def test_layouts_hold_all_parameters_once():
+    model = named_model("llama33_70b")
+    shape = model.sizes
+    for tensor, pipeline, last in ((1, 1, None), (8, 4, None), (2, 8, 10)):
+        layout = Layout(tensor, pipeline, 1, 1, False, tensor > 1, last)
+        held = sum(sum(parameters_of_stage(model, layout, stage)) for stage in range(pipeline)) * tensor
+        assert held == pytest.approx(model.parameters - (2 * shape.layers + 1) * shape.hidden, rel=1e-12)
+
+
+def test_fp4_weights_are_those_of_the_export():
+    for name in ("llama31_8b_nvfp4_qat", "smollm2_135m_mxfp4_qat"):
+        recipe = resolve(name, [])
+        shape, _ = find_shape(recipe)
+        assert shape is not None
+        weights = served(recipe, Architecture.dense(name, shape), recipe.quantize.format).weights
+        assert weights == pytest.approx(export_bytes(recipe, shape), rel=1e-5)  # but for the scales per tensor
+
+
+def test_where_a_model_fits():
+    recipe = resolve("llama33_70b_nvfp4_qad", [])
+    llama = named_model("llama33_70b")
+    fp4, bf16 = served(recipe, llama, Format.nvfp4), served(recipe, llama, None)
+    assert smallest_slice(fp4, GPUS["B200"]) == "2g.45gb"
+    assert smallest_slice(bf16, GPUS["B200"]) == "7g.180gb"
+    assert smallest_slice(served(recipe, named_model("llama31_405b"), Format.nvfp4), GPUS["B200"]) is None
+    assert bf16.cache == 2 * fp4.cache == 2 * 2 * 80 * 8 * 128
+    names = [mig_name(GPUS["H200"], slices) for slices in MIG_SLICES]
+    assert names == ["1g.18gb", "2g.35gb", "3g.71gb", "7g.141gb"]
+
+
+def test_the_search_returns_a_legal_layout_that_fits_and_says_why_others_do_not():
+    recipe = resolve("llama33_70b_nvfp4_qad", [])
+    model, gpu = named_model("llama33_70b"), GPUS["H100"]
+    found, refused = best(recipe, model, gpu, 32)
+    assert found is not None
+    layout = found.layout
+    assert layout.world == 32
+    assert layout_problem(recipe, model.sizes, gpu, layout.tensor, layout.pipeline, 32) is None
+    assert sum(found.memory.values()) <= gpu.usable
+    written = step_time(recipe, model, Layout.of(recipe), gpu)
+    assert found.step.seconds < written.seconds
+    assert "gradients" in refused["TP1 PP1"]
+    assert "NVLink, which joins 8" in refused["TP16 PP1"]
+    assert "does not divide the model's 80 layers" in refused["TP1 PP32"]
+    nothing, reasons = best(recipe, model, gpu, 2)
+    assert nothing is None
+    assert set(reasons) == {"TP1 PP1", "TP1 PP2", "TP2 PP1"}
+
+
+def test_links_carry_what_the_layout_sends():
+    recipe, model = resolve("llama31_8b_nvfp4_qat", []), named_model("llama31_8b")
+    h200 = GPUS["H200"]
+
+    def step(tensor, pipeline, data, sequence=False):
+        return step_time(recipe, model, Layout(tensor, pipeline, data, 1, False, sequence), h200)
+
+    alone = step(1, 1, 1)
+    assert (alone.nvlink_bytes, alone.network_bytes, alone.tensor, alone.data, alone.bubble) == (0, 0, 0, 0, 0)
+    held = model.parameters - 65 * 4096
+    assert step(1, 1, 8).nvlink_bytes == pytest.approx(6 * held * 7 / 8)  # FP32 gradients out, BF16 weights back
+    over = step(1, 1, 16)
+    assert (over.nvlink_bytes, over.network_bytes) == (0, pytest.approx(6 * held * 15 / 16))
+    assert step(1, 4, 1).bubble > step(1, 2, 1).bubble > 0
+    assert step(4, 1, 1, sequence=True).tensor > 0
+
+
+def test_bad_words_are_named(capsys):
+    for words, line in (
+        (["--gpu", "H300"], "--gpu H300: not known; use one of A100, H100, H200, B200, GB200-NVL72"),
+        (["--nodes", "0"], "--nodes 0: must be positive; give at least 1"),
+        (["--model", "gpt5"], "--model gpt5: not known; give a config.json or one of deepseek_r1, "),
+        (["parallel.tensor=3"], "parallel.tensor = 3: does not divide the model's"),
+    ):
+        assert cli.main(["plan", "llama31_8b_nvfp4_qat", *words]) == USAGE
+        assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_a_config_that_nobody_knows_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    for text, reason in (
+        ("{", "cannot be read"),
+        ("{}", "lacks 'architectures'"),
+        ('{"architectures": []}', "lacks"),
+        ('{"architectures": ["MambaForCausalLM"]}', "architectures = MambaForCausalLM: only LlamaForCausalLM"),
+        ('{"architectures": ["NemotronForCausalLM"]}', "lacks 'num_attention_heads'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=reason):
+            named_model(str(path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["llama31_8b_nvfp4_qat"],
+        ["llama31_8b_bf16_control", "--gpu", "h100", "--nodes", "2"],
+        ["smollm2_135m_nvfp4_ptq"],
+        ["llama33_70b_nvfp4_qad", "--model", "llama31_405b", "--gpu", "GB200-NVL72", "--nodes", "18"],
+        ["llama33_70b_nvfp4_qad", "--model", "nemotron4_340b", "--nodes", "1"],
+        ["llama33_70b_nvfp4_qad", "--model", "deepseek_r1", "--gpu", "B200"],
+    ],
+    ids=" ".join,
+)
+def test_every_part_is_printed(words, capsys):
+    assert cli.main(["plan", *words]) == OK
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 260
+    assert "source: NVIDIA" in out
+    assert "NVL72" in out
+    if "deepseek_r1" in words:
+        assert "planned by its parameter counts" in out
+    elif "smollm2_135m_nvfp4_ptq" in words:
+        assert "method ptq only calibrates" in out
+    elif "nemotron4_340b" in words:
+        assert "best       none: no layout fits" in out
+    else:
+        assert "GPU-hours" in out
+        assert "best       TP" in out
+
+
+def test_names_of_gpus():
+    assert gpu_of("NVIDIA H200") is GPUS["H200"]
+    assert gpu_of("NVIDIA GB200") is GPUS["GB200-NVL72"]
+    assert gpu_of("NVIDIA B200") is GPUS["B200"]
+    assert gpu_of("Radeon") is None
+    assert named_gpu("gb200-nvl72") is GPUS["GB200-NVL72"]
+
+
+def test_planning_needs_no_torch(environment):
+    code = "import sys; from halfbyte.launch.cli import main; main(['plan', 'tiny']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
