@@ -11,7 +11,7 @@ import torch
 
 from halfbyte.export.folder import disk_errors, replacing
 from halfbyte.export.hf import Shards
-from halfbyte.export.reader import open_checkpoint
+from halfbyte.export.reader import Checkpoint, open_checkpoint
 
 SHARD_BYTES = 2_000_000_000
 
@@ -32,19 +32,35 @@ def write_decoded(out: Path, folder: Path) -> dict[str, float]:
         UserError: the export is missing or damaged, or the disk is full.
     """
     checkpoint = open_checkpoint(out)
+    with disk_errors(folder), replacing(folder) as partial:
+        decode_into(checkpoint, partial)
+    kinds = (".input_scale", ".k_scale", ".v_scale")
+    return {name: float(checkpoint.raw(name)) for name in checkpoint.names() if name.endswith(kinds)}
+
+
+def decode_into(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write config.json and the decoded weights into an empty folder.
+
+    Args:
+        checkpoint: An opened export.
+        folder: Gets each tensor in BF16 if that holds all of its values, else in FP32; config.json's dtype is float32
+            if any tensor's is.
+
+    Raises:
+        UserError: the export is damaged.
+    """
     suffixes = (".weight", ".weight_packed")
     modules = sorted({name.rsplit(".", 1)[0] for name in checkpoint.names() if name.endswith(suffixes)})
-    kinds = (".input_scale", ".k_scale", ".v_scale")
-    scales = {name: float(checkpoint.raw(name)) for name in checkpoint.names() if name.endswith(kinds)}
-    with disk_errors(folder), replacing(folder) as partial:
-        shards = Shards(partial, limit=SHARD_BYTES)
-        for module in modules:
-            values = torch.from_numpy(np.ascontiguousarray(checkpoint.decode(module)))
-            rounded = values.to(torch.bfloat16)
-            shards.add({f"{module}.weight": rounded if torch.equal(rounded.float(), values) else values})
-            if f"{module}.bias" in checkpoint.entries:
-                shards.add({f"{module}.bias": torch.from_numpy(checkpoint.decode_dense(f"{module}.bias")).bfloat16()})
-        shards.finish()
-        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return scales
+    shards, dtype = Shards(folder, limit=SHARD_BYTES), "bfloat16"
+    for module in modules:
+        values = torch.from_numpy(np.ascontiguousarray(checkpoint.decode(module)))
+        rounded = values.to(torch.bfloat16)
+        exact = torch.equal(rounded.float(), values)
+        shards.add({f"{module}.weight": rounded if exact else values})
+        dtype = dtype if exact else "float32"
+        if f"{module}.bias" in checkpoint.entries:
+            shards.add({f"{module}.bias": torch.from_numpy(checkpoint.decode_dense(f"{module}.bias")).bfloat16()})
+    shards.finish()
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -31,6 +31,7 @@ from halfbyte.training.hf_map import HFWeight
 from halfbyte.training.kv_format import KVCache
 
 RECORD = "halfbyte.json"
+GENERATION = "generation_config.json"
 
 SIDE_FILES = (
     "tokenizer*",
@@ -184,17 +185,24 @@ def _write_configs(
 
 def _copy_side_files(model_dir: Path, folder: Path, source: dict[str, Any]) -> None:
     """Tokenizer, chat template, licence and generation config."""
-    names = {path.name for pattern in SIDE_FILES for path in model_dir.glob(pattern) if path.is_file()}
-    if not any(name.startswith(("tokenizer", "vocab")) for name in names):
-        raise UserError(f"{model_dir}: no tokenizer files there; a server needs them: copy them into the directory")
-    for name in sorted(names):
-        shutil.copyfile(model_dir / name, folder / name)
-    generation = model_dir / "generation_config.json"
-    if generation.exists():
-        shutil.copyfile(generation, folder / generation.name)
-    else:
+    for path in side_files(model_dir):
+        shutil.copyfile(path, folder / path.name)
+    generation = folder / GENERATION
+    if not generation.exists():
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-        _write_json(folder / generation.name, {name: source[name] for name in tokens if source.get(name) is not None})
+        _write_json(generation, {name: source[name] for name in tokens if source.get(name) is not None})
+
+
+def side_files(model_dir: Path) -> list[Path]:
+    """The files of a model directory that are copied as they are, sorted.
+
+    Raises:
+        UserError: no tokenizer is among them.
+    """
+    found = {path for pattern in (*SIDE_FILES, GENERATION) for path in model_dir.glob(pattern) if path.is_file()}
+    if not any(path.name.startswith(("tokenizer", "vocab")) for path in found):
+        raise UserError(f"{model_dir}: no tokenizer files there; a server needs them: copy them into the directory")
+    return sorted(found)
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -59,6 +59,13 @@ class Entry:
     offset: int
 
 
+def stored(entry: Entry) -> np.ndarray:
+    """Stored bits, memory-mapped and read-only: the entry's shape, in the numpy dtype of its dtype's bits."""
+    if not prod(entry.shape):
+        return np.empty(entry.shape, _STORAGE[entry.dtype])
+    return np.memmap(entry.file, _STORAGE[entry.dtype], "r", entry.offset, entry.shape)
+
+
 class Checkpoint:
     """An exported checkpoint; tensors are read from the files when asked for. Made by open_checkpoint."""
 
@@ -80,10 +87,7 @@ class Checkpoint:
         """
         if name not in self.entries:
             raise UserError(f"{self.folder}: no tensor {name}; export again")
-        entry = self.entries[name]
-        if not prod(entry.shape):
-            return np.empty(entry.shape, _STORAGE[entry.dtype])
-        return np.memmap(entry.file, _STORAGE[entry.dtype], "r", entry.offset, entry.shape)
+        return stored(self.entries[name])
 
     def quantized_modules(self) -> list[str]:
         """Modules that have a weight_scale, sorted."""
@@ -185,7 +189,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise UserError(f"{index_path}: missing beside {len(files)} safetensors files; export again")
     entries: dict[str, Entry] = {}
     for file in files:
-        for name, entry in _read_header(file).items():
+        for name, entry in read_header(file).items():
             if name in entries:
                 raise UserError(f"{file}: {name} is also in {entries[name].file.name}; export again")
             entries[name] = entry
@@ -206,8 +210,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
-    """Entries of one safetensors file, checked: known dtypes, sizes that fit, no gap and no overlap."""
+def read_header(file: Path) -> dict[str, Entry]:
+    """Entries of one safetensors file, checked: known dtypes, sizes that fit, no gap and no overlap.
+
+    Raises:
+        UserError: it is not a whole safetensors file.
+    """
     total = file.stat().st_size
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0] if total >= 8 else 0

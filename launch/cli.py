@@ -6,7 +6,7 @@ is one line on stderr.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from halfbyte.launch import cli_plan
@@ -103,12 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     submit = add("submit", _submit, "hand the very same run to Slurm", recipe=True)
     submit.add_argument("--nodes", metavar="N", type=int, required=True, help="number of nodes")
     submit.add_argument("--dry-run", action="store_true", help="write and print the sbatch file only")
-    for stage, help_text in STAGE_HELP.items():
-        sub = add(stage, _stage, help_text, run_dir=True, gate=True)
-        sub.set_defaults(stage=stage, against=None)
-        if stage == "gate":
-            help_text = "judge against another run's result instead of BF16; writes gate.against.json only"
-            sub.add_argument("--against", metavar="BASELINE_RUN", help=help_text)
+    _add_stages(add)
     compare = add("compare", _compare, "judge one run's result against another's on the same items")
     compare.add_argument("run_a", metavar="RUN_A", help="the baseline")
     compare.add_argument("run_b", metavar="RUN_B", help="the run that is judged, within its recipe's thresholds")
@@ -116,6 +111,20 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", metavar="FILE", help="write the verdict with all numbers there")
     add("report", _report, "write report.html and report.md of what the run holds", run_dir=True)
     return parser
+
+
+def _add_stages(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands of STAGE_HELP; some have options of their own."""
+    for stage, help_text in STAGE_HELP.items():
+        sub = add(stage, _stage, help_text, run_dir=True, gate=True)
+        sub.set_defaults(stage=stage, against=None)
+        if stage == "gate":
+            help_text = "judge against another run's result instead of BF16; writes gate.against.json only"
+            sub.add_argument("--against", metavar="BASELINE_RUN", help=help_text)
+        if stage == "export":
+            sub.add_argument("--format", help="convert what was exported: compressed_tensors | trtllm | dequantized")
+            sub.add_argument("--to", metavar="DIR", help="where the conversion goes; none means RUN_DIR/export/FORMAT")
+            sub.add_argument("--tp", metavar="N", type=int, help="with --format trtllm: tensor-parallel size")
 
 
 class _Version(argparse.Action):
@@ -299,6 +308,8 @@ def _teacher(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     if args.against is not None:
         return _gate_against(args)
+    if args.stage == "export" and (args.format or args.to or args.tp):
+        return _export_as(args)
     from halfbyte.launch.pipeline import TOGETHER
     from halfbyte.launch.start import launch, run_here
     from halfbyte.training.resolve import save
@@ -308,6 +319,18 @@ def _stage(args: argparse.Namespace) -> int:
     save(recipe, resolved)
     start = launch if together else run_here
     return start(recipe, [args.stage], allow_failed_gate=args.allow_failed_gate)
+
+
+def _export_as(args: argparse.Namespace) -> int:
+    from halfbyte.launch.export import export_as
+    from halfbyte.training.environment import quiet_libraries
+
+    quiet_libraries()
+    if args.format is None or args.overrides:
+        raise UserError("export --to, --tp: go with --format and without key=value; give --format FORMAT", USAGE)
+    to = None if args.to is None else Path(args.to)
+    export_as(Path(args.run_dir), args.format, to, args.tp, allow_failed_gate=args.allow_failed_gate)
+    return OK
 
 
 def _of_run(args: argparse.Namespace, *, need_model: bool):

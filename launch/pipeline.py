@@ -131,6 +131,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
     Returns:
         0, or the gate's exit code.
     """
+    from halfbyte.launch import export as also
     from halfbyte.launch import handover
     from halfbyte.launch import report as written
     from halfbyte.launch.summary import summary_text
@@ -149,11 +150,15 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
             handover.check_verdict(folder, verdict)
             handover.prepare(recipe, folder, console, resume=resume)
             with console.stage("release") as notes:
-                if code == OK or allow_failed_gate:
+                released = code == OK or allow_failed_gate
+                if released:
                     notes.append(str(handover.release(recipe, folder, verdict)))
                 else:
                     handover.withdraw(folder)
+                    also.withdraw_also(folder)
                     notes.append(f"no: the gate says {verdict['verdict']} (--allow-failed-gate overrides)")
+            if released:
+                also.convert_also(recipe, folder, console)
     if "verify" in stages and not resume:
         with console.stage("verify") as notes:
             report = handover.check_again(recipe, folder)

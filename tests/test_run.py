@@ -37,7 +37,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
-    done = halfbyte("run", "tiny", *SHORT, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
+    further = ("export.also=[compressed_tensors,trtllm]", "export.tensor_parallel=2")
+    done = halfbyte("run", "tiny", *SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     run = place / "runs" / "a"
     train = read(run / "train.json")
@@ -64,7 +65,10 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     assert all(abs(task["nats_per_token_difference"]) < 1e-3 for task in verified["rescored"].values())
     assert (run / "export" / "hf" / "tokenizer.json").exists()
     assert (run / "export" / "hf" / "generation_config.json").exists()
-    assert [path.name for path in (run / "export").iterdir() if path.is_dir()] == ["hf"]
+    folders = {path.name for path in (run / "export").iterdir() if path.is_dir()}
+    assert folders == {"hf", "compressed_tensors", "trtllm"}
+    assert (run / "export" / "trtllm" / "rank1.safetensors").exists()
+    assert read(run / "export" / "trtllm" / "halfbyte.json")["gate"]["verdict"] == "pass"
     assert str((run / "export" / "hf").resolve()) in (run / "export" / "HANDOFF.md").read_text()
     assert "trtllm-serve" in done.stdout
     assert list((run / "wandb").glob("offline-run-*"))
@@ -74,9 +78,11 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
 
 def test_a_finished_run_is_not_done_again(halfbyte, place):
     before = digest(place / "runs" / "a")
-    again = halfbyte("run", "tiny", *SHORT, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
-    assert again.returncode == 0
-    assert not any(line.startswith(("import", "evaluate", "train")) for line in again.stdout.splitlines())
+    further = ("export.also=[trtllm]", "export.tensor_parallel=2")
+    again = halfbyte("run", "tiny", *SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
+    assert again.returncode == 0, again.stderr
+    started = ("import", "evaluate", "train", "export")
+    assert not any(line.startswith(started) for line in again.stdout.splitlines())
     assert digest(place / "runs" / "a") == before
 
 
@@ -102,6 +108,7 @@ def test_a_failed_gate_leaves_nothing_to_ship_unless_it_is_asked_to(halfbyte, pl
     assert done.returncode == 3
     assert not (run / "export" / "hf").exists()
     assert not (run / "export" / "HANDOFF.md").exists()
+    assert not (run / "export" / "trtllm").exists()
     assert read(run / "export" / "candidate" / "halfbyte.json")["gate"] is None
     allowed = halfbyte("export", "runs/a", *strict, "--allow-failed-gate", cwd=place)
     assert allowed.returncode == 3

@@ -56,3 +56,14 @@ class CudaGraphs(StrEnum):
     always = "always"
     """Wherever it is possible: also under tensor and data parallelism."""
     never = "never"
+
+
+class Container(StrEnum):
+    """What an export can be converted to, beside the layout that it has."""
+
+    compressed_tensors = "compressed_tensors"
+    """NVFP4 as compressed-tensors `nvfp4-pack-quantized`."""
+    trtllm = "trtllm"
+    """NVFP4 as a TensorRT-LLM checkpoint directory, the input of trtllm-build (TensorRT-LLM <= 1.2.1)."""
+    dequantized = "dequantized"
+    """The values of the quantized weights in BF16, as a plain Hugging Face directory; for debugging."""

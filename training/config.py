@@ -10,6 +10,7 @@ from enum import StrEnum
 from halfbyte.training.choices import Activations, BlockScale, CudaGraphs, SecondScale, Smoothing, Weights
 from halfbyte.training.config_commands import Generate, Sensitivity
 from halfbyte.training.config_distill import Distill
+from halfbyte.training.config_export import Export, Verify
 from halfbyte.training.config_launch import Checkpoint, Launch
 from halfbyte.training.kv_format import KVCache
 
@@ -307,22 +308,6 @@ class Gate:
     judges: Judges = Judges.exported
     control: str | None = None
     """Run folder of a BF16 model trained on the same data (method bf16) to compare with; none is the original model."""
-
-
-@dataclass
-class Export:
-    """The checkpoint for serving."""
-
-    shard_gb: float = 5.0
-    """Largest size of one safetensors file, gigabytes (1e9 bytes)."""
-
-
-@dataclass
-class Verify:
-    """The check of the exported files."""
-
-    items: int = 8
-    """Items per task on which the decoded checkpoint is scored again; 0 means none."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from halfbyte.training.config import GateRule, Method, Recipe, TaskKind
 from halfbyte.training.errors import RecipeError
+from halfbyte.training.export_rules import export_problems
 from halfbyte.training.families import TINY
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.shape import ModelShape, read_shape
@@ -37,6 +38,7 @@ POSITIVE = (
     "gate.perplexity_ratio",
     "gate.kl",
     "export.shard_gb",
+    "export.tensor_parallel",
     "launch.gpus_per_node",
 )
 NOT_NEGATIVE = (
@@ -73,7 +75,7 @@ def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
     shape, found = find_shape(recipe)
     found += [*_numbers(recipe), *_steps(recipe), *_teacher(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
     if shape is not None:
-        found += model_problems(recipe, shape)
+        found += [*model_problems(recipe, shape), *export_problems(recipe, shape)]
     if need_weights:
         found += _weights(recipe)
     return found

@@ -1,0 +1,114 @@
+"""A quantized checkpoint in another layout, made from its files: no training checkpoint and no GPU is needed.
+
+The source is this package's export or a published directory in ModelOpt's layout. A conversion is read back by code
+that shares nothing with what wrote it (export/converted.py) before it takes its place, so a folder that stands was
+checked.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from halfbyte.export import compressed, converted, trtllm
+from halfbyte.export.container import INDEX, Planned, file_names, index_of, write_file
+from halfbyte.export.decode import decode_into
+from halfbyte.export.folder import disk_errors, replacing
+from halfbyte.export.hf import RECORD, file_hash, side_files
+from halfbyte.export.reader import Checkpoint, open_checkpoint
+from halfbyte.export.source import cache_of, formats_of
+from halfbyte.training.choices import Container
+from halfbyte.training.errors import UserError
+from halfbyte.training.export_rules import container_problems
+from halfbyte.training.files import read_json
+from halfbyte.training.shape import read_shape
+
+CARRIED = ("method", "gate", "checkpoint", "recipe_sha256", "recipe", "versions")
+"""Entries of the source's halfbyte.json that hold for the conversion too."""
+
+
+def convert(source: Path, container: Container, out: Path, *, ranks: int) -> dict[str, Any]:
+    """Convert a checkpoint, check the result against the source, and put it at `out`.
+
+    Args:
+        source: A quantized Hugging Face directory.
+        container: The layout to make.
+        out: Destination; what stands there is replaced once the new one is complete and checked.
+        ranks: Tensor-parallel size of the engine, for trtllm.
+
+    Returns:
+        bytes (all files), files (weight files), tensors (compared with the source).
+
+    Raises:
+        UserError: the source is damaged or cannot be held by the container, the result differs from the source, or the
+            disk is full. What stood at `out` still does.
+    """
+    checkpoint = open_checkpoint(source)
+    formats = formats_of(checkpoint)
+    if not formats:
+        raise UserError(f"export format {container}: {source} is not quantized; there is nothing to convert")
+    shape = read_shape(source / "config.json")
+    problems = [*container_problems(container, shape, formats, cache_of(checkpoint), ranks)]
+    if problems:
+        raise UserError("\n".join(f"{source}: {problem}" for problem in problems))
+    if out.resolve() == source.resolve():
+        raise UserError(f"--to {out}: is the checkpoint that is converted; name another folder")
+    with disk_errors(out), replacing(out) as folder:
+        _write(checkpoint, container, folder, ranks)
+        tensors = converted.check(checkpoint, container, folder)
+        for path in side_files(source):
+            shutil.copyfile(path, folder / path.name)
+        _write_record(checkpoint, container, folder, ranks)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        count = len(list(folder.glob("*.safetensors")))
+    return {"bytes": size, "files": count, "tensors": tensors}
+
+
+def _write(checkpoint: Checkpoint, container: Container, folder: Path, ranks: int) -> None:
+    if container is Container.trtllm:
+        for rank in range(ranks):
+            write_file(folder / f"rank{rank}.safetensors", trtllm.tensors(checkpoint, rank, ranks))
+        _write_json(folder / "config.json", trtllm.config(checkpoint, ranks))
+    elif container is Container.compressed_tensors:
+        _write_files(folder, checkpoint, compressed.tensors(checkpoint))
+        section = compressed.quantization_config(checkpoint)
+        _write_json(folder / "config.json", checkpoint.config | {"quantization_config": section})
+    else:
+        decode_into(checkpoint, folder)
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint, tensors: dict[str, Planned]) -> None:
+    """As many files as the source has, filled in the order of names; the index beside them."""
+    count = len({entry.file for entry in checkpoint.entries.values()})
+    share = sum(tensor.nbytes for tensor in tensors.values()) / count
+    groups: list[dict[str, Planned]] = [{} for _ in range(count)]
+    filled = 0
+    for name, tensor in tensors.items():
+        groups[min(int(filled / share), count - 1)][name] = tensor
+        filled += tensor.nbytes
+    files = list(zip(file_names(count), groups, strict=True))
+    for name, group in files:
+        write_file(folder / name, group)
+    if count > 1:
+        _write_json(folder / INDEX, index_of(files))
+
+
+def origin(source: Path, container: Container, ranks: int) -> dict[str, Any]:
+    """What a conversion is made from, for its halfbyte.json: equal for two that would hold the same bytes."""
+    described = source / (RECORD if (source / RECORD).exists() else "config.json")
+    made = {"format": container.value, "source": source.name, "source_sha256": file_hash(described)}
+    return made | ({"tensor_parallel": ranks} if container is Container.trtllm else {})
+
+
+def _write_record(checkpoint: Checkpoint, container: Container, folder: Path, ranks: int) -> None:
+    """halfbyte.json: what the source's says about its origin, and the hashes of these files."""
+    path = checkpoint.folder / RECORD
+    source = read_json(path) if path.exists() else {}
+    files = {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    record = {key: source[key] for key in CARRIED if key in source}
+    record |= origin(checkpoint.folder, container, ranks) | {"files": files}
+    _write_json(folder / RECORD, record)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

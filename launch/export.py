@@ -1,0 +1,99 @@
+"""`halfbyte export RUN --format FORMAT`, and the further layouts (`export.also`) of a released checkpoint."""
+
+import shutil
+from pathlib import Path
+
+from halfbyte.export.convert import convert, origin
+from halfbyte.export.hf import RECORD
+from halfbyte.launch import handover
+from halfbyte.launch.console import Console
+from halfbyte.launch.start import RESOLVED
+from halfbyte.training.choices import Container
+from halfbyte.training.config import Method, Recipe
+from halfbyte.training.errors import USAGE, UserError
+from halfbyte.training.files import read_json
+from halfbyte.training.resolve import load
+
+
+def export_as(source: Path, container: str, to: Path | None, ranks: int | None, *, allow_failed_gate: bool) -> Path:
+    """Convert the checkpoint of a finished run, or a quantized Hugging Face directory.
+
+    Args:
+        source: A run folder, or the directory of a quantized checkpoint.
+        container: A name of Container.
+        to: Destination; none means <run>/export/<container>, and a directory without a run needs one.
+        ranks: Tensor-parallel size of the engine; none means export.tensor_parallel of the run's recipe, or 1.
+        allow_failed_gate: Convert a checkpoint that the gate did not release.
+
+    Returns:
+        Where the conversion stands.
+
+    Raises:
+        UserError: no such format or folder, nothing was exported or released there, or the conversion failed.
+    """
+    if container not in list(Container):
+        raise UserError(f"--format {container}: no such format; use one of {', '.join(Container)}", USAGE)
+    if ranks is not None and ranks < 1:
+        raise UserError(f"--tp {ranks}: not a number of GPUs; give 1 or more", USAGE)
+    recipe = load(source / RESOLVED, [f"run.dir={source}"]) if (source / RESOLVED).is_file() else None
+    if recipe is None and not (source / "config.json").is_file():
+        raise UserError(f"{source}: neither a run folder nor a checkpoint; give one of them", USAGE)
+    if recipe is None and to is None:
+        raise UserError(f"{source}: no run folder, so name a destination with --to DIR", USAGE)
+    checkpoint = source if recipe is None else serving_checkpoint(recipe, source, allow_failed_gate=allow_failed_gate)
+    size = ranks or (recipe.export.tensor_parallel if recipe is not None else 1)
+    out = to or place(source, Container(container))
+    _convert(checkpoint, Container(container), out, size, Console(True))
+    return out
+
+
+def serving_checkpoint(recipe: Recipe, folder: Path, *, allow_failed_gate: bool) -> Path:
+    """The exported directory of a finished run.
+
+    Raises:
+        UserError: nothing was exported, or the gate has not released it.
+    """
+    if recipe.method == Method.bf16:
+        raise UserError(f"{folder}: method = bf16 quantizes nothing; serve {handover.released(folder)} as it is")
+    if (handover.released(folder) / "config.json").exists():
+        return handover.released(folder)
+    out = handover.exported(folder)
+    if out is None:
+        raise UserError(f"{folder}: holds no exported checkpoint; export it first (halfbyte export {folder})")
+    if not allow_failed_gate:
+        raise UserError(f"{out}: the gate has not released it; --allow-failed-gate takes it all the same")
+    return out
+
+
+def place(folder: Path, container: Container) -> Path:
+    """Where a run keeps a conversion."""
+    return folder / "export" / container.value
+
+
+def convert_also(recipe: Recipe, folder: Path, console: Console) -> None:
+    """Make the layouts of export.also from the released checkpoint, unless they are there; older conversions go.
+
+    Raises:
+        UserError: a conversion failed; the release stands.
+    """
+    source, ranks = handover.released(folder), recipe.export.tensor_parallel
+    for container in Container:
+        out = place(folder, container)
+        made = read_json(out / RECORD) if (out / RECORD).exists() else {}
+        current = origin(source, container, ranks).items() <= made.items()
+        if container in recipe.export.also and not current:
+            _convert(source, container, out, ranks, console)
+        elif not current:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def withdraw_also(folder: Path) -> None:
+    """Remove the conversions of an older release."""
+    for container in Container:
+        shutil.rmtree(place(folder, container), ignore_errors=True)
+
+
+def _convert(source: Path, container: Container, out: Path, ranks: int, console: Console) -> None:
+    with console.stage(f"export {container}") as notes:
+        made = convert(source, container, out, ranks=ranks)
+        notes.append(f"{made['tensors']} tensors checked, {made['bytes'] / 1e6:.1f} MB in {made['files']} files, {out}")
