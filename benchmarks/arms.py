@@ -28,6 +28,9 @@ LONG = (
     "train.learning_rate=1e-3",
 )
 MXFP4 = ("quantize.format=mxfp4",)
+AWQ = ("quantize.smoothing=awq_lite",)
+FOUR_OVER_SIX = ("quantize.block_scale=four_over_six",)
+MIX = ("distill.cross_entropy=0.1",)
 
 ROWS = (
     Row("nvfp4_max", "NVFP4 PTQ, max", PTQ, trained=False),
@@ -52,13 +55,17 @@ ROWS = (
     Row("nvfp4_qat", "NVFP4 QAT, cross-entropy", QAT),
     Row("nvfp4_qad", "NVFP4 QAD, full KL", ()),
     Row("nvfp4_qad_topk", "NVFP4 QAD, top-64 KL", TOP_K),
-    Row("nvfp4_qad_46", "NVFP4 QAD, full KL, Four-Over-Six", ("quantize.block_scale=four_over_six",)),
+    Row("nvfp4_qad_46", "NVFP4 QAD, full KL, Four-Over-Six", FOUR_OVER_SIX),
+    Row("nvfp4_qad_awq", "NVFP4 QAD, full KL, from AWQ-lite", AWQ),
+    Row("nvfp4_qad_fast", "NVFP4 QAD, full KL, from AWQ-lite, LR 1e-3", (*AWQ, "train.learning_rate=1e-3")),
+    Row("nvfp4_qad_mix", "NVFP4 QAD, full KL + 0.1 CE, from AWQ-lite", (*AWQ, *MIX)),
     Row("mxfp4_qat", "MXFP4 QAT, cross-entropy", (*QAT, *MXFP4)),
     Row("mxfp4_qad", "MXFP4 QAD, full KL", MXFP4),
+    Row("mxfp4_qad_awq", "MXFP4 QAD, full KL, from AWQ-lite", (*MXFP4, *AWQ)),
     Row(
         "nvfp4_qad_long",
-        "NVFP4 QAD, full KL, Four-Over-Six, 65.5 M tokens",
-        (*LONG, "quantize.block_scale=four_over_six"),
+        "NVFP4 QAD, full KL, from AWQ-lite and Four-Over-Six, 65.5 M tokens",
+        (*LONG, *AWQ, *FOUR_OVER_SIX),
     ),
-    Row("mxfp4_qad_long", "MXFP4 QAD, full KL, 65.5 M tokens", (*LONG, *MXFP4)),
+    Row("mxfp4_qad_long", "MXFP4 QAD, full KL, from AWQ-lite, 65.5 M tokens", (*LONG, *MXFP4, *AWQ)),
 )

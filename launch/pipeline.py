@@ -25,6 +25,8 @@ from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.interrupt import Stop
 
 STAGES = ("calibrate", "evaluate", "train", "gate", "export", "verify")
+SCORED = ("calibrate", "evaluate", "train", "gate")
+"""A run that hands nothing over: all that a sweep over settings needs."""
 TOGETHER = ("calibrate", "evaluate", "train")
 """Stages that need the layout's process group; the others read files."""
 
@@ -34,7 +36,7 @@ def run_stages(recipe: Recipe, stages: Sequence[str], stop: Stop, *, allow_faile
 
     Args:
         recipe: Resolved recipe; run.dir exists and holds resolved.yaml.
-        stages: Some of STAGES. All of them: what a run folder already holds is not done again. Fewer: these are. Or
+        stages: Some of STAGES. SCORED or all: what a run folder already holds is not done again. Fewer: these are. Or
             "sensitivity" or "generate" alone, which are not stages of a run.
         stop: Installed signal handling.
         allow_failed_gate: Export even if the gate does not pass, with the verdict in the files.
@@ -60,7 +62,7 @@ def run_stages(recipe: Recipe, stages: Sequence[str], stop: Stop, *, allow_faile
 
         write(recipe, stop)
         return OK
-    resume = set(stages) == set(STAGES)
+    resume = set(SCORED) <= set(stages)
     first = environment.coordinates()[0] == 0
     if any(stage in TOGETHER for stage in stages) and not (resume and _trained_and_scored(recipe)):
         first = together(recipe, [stage for stage in stages if stage in TOGETHER], stop, resume=resume)

@@ -61,6 +61,7 @@ if not folder.exists():
         (folder / name).mkdir(parents=True)
     (folder / "cache" / "reference.lambada.0.pt").write_text(row)
     (folder / "evaluate.json").write_text(json.dumps({{"bf16": {BF16!r}, "qad": {SCORES!r}}}))
+    (folder / "quantize.json").write_text("{{}}")
     (folder / "state.json").write_text(json.dumps({{"evaluate.bf16": 0, "train": 9}}))
 """
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from halfbyte.launch import cli, start
 from halfbyte.launch.check import export_bytes, plan_text
-from halfbyte.launch.pipeline import STAGES
+from halfbyte.launch.pipeline import SCORED, STAGES
 from halfbyte.launch.plan_memory import memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training import fetch
@@ -86,6 +86,14 @@ def test_run_fetches_saves_and_launches_all_stages(calls, tmp_path, capsys):
     assert allowed
     assert (tmp_path / "runs/tiny/resolved.yaml").is_file()
     assert "resuming" not in capsys.readouterr().out
+
+
+def test_a_run_without_an_export_needs_a_gate_that_can_do_without(calls, capsys):
+    assert cli.main(["run", "tiny", "--no-export"]) == USAGE
+    assert errors(capsys) == ["--no-export leaves nothing for gate.judges = exported to judge; add gate.judges=trained"]
+    assert [call[0] for call in calls] == ["fetch"]
+    cli.main(["run", "tiny", "--no-export", "gate.judges=trained"])
+    assert calls[-1][1] == list(SCORED)
 
 
 def test_run_on_an_existing_folder_resumes_only_the_same_run(calls, tmp_path, capsys):

@@ -1,0 +1,89 @@
+"""Commands that start from a recipe or a run and need the model's weights: sensitivity, generate, teacher."""
+
+import argparse
+from pathlib import Path
+
+from halfbyte.training.errors import OK, RecipeError
+
+
+def with_weights(args: argparse.Namespace):
+    """Resolve a recipe whose weights must be there, fetching them where the recipe says how."""
+    from halfbyte.launch.start import inside_launcher
+    from halfbyte.training.resolve import resolve
+    from halfbyte.training.rules import must_fetch
+
+    recipe = resolve(args.recipe, args.overrides, need_weights=True)
+    if must_fetch(recipe):
+        fetch, folder = recipe.model.fetch, recipe.model.path
+        if inside_launcher():  # one process per GPU: they would all fetch
+            raise RecipeError([f"model.path = {folder}: nothing there; run `halfbyte fetch {fetch} {folder}` first"])
+        fetch_into(str(fetch), Path(folder))
+        recipe = resolve(args.recipe, args.overrides, need_weights=True)
+    return recipe
+
+
+def fetch_into(name: str, folder: Path) -> None:
+    """Make model `name` in `folder`, and say so."""
+    from halfbyte.training.fetch import fetch
+
+    print(f"{fetch(name, folder)}: {name} is there", flush=True)
+
+
+def recipe_or_run(args: argparse.Namespace):
+    """The recipe that is named, or that of the run folder that is named; its weights must be there."""
+    from halfbyte.launch.start import RESOLVED
+    from halfbyte.training.resolve import load
+    from halfbyte.training.rules import problems
+
+    resolved = Path(args.recipe) / RESOLVED
+    if not resolved.is_file():
+        return with_weights(args)
+    recipe = load(resolved, [*args.overrides, f"run.dir={args.recipe}"])
+    found = problems(recipe, need_weights=True)
+    if found:
+        raise RecipeError(found)
+    return recipe
+
+
+def sensitivity(args: argparse.Namespace) -> int:
+    """`halfbyte sensitivity`: returns the exit code."""
+    from halfbyte.launch.sensitivity import STAGE, prepare
+    from halfbyte.launch.start import RESOLVED, is_first, launch
+    from halfbyte.training.resolve import save
+
+    if args.bits is not None:
+        args.overrides.append(f"sensitivity.bits={args.bits}")
+    recipe = recipe_or_run(args)
+    measured = prepare(recipe)
+    save(measured, Path(measured.run.dir) / RESOLVED)
+    code = launch(measured, [STAGE])
+    plan = Path(recipe.run.dir) / "sensitivity.yaml"
+    if code == OK and recipe.sensitivity.bits is not None and is_first():
+        resolved = Path(args.recipe) / RESOLVED
+        source = resolved if resolved.is_file() else args.recipe
+        print(f"  run it: halfbyte run {source} {plan} run.dir={recipe.run.dir}_mixed")
+    return code
+
+
+def generate(args: argparse.Namespace) -> int:
+    """`halfbyte generate`: returns the exit code."""
+    from halfbyte.launch.generate import STAGE, prepare
+    from halfbyte.launch.start import RESOLVED, launch
+    from halfbyte.training.resolve import save
+
+    recipe = prepare(recipe_or_run(args), args.prompts, args.out)
+    save(recipe, Path(recipe.run.dir) / RESOLVED)
+    return launch(recipe, [STAGE])
+
+
+def teacher(args: argparse.Namespace) -> int:
+    """`halfbyte teacher`: returns the exit code."""
+    from halfbyte.launch.start import RESOLVED, launch
+    from halfbyte.launch.teacher import STAGE, prepare
+    from halfbyte.training.resolve import save
+
+    recipe = with_weights(args)
+    folder = Path(args.out or f"{recipe.run.dir}_teacher").absolute()
+    writing = prepare(recipe, folder)
+    save(writing, folder / RESOLVED)
+    return launch(writing, [STAGE])
