@@ -5,19 +5,15 @@ Writes a Markdown table with versions. Without CUDA it says so and measures noth
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from halfbyte.bench.common import about, torchrun
 from halfbyte.bench.plan import ARMS, LAYOUTS, Size
 from halfbyte.training.errors import OK, USAGE
-
-PACKAGES = ("torch", "triton", "megatron-core", "nvidia-modelopt", "halfbyte")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     from halfbyte.bench.table import document
 
     bandwidth = kernels.measure()
-    text = document(size, measured, bandwidth, _about(), skipped)
+    text = document(size, measured, bandwidth, about("python -m halfbyte.bench"), skipped)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text)
     figures = {"size": asdict(size), "steps": measured, "kernels": bandwidth}
@@ -76,22 +72,9 @@ def _layout(name: str, arms: list[str], size: Size, args: argparse.Namespace) ->
     with tempfile.TemporaryDirectory() as folder:
         out, shape = Path(folder) / "out.json", Path(folder) / "size.json"
         shape.write_text(json.dumps(asdict(size)))
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={LAYOUTS[name].gpus}"]
-        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "halfbyte.bench.worker"]
         words = [name, ",".join(arms), str(out), str(shape), str(args.steps), str(args.rounds)]
-        subprocess.run([*launcher, *words], check=True)
+        torchrun(LAYOUTS[name].gpus, "halfbyte.bench.worker", words)
         return json.loads(out.read_text())
-
-
-def _about() -> dict[str, str]:
-    import torch
-
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    return {
-        "command": " ".join(["python -m halfbyte.bench", *sys.argv[1:]]),
-        "GPU": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}",
-        "versions": f"Python {platform.python_version()}, {versions}",
-    }
 
 
 if __name__ == "__main__":

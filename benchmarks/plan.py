@@ -14,6 +14,7 @@ from halfbyte.training.config import (
     Run,
     Train,
 )
+from halfbyte.training.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,24 @@ class Size:
         tokens = self.sequence * self.micro_batches
         linears = 6 * (self.layers * self.layer_parameters + self.vocab * self.hidden) * tokens
         return linears + 6 * self.layers * self.sequence**2 * self.hidden * self.micro_batches
+
+
+def shape_of(size: Size) -> ModelShape:
+    """The model's shape."""
+    return ModelShape(
+        layers=size.layers,
+        hidden=size.hidden,
+        ffn=size.ffn,
+        heads=size.heads,
+        kv_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads,
+        vocab=size.vocab,
+        tied=False,
+        max_positions=size.sequence,
+        rope_theta=500000.0,
+        rope_scaling_factor=None,
+        norm_eps=1e-5,
+    )
 
 
 def recipe(size: Size, layout: Layout, arm: Arm) -> Recipe:

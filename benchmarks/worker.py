@@ -15,9 +15,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import layers
 
-from halfbyte.bench.plan import ARMS, LAYOUTS, Arm, Layout, Size, recipe
+from halfbyte.bench.plan import ARMS, LAYOUTS, Arm, Layout, Size, recipe, shape_of
 from halfbyte.training import environment, model, module, quantize
 from halfbyte.training.config import Recipe
 from halfbyte.training.data import MicroBatch
@@ -32,29 +33,11 @@ FAILURES = (RuntimeError, AssertionError, NotImplementedError, ImportError, Attr
 """What ModelOpt's arms may fail with, by format and layout; the table then names the reason."""
 
 
-def shape_of(size: Size) -> ModelShape:
-    """The model's shape."""
-    return ModelShape(
-        layers=size.layers,
-        hidden=size.hidden,
-        ffn=size.ffn,
-        heads=size.heads,
-        kv_heads=size.kv_heads,
-        head_dim=size.hidden // size.heads,
-        vocab=size.vocab,
-        tied=False,
-        max_positions=size.sequence,
-        rope_theta=500000.0,
-        rope_scaling_factor=None,
-        norm_eps=1e-5,
-    )
-
-
-def batches(size: Size, runtime: Runtime) -> list[MicroBatch]:
-    """One global batch of random tokens, all with loss."""
+def batches(vocab: int, sequence: int, rows: int, count: int, runtime: Runtime) -> list[MicroBatch]:
+    """`count` micro-batches of `rows` x `sequence` random tokens, all with loss, on the runtime's device."""
     generator = torch.Generator().manual_seed(1)
-    windows = torch.randint(size.vocab, (size.micro_batches, 1, size.sequence + 1), generator=generator)
-    mask = torch.ones(1, size.sequence)
+    windows = torch.randint(vocab, (count, rows, sequence + 1), generator=generator)
+    mask = torch.ones(rows, sequence)
     return [MicroBatch(w[:, :-1].contiguous(), w[:, 1:].contiguous(), mask, None).to(runtime.device) for w in windows]
 
 
@@ -62,11 +45,7 @@ def batches(size: Size, runtime: Runtime) -> list[MicroBatch]:
 def training(size: Size, layout: Layout, arm: Arm, runtime: Runtime, parts: list[MicroBatch]) -> Iterator[Any]:
     """A Training module of an arm, with the two things that Lightning's trainer would give it."""
     plan: Recipe = recipe(size, layout, arm)
-    gpt = model.build(shape_of(size), plan, runtime)
-    generator = torch.Generator(runtime.device).manual_seed(2)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.normal_(0.0, 0.02, generator=generator) if parameter.dim() == 2 else parameter.fill_(1.0)
+    gpt = random_model(shape_of(size), plan, runtime)
     with _modelopt_as_it_is(arm):
         if arm.format is not None:
             quantize.quantize(gpt, plan, runtime, lambda stage: collect(stage, parts[:1], None))
@@ -75,10 +54,25 @@ def training(size: Size, layout: Layout, arm: Arm, runtime: Runtime, parts: list
 
             with contextlib.redirect_stdout(None):
                 mtq.quantize(gpt, getattr(mtq, arm.modelopt), lambda stage: collect(stage, parts[:1], None))
-        trained = module.Training(gpt, teacher=None, recipe=plan, runtime=runtime, data=None)  # type: ignore[arg-type]
-        trained.optimizers = lambda: trained.optimizer  # type: ignore[method-assign]
-        trained.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
-        yield trained
+        yield without_trainer(gpt, None, plan, runtime)
+
+
+def random_model(shape: ModelShape, plan: Recipe, runtime: Runtime) -> GPTModel:
+    """This rank's part of a model with random matrices and norms of one."""
+    gpt = model.build(shape, plan, runtime)
+    generator = torch.Generator(runtime.device).manual_seed(2)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.normal_(0.0, 0.02, generator=generator) if parameter.dim() == 2 else parameter.fill_(1.0)
+    return gpt
+
+
+def without_trainer(gpt: GPTModel, teacher: GPTModel | None, plan: Recipe, runtime: Runtime) -> Any:
+    """A Training module whose training_step can be called by itself: what Lightning's trainer would give is there."""
+    trained = module.Training(gpt, teacher=teacher, recipe=plan, runtime=runtime, data=None)  # type: ignore[arg-type]
+    trained.optimizers = lambda: trained.optimizer  # type: ignore[method-assign]
+    trained.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    return trained
 
 
 @contextlib.contextmanager
@@ -124,7 +118,7 @@ def measure(
         Arm name -> seconds (of all timed steps), first_step (seconds, compilation included), peak_bytes (of this
         rank), loss (of the last step), median; an arm of ModelOpt that does not run: failed (the reason).
     """
-    parts = batches(size, runtime)
+    parts = batches(size.vocab, size.sequence, 1, size.micro_batches, runtime)
     found: dict[str, Any] = {arm.name: {"seconds": [], "first_step": None} for arm in arms}
     for _ in range(rounds):
         for arm in arms:

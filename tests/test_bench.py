@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from halfbyte.bench.plan import ARMS, LAYOUTS, Size
+from halfbyte.bench.plan_cases import Case
 from halfbyte.bench.table import document
+from halfbyte.training.config import Method
 
 SMALL = Size(layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, vocab=64, sequence=32, micro_batches=2)
 
@@ -72,6 +74,19 @@ def test_an_arm_of_modelopt_that_fails_is_named_and_ours_go_on():
         )
     assert found["modelopt_nvfp4"]["failed"].startswith("AssertionError: ")
     assert len(found["bf16"]["seconds"]) == 2
+
+
+@pytest.mark.slow
+def test_a_case_of_the_plan_is_measured():
+    helpers = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+    from halfbyte.bench import plan_measure
+
+    case = Case("small", "tiny", 1, method=Method.qad, rows=2, sequence=32, count=2, recompute=True)
+    with helpers["world_of_one"]() as runtime:
+        found = plan_measure.measure(case, runtime, 2)
+    assert len(found["seconds"]) == 2
+    assert 0 < found["loss"] < 0.1  # the teacher is the student's own BF16 model
+    assert "peak_allocated" not in found
 
 
 @pytest.mark.slow

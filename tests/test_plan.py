@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from halfbyte.bench import plan as bench
+from halfbyte.bench import plan_check
+from halfbyte.bench.plan_cases import CASES
+from halfbyte.bench.plan_measure import by_layout
 from halfbyte.launch import cli
 from halfbyte.launch.check import export_bytes
 from halfbyte.launch.plan_memory import memory_per_rank, parameters_of_stage
@@ -19,35 +22,19 @@ from halfbyte.launch.plan_time import model_flops, step_time
 from halfbyte.training.config import Format
 from halfbyte.training.errors import OK, USAGE, RecipeError
 from halfbyte.training.hardware import GPUS, MIG_SLICES, gpu_of, mig_name
+from halfbyte.training.model_rules import model_problems
 from halfbyte.training.resolve import resolve
 from halfbyte.training.rules import find_shape
-from halfbyte.training.shape import ModelShape
 
-MEASURED = json.loads((Path(__file__).parent.parent / "docs/evidence/h200_speed.json").read_text())
-
-
-def benchmark_model(size: bench.Size) -> Architecture:
-    shape = ModelShape(
-        layers=size.layers,
-        hidden=size.hidden,
-        ffn=size.ffn,
-        heads=size.heads,
-        kv_heads=size.kv_heads,
-        head_dim=size.hidden // size.heads,
-        vocab=size.vocab,
-        tied=False,
-        max_positions=size.sequence,
-        rope_theta=500000.0,
-        rope_scaling_factor=None,
-        norm_eps=1e-5,
-    )
-    return Architecture.dense("bench", shape)
+SPEED = Path(__file__).parent.parent / "docs/evidence/h200_speed.json"
+MEASURED = json.loads(SPEED.read_text())
 
 
 @pytest.mark.parametrize("arm", ["bf16", "nvfp4", "w4a16_nvfp4", "mxfp4", "fp8", "four_over_six"])
 def test_one_h200_as_measured(arm):
     size = bench.Size(**MEASURED["size"])
-    recipe, model = bench.recipe(size, bench.LAYOUTS["tp1"], bench.ARMS[arm]), benchmark_model(size)
+    recipe = bench.recipe(size, bench.LAYOUTS["tp1"], bench.ARMS[arm])
+    model = Architecture.dense("bench", bench.shape_of(size))
     found = MEASURED["steps"]["tp1"][arm]
     memory = sum(memory_per_rank(recipe, model, Layout.of(recipe)).values())
     assert memory == pytest.approx(found["peak_bytes"], rel=1e-3)
@@ -200,6 +187,38 @@ def test_names_of_gpus():
     assert gpu_of("NVIDIA B200") is GPUS["B200"]
     assert gpu_of("Radeon") is None
     assert named_gpu("gb200-nvl72") is GPUS["GB200-NVL72"]
+
+
+def test_the_check_reads_both_kinds_of_measurement(tmp_path, capsys):
+    measured = {"cases": {"llama8b-bf16": {"median": 0.3, "peak_allocated": 45e9}, "llama8b-qad": {"failed": "memory"}}}
+    (tmp_path / "measured.json").write_text(json.dumps(measured))
+    assert plan_check.main([str(SPEED), str(tmp_path / "measured.json")]) == OK
+    out = capsys.readouterr().out
+    assert "| tp1 nvfp4 | 25.48 | 25.47 | +0.0% |" in out
+    assert "| llama8b-bf16 | " in out
+    assert "qad" not in out
+    assert "modelopt" not in out
+    (tmp_path / "measured.json").write_text("[")
+    assert plan_check.main([str(tmp_path / "measured.json")]) == USAGE
+
+
+def test_misses_are_bold_and_counted():
+    rows = [plan_check.Compared("near", 1.09e9, 1e9, 0.19, 0.2), plan_check.Compared("far", 0.8e9, 1e9, 0.25, 0.2)]
+    text = plan_check.table(rows)
+    assert "| near | 1.09 | 1.00 | +9.0% | 190.0 | 200.0 | -5.0% |" in text
+    assert "| far | 0.80 | 1.00 | **-20.0%** | 250.0 | 200.0 | **+25.0%** |" in text
+    assert "Memory within 10%: 1 of 2; step time within 20%: 1 of 2." in text
+
+
+def test_cases_of_the_check():
+    assert len({case.name for case in CASES}) == len(CASES)
+    layouts = by_layout(list(CASES))
+    assert [group[0].gpus for group in layouts] == [1, 2, 2, 2]
+    assert sum(map(len, layouts)) == len(CASES)
+    for case in CASES:
+        assert model_problems(case.recipe(), case.shape) == []
+        memory = memory_per_rank(case.recipe(), Architecture.dense("", case.shape), Layout.of(case.recipe()))
+        assert sum(memory.values()) < 0.8 * GPUS["H200"].usable  # whatever the plan forgets, the measurement fits
 
 
 def test_planning_needs_no_torch(environment):

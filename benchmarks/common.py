@@ -1,0 +1,32 @@
+"""What the benchmarks share: processes of their own, and what they ran on."""
+
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+PACKAGES = ("torch", "triton", "megatron-core", "nvidia-modelopt", "halfbyte")
+
+
+def torchrun(processes: int, module: str, words: Sequence[str]) -> None:
+    """Run a module in so many processes of this machine.
+
+    Raises:
+        subprocess.CalledProcessError: one of them failed.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", module]
+    subprocess.run([*launcher, *words], check=True)
+
+
+def about(program: str) -> dict[str, str]:
+    """The command that is running, its GPUs and the versions of PACKAGES."""
+    import torch
+
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    return {
+        "command": " ".join([program, *sys.argv[1:]]),
+        "GPU": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}",
+        "versions": f"Python {platform.python_version()}, {versions}",
+    }

@@ -1,0 +1,157 @@
+"""`python -m halfbyte.bench.plan_measure --out plan.json`: seconds and peak memory of the steps in plan_cases.py.
+
+Cases of one layout share a set of processes, which this module also is: LAYOUT-CASES OUT.json STEPS after torchrun.
+Cases that need more GPUs than there are are named as skipped. Without CUDA it says so and measures nothing.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from halfbyte.bench.common import about, torchrun
+from halfbyte.bench.plan_cases import CASES, Case
+from halfbyte.training.config import Method
+from halfbyte.training.errors import OK, USAGE
+
+WARM_UP = 3
+"""Steps before the clock runs: compilation, allocator, graphs."""
+INSIDE = "--inside"
+"""First word of the command line of a measuring process."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure all cases that the machine's GPUs allow; returns the exit code."""
+    options = argparse.ArgumentParser(prog="python -m halfbyte.bench.plan_measure", description="Measure for the plan.")
+    options.add_argument("--cases", default=",".join(case.name for case in CASES), help="some of the default")
+    options.add_argument("--steps", type=int, default=6, help="timed steps per case")
+    options.add_argument("--out", type=Path, default=Path("plan_measured.json"), help="JSON to write")
+    args = options.parse_args(argv)
+    known = {case.name: case for case in CASES}
+    unknown = [name for name in args.cases.split(",") if name not in known]
+    if unknown:
+        print(f"error: --cases {unknown[0]}: not known; use some of {', '.join(known)}", file=sys.stderr)
+        return USAGE
+    import torch
+
+    if not torch.cuda.is_available():
+        print("skipped: needs CUDA")
+        return OK
+    gpus = torch.cuda.device_count()
+    found: dict[str, Any] = {"about": about("python -m halfbyte.bench.plan_measure"), "cases": {}, "skipped": []}
+    for cases in by_layout([known[name] for name in args.cases.split(",")]):
+        if cases[0].gpus > gpus:
+            found["skipped"] += [f"{case.name}: needs {case.gpus} GPUs, {gpus} found" for case in cases]
+            continue
+        found["cases"] |= _start(cases, args.steps)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")  # what is there stays, whatever the next layout does
+    print(json.dumps({name: entry.get("median") for name, entry in found["cases"].items()}, indent=1))
+    return OK
+
+
+def by_layout(cases: list[Case]) -> list[list[Case]]:
+    """Cases that can share processes, those of few GPUs first."""
+    layouts: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: case.gpus):
+        layouts.setdefault(case.layout, []).append(case)
+    return list(layouts.values())
+
+
+def _start(cases: list[Case], steps: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        words = [INSIDE, ",".join(case.name for case in cases), str(out), str(steps)]
+        torchrun(cases[0].gpus, "halfbyte.bench.plan_measure", words)
+        return json.loads(out.read_text())
+
+
+def inside(names: str, out: str, steps: str) -> None:
+    """One process of one layout: all its cases, one after the other; rank 0 writes the JSON."""
+    import torch
+
+    from halfbyte.training import environment
+    from halfbyte.training.runtime import close_runtime, open_runtime
+
+    environment.set_process_environment()
+    environment.quiet_libraries()
+    cases = [case for case in CASES if case.name in names.split(",")]
+    runtime = open_runtime(cases[0].recipe())
+    found = {}
+    for case in cases:
+        found[case.name] = measure(case, runtime, int(steps))
+        gc.collect()  # a trained module refers to itself
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if runtime.first:
+        Path(out).write_text(json.dumps(found))
+    close_runtime()
+
+
+def measure(case: Case, runtime: Any, steps: int) -> dict[str, Any]:
+    """Build, calibrate and train a case.
+
+    Returns:
+        seconds (of every timed step), median, loss; of the fullest rank, on a GPU, in bytes: peak_allocated (tensors,
+        from the first step on), peak_reserved (with what torch's allocator keeps), outside (memory of the GPU that is
+        not torch's); on a CPU these are missing. failed: the reason, where memory did not suffice.
+    """
+    import torch
+
+    from halfbyte.bench import worker
+
+    cuda = runtime.device.type == "cuda"
+    try:
+        trained, parts = _prepare(case, runtime)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        worker.time_steps(trained, parts, WARM_UP, runtime)
+        seconds = worker.time_steps(trained, parts, steps, runtime)
+        found = {"seconds": seconds, "median": statistics.median(seconds), "loss": trained.progress.losses[-1]}
+    except torch.cuda.OutOfMemoryError as error:
+        return {"failed": str(error).splitlines()[0]}
+    if cuda:
+        free, total = torch.cuda.mem_get_info()
+        peaks = {
+            "peak_allocated": torch.cuda.max_memory_allocated(),
+            "peak_reserved": torch.cuda.max_memory_reserved(),
+            "outside": total - free - torch.cuda.memory_reserved(),
+        }
+        found |= dict(zip(peaks, _fullest(list(peaks.values()), runtime), strict=True))
+    return found
+
+
+def _prepare(case: Case, runtime: Any) -> tuple[Any, list[Any]]:
+    """A Training module, and the micro-batches of one step."""
+    from halfbyte.bench import worker
+    from halfbyte.training import quantize
+    from halfbyte.training.schedule import collect
+
+    recipe, shape = case.recipe(), case.shape
+    parts = worker.batches(shape.vocab, case.sequence, case.rows, case.count, runtime)
+    gpt, teacher = worker.random_model(shape, recipe, runtime), None
+    if case.method is Method.qad:
+        teacher = worker.random_model(shape, recipe, runtime)
+        teacher.requires_grad_(False)
+    if case.method is not Method.bf16:
+        quantize.quantize(gpt, recipe, runtime, lambda stage: collect(stage, parts[:1], None))
+    return worker.without_trainer(gpt, teacher, recipe, runtime), parts
+
+
+def _fullest(values: list[int], runtime: Any) -> list[int]:
+    import torch
+    import torch.distributed as dist
+
+    together = torch.tensor(values, dtype=torch.int64, device=runtime.device)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX)
+    return together.tolist()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [INSIDE]:
+        inside(*sys.argv[2:])
+    else:
+        sys.exit(main())
