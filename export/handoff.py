@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from halfbyte.export import serving
 from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.kv_format import KVCache
 
@@ -92,7 +93,7 @@ def write_handoff(
         "## Accuracy gate\n",
         _gate_text(verdict),
         "## Commands\n",
-        _commands(out, used),
+        _commands(out, used, recipe),
         "None of these commands was run where this file was written: the servers are not part of halfbyte. What was"
         " checked is listed below.\n",
         "## Hardware\n",
@@ -141,23 +142,10 @@ def _gate_text(verdict: dict[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _commands(out: Path, used: list[Format]) -> str:
-    folder = shlex.quote(str(out.resolve()))
-    vllm, trtllm = f"vllm serve {folder}", f"trtllm-serve {folder}"
-    sglang = f"python -m sglang.launch_server --model-path {folder}"
-    if not used:
-        commands = [trtllm, vllm, sglang]
-    elif len(used) > 1:
-        commands = [trtllm, vllm]
-    elif used[0] in (Format.mxfp4, Format.w4a16_mxfp4):
-        commands = [vllm]
-    elif used == [Format.w4a8_nvfp4_fp8]:
-        commands = [trtllm]
-    elif used == [Format.fp8]:
-        commands = [trtllm, vllm, f"{sglang} --quantization modelopt_fp8"]
-    else:
-        commands = [trtllm, vllm, f"{sglang} --quantization modelopt_fp4"]
-    return "```bash\n" + "\n".join(commands) + "\n```\n"
+def _commands(out: Path, used: list[Format], recipe: Recipe) -> str:
+    load = serving.Load(ranks=recipe.export.tensor_parallel)
+    cache = recipe.quantize.kv_cache if used else KVCache.none
+    return "```bash\n" + "\n".join(serving.commands(out, used, cache, load, None).values()) + "\n```\n"
 
 
 def _checks(out: Path, recipe: Recipe) -> str:

@@ -63,6 +63,19 @@ def verify(out: Path, weights: Iterable[HFWeight], recipe: Recipe) -> dict[str, 
     }
 
 
+def broken_directory(out: Path, recipe: Recipe) -> list[str]:
+    """What would keep a server from loading a directory right, without the trained weights; one line each.
+
+    Args:
+        out: The exported directory.
+        recipe: The recipe of the run.
+    """
+    try:
+        return [*broken_rules(open_checkpoint(out), recipe), *_broken_hashes(out)]
+    except UserError as error:
+        return [str(error)]
+
+
 def _broken_hashes(out: Path) -> list[str]:
     """Files that are not as they were written, by the list in halfbyte.json."""
     try:

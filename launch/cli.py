@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from halfbyte.launch import cli_model, cli_plan
+from halfbyte.launch import cli_model, cli_plan, cli_serving
 from halfbyte.training.environment import set_process_environment
 from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 from halfbyte.training.families import TINY
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_stages(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """The commands of STAGE_HELP; some have options of their own."""
+    """The commands of STAGE_HELP, some with options of their own, and `engine`."""
     for stage, help_text in STAGE_HELP.items():
         sub = add(stage, _stage, help_text, run_dir=True, gate=True)
         sub.set_defaults(stage=stage, against=None)
@@ -125,9 +125,8 @@ def _add_stages(add: Callable[..., argparse.ArgumentParser]) -> None:
             help_text = "judge against another run's result instead of BF16; writes gate.against.json only"
             sub.add_argument("--against", metavar="BASELINE_RUN", help=help_text)
         if stage == "export":
-            sub.add_argument("--format", help="convert what was exported: compressed_tensors | trtllm | dequantized")
-            sub.add_argument("--to", metavar="DIR", help="where the conversion goes; none means RUN_DIR/export/FORMAT")
-            sub.add_argument("--tp", metavar="N", type=int, help="with --format trtllm: tensor-parallel size")
+            cli_serving.add_export_options(sub)
+    cli_serving.add_engine(add)
 
 
 class _Version(argparse.Action):
@@ -237,7 +236,7 @@ def _stage(args: argparse.Namespace) -> int:
     if args.against is not None:
         return _gate_against(args)
     if args.stage == "export" and (args.format or args.to or args.tp):
-        return _export_as(args)
+        return cli_serving.export_as(args)
     from halfbyte.launch.pipeline import TOGETHER
     from halfbyte.launch.start import launch, run_here
     from halfbyte.training.resolve import save
@@ -247,18 +246,6 @@ def _stage(args: argparse.Namespace) -> int:
     save(recipe, resolved)
     start = launch if together else run_here
     return start(recipe, [args.stage], allow_failed_gate=args.allow_failed_gate)
-
-
-def _export_as(args: argparse.Namespace) -> int:
-    from halfbyte.launch.export import export_as
-    from halfbyte.training.environment import quiet_libraries
-
-    quiet_libraries()
-    if args.format is None or args.overrides:
-        raise UserError("export --to, --tp: go with --format and without key=value; give --format FORMAT", USAGE)
-    to = None if args.to is None else Path(args.to)
-    export_as(Path(args.run_dir), args.format, to, args.tp, allow_failed_gate=args.allow_failed_gate)
-    return OK
 
 
 def _of_run(args: argparse.Namespace, *, need_model: bool):

@@ -88,9 +88,12 @@ def convert_also(recipe: Recipe, folder: Path, console: Console) -> None:
 
 
 def withdraw_also(folder: Path) -> None:
-    """Remove the conversions of an older release."""
-    for container in Container:
-        shutil.rmtree(place(folder, container), ignore_errors=True)
+    """Remove what was made from an older release: conversions, engine, serving commands."""
+    for name in (*Container, "engine"):
+        shutil.rmtree(folder / "export" / name, ignore_errors=True)
+    for path in (folder / "export").glob("engine.*"):
+        path.unlink()
+    (folder / "export" / "SERVE.md").unlink(missing_ok=True)
 
 
 def _convert(source: Path, container: Container, out: Path, ranks: int, console: Console) -> None:
