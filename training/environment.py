@@ -32,6 +32,21 @@ def set_process_environment() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours asks for itself
 
 
+@contextmanager
+def tokenizer_threads() -> Iterator[None]:
+    """Let the tokenizer use its threads, which are off elsewhere: one process packs while the others wait for it."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def quiet_libraries() -> None:
     """A run prints one line per stage: libraries may speak up from ERROR on."""
     names = ("megatron", "modelopt", "torch", "torch.utils.cpp_extension", "transformers", "lightning", "nemo")

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from halfbyte.training import config
 from halfbyte.training.config import DataFormat, TooLong
+from halfbyte.training.environment import tokenizer_threads
 from halfbyte.training.errors import UserError
 from halfbyte.training.jsonl import read_jsonl, text_field
 
@@ -115,7 +116,8 @@ class Packer:
         for batch in batched(records, TOKENIZER_BATCH):
             texts = [text_field(record, self.data.text_key, f"{self.path}:{line}") for line, record in batch]
             pieces, owner_pieces = [tokens], [owners]
-            encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            with tokenizer_threads():
+                encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             for (line, _), ids in zip(batch, encoded, strict=True):
                 self.report.documents += 1
                 if not ids:
