@@ -198,10 +198,10 @@ def worker(argv: Sequence[str]) -> int:
         return error.code
     except BaseException as error:  # noqa: BLE001 - the process ends here: one line says why, a file has the traceback
         message = f"{type(error).__name__}: {_line(error)}"
-        details = _report(folder, message, FAILED).with_suffix(".txt")
+        details = _report(folder, message, FAILED, died=_lost(error)).with_suffix(".txt")
         with suppress(OSError):  # where there is no room for it, its line has to do
             details.write_text(traceback.format_exc())
-            _report(folder, f"{message} (traceback: {details})", FAILED)
+            _report(folder, f"{message} (traceback: {details})", FAILED, died=_lost(error))
         return FAILED
 
 
@@ -210,9 +210,16 @@ def _line(error: BaseException) -> str:
     return lines[0] if lines else "no message"
 
 
-def _report(folder: Path, message: str, code: int) -> Path:
+def _lost(error: BaseException) -> bool:
+    """Whether a device or a peer went away: the same start, repeated, may well succeed."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError | torch.distributed.DistError)
+
+
+def _report(folder: Path, message: str, code: int, *, died: bool = False) -> Path:
     path = folder / "errors" / f"rank{environment.coordinates()[0]}.json"
-    content: dict[str, Any] = {"time": time.time(), "message": message, "code": code}
+    content: dict[str, Any] = {"time": time.time(), "message": message, "code": code, "died": died}
     try:
         write_json(path, content)
     except UserError:  # a full disk is no reason to die without a word

@@ -1,7 +1,8 @@
 """Start the processes of one run on this machine, pass signals on to them, and turn their end into one exit code.
 
 torchrun's agent (torch.distributed.launcher) starts and watches the workers. What it does on Ctrl-C is replaced: it
-would stop them before they have saved. Inside torchrun or srun this process already is a worker: nothing is started.
+would stop them before they have saved. So is its restart: it would repeat what fails for a reason (a bad file, a full
+disk, the gate). Inside torchrun or srun this process already is a worker: nothing is started.
 """
 
 import json
@@ -21,6 +22,10 @@ from halfbyte.training.errors import FAILED, OK, UserError
 RESOLVED = "resolved.yaml"
 TOGETHER_S = 2
 """Workers that end within this many seconds of the first one ended of the same cause."""
+
+
+class Died(UserError):
+    """A process was killed, hung, or lost a device or a peer: the same start, repeated, may well succeed."""
 
 
 def inside_launcher() -> bool:
@@ -49,16 +54,26 @@ def launch(
 
     Raises:
         UserError: the earliest message that a worker left in <run.dir>/errors, or how it was killed, with its code; a
-            taken launch.port.
+            taken launch.port. Workers that died (see Died) are started again first, launch.max_restarts times.
     """
     folder = Path(recipe.run.dir)
     if inside_launcher():
         return run_here(recipe, stages, allow_failed_gate=allow_failed_gate)
-    clear_errors(folder)
     _check_port(recipe.launch.port)
     command = [*(entry or [sys.executable, "-m", "halfbyte.launch.pipeline"])]
     command += _arguments(recipe, stages, allow_failed_gate)
-    return _supervise(recipe.world_size, recipe.launch.port, command, folder)
+    for restart in range(1, recipe.launch.max_restarts + 1):
+        clear_errors(folder)
+        try:
+            return _supervise(recipe.world_size, recipe.launch.port, command, folder)
+        except Died as died:
+            again = f"restart {restart} of {recipe.launch.max_restarts} from the newest checkpoint"
+            print(f"{died}: {again}", file=sys.stderr, flush=True)
+    clear_errors(folder)
+    try:
+        return _supervise(recipe.world_size, recipe.launch.port, command, folder)
+    except Died as died:
+        raise UserError(f"{died}: resume with the same command", died.code) from None
 
 
 def run_here(recipe: Recipe, stages: Sequence[str], *, allow_failed_gate: bool = False) -> int:
@@ -84,9 +99,18 @@ def run_here(recipe: Recipe, stages: Sequence[str], *, allow_failed_gate: bool =
         own.unlink()
     code = worker(_arguments(recipe, stages, allow_failed_gate))
     reports = reported(folder) if own.exists() else {}
-    if reports and min(reports, key=lambda r: reports[r]["time"]) == rank and reports[rank]["message"]:
-        raise UserError(reports[rank]["message"], reports[rank]["code"])
+    if reports and min(reports, key=lambda r: reports[r]["time"]) == rank:
+        return _said(reports[rank])
     return code
+
+
+def _said(report: Mapping[str, Any]) -> int:
+    """Pass on what a worker reported: raise its problem, or print that it was stopped and has saved."""
+    if report["message"] and report["code"] != OK:
+        raise UserError(report["message"], report["code"])
+    if report["message"]:
+        print(report["message"], file=sys.stderr, flush=True)
+    return report["code"]
 
 
 def _arguments(recipe: Recipe, stages: Sequence[str], allow_failed_gate: bool) -> list[str]:
@@ -97,12 +121,13 @@ def _arguments(recipe: Recipe, stages: Sequence[str], allow_failed_gate: bool) -
 
 def clear_errors(folder: Path) -> None:
     """Remove what workers of an earlier start reported."""
-    for path in (folder / "errors").glob("rank*"):
-        path.unlink()
+    for pattern in ("rank*", "stalled*"):
+        for path in (folder / "errors").glob(pattern):
+            path.unlink()
 
 
 def reported(folder: Path) -> dict[int, dict[str, Any]]:
-    """Rank -> {"time", "message", "code"} of every worker that reported its end."""
+    """Rank -> {"time", "message", "code", "died"} of every worker that reported its end."""
     reports = {}
     for path in (folder / "errors").glob("rank*.json"):
         reports[int(path.stem.removeprefix("rank"))] = json.loads(path.read_text())
@@ -143,7 +168,8 @@ def _supervise(world: int, port: int, command: list[str], folder: Path) -> int:
     with _forwarded_signals() as received, _quiet():
         try:
             elastic_launch(config, command[0])(*command[1:])
-            return OK
+            stopped = list(reported(folder).values())  # saved on SIGTERM, which is no failure
+            return _said(min(stopped, key=lambda report: report["time"])) if stopped else OK
         except ChildFailedError as error:
             failures = {rank: (failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
         except SignalException as error:
@@ -168,6 +194,7 @@ def explain(
         The first dead worker's exit code, if it had nothing to say.
 
     Raises:
+        Died: the cause, where another start may help.
         UserError: the cause, with its exit code.
     """
     first_time = min(at for _, at in failures.values())
@@ -178,12 +205,14 @@ def explain(
     if killed and not received:
         name = signal.Signals(-failures[killed[0]][0]).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        raise UserError(f"rank {killed[0]} was killed by {name}{hint}: resume with the same command")
-    if reports:
-        report = min(reports.values(), key=lambda item: item["time"])
-        if report["message"]:
-            raise UserError(report["message"], report["code"])
-        return report["code"]
+        raise Died(f"rank {killed[0]} was killed by {name}{hint}")
+    # The agent stops the others when one has failed: what they say then is no cause.
+    causes = [report for report in reports.values() if received or report["code"] != OK]
+    if causes:
+        report = min(causes, key=lambda item: item["time"])
+        if report["died"] and not received:
+            raise Died(report["message"], report["code"])
+        return _said(report)
     if len(received) > 1:
         raise UserError(f"killed by a second {received[1]}: the newest complete checkpoint stands")
     if received:

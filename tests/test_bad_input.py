@@ -300,17 +300,17 @@ def test_kill_9_leaves_no_process_behind(command, environment, text, tiny_model,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wandb", ["disabled", "offline"])
-def test_a_stop_signal_to_every_process_saves_all_the_same(command, environment, text, tiny_model, tmp_path, wandb):
+def test_a_stop_signal_to_every_process_saves_all_the_same(command, environment, text, tiny_model, tmp_path):
     """As Slurm preempts a job: SIGTERM to the launcher, the worker, and the helpers that it needs to save."""
     import psutil
 
     folder = tmp_path / "run"
     small = [word for word in SMALL if not word.startswith(("evaluate.tasks.", "run.wandb"))]
     fixed = (*small, "evaluate.tasks=[]", "method=bf16", f"data.train={text}", f"model.path={tiny_model}")
-    options = ("train.steps=5000", "checkpoint.every_steps=2", f"run.wandb={wandb}", f"run.dir={folder}")
+    options = ("train.steps=5000", "checkpoint.every_steps=2", "run.wandb=online", f"run.dir={folder}")
     line = [*command, "run", "tiny", *fixed, *options]
-    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    alone = environment | {"HOME": str(tmp_path)}  # no key for W&B: it goes on offline
+    process = subprocess.Popen(line, cwd=tmp_path, env=alone, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoints" / "last").exists():
         assert process.poll() is None
@@ -321,11 +321,13 @@ def test_a_stop_signal_to_every_process_saves_all_the_same(command, environment,
             member.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     said = stderr.decode()
-    assert process.returncode == 1, said
-    found = re.search(r"error: stopped by SIGTERM after step (\d+) of 5000: checkpoint saved", said)
+    assert process.returncode == 0, said
+    found = re.search(r"^stopped by SIGTERM after step (\d+) of 5000: checkpoint saved", said, re.MULTILINE)
     assert found, said
     assert (folder / "checkpoints" / "last").resolve().name == f"step_{int(found[1]):08d}"
     assert "Traceback" not in said
+    assert [line for line in said.splitlines() if line.startswith("warning: W&B cannot be reached (No API key")]
+    assert list((folder / "wandb").glob("offline-run-*"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import runpy
 import weakref
@@ -175,8 +176,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_step_changes_nothing(world, broken, fault, sharded):
+def test_a_broken_step_changes_nothing(world, broken, fault, sharded, tmp_path):
     recipe = make_recipe(sharded=sharded)
+    recipe.run.dir = str(tmp_path)
     bench, control = Bench(world, recipe), Bench(world, recipe)
     for one in (bench, control):
         one.step(batches(3))
@@ -185,9 +187,14 @@ def test_a_broken_step_changes_nothing(world, broken, fault, sharded):
     function, message = FAULTS[fault]
     broken(function)
     whole = [dataclasses.replace(part, loss_mask=torch.ones_like(part.loss_mask)) for part in batches(4)]
+    whole = [dataclasses.replace(part, windows=rows) for part, rows in zip(whole, ((4, 7), (1, 0)), strict=True)]
     with pytest.raises(UserError, match=message) as caught:  # 0 * inf of a masked token would be NaN
         bench.step(whole)
     assert "\n" not in str(caught.value)
+    left = json.loads((tmp_path / "errors" / "step_00000001.json").read_text())
+    assert f"{left['message']} (the batch's windows: {tmp_path}/errors/step_00000001.json)" == str(caught.value)
+    windows = [[4, 7], [1, 0]]
+    assert left["ranks"] == [{"data_parallel_rank": 0, "finite_loss": not fault.startswith("loss"), "windows": windows}]
     assert same(bench.state(), before)
     assert bench.module.progress == progress
     assert len(bench.logged) == 1

@@ -12,9 +12,9 @@ import time
 import pytest
 
 from halfbyte.launch import pipeline
-from halfbyte.launch.start import explain, inside_launcher, launch
+from halfbyte.launch.start import Died, explain, inside_launcher, launch
 from halfbyte.training.config import Recipe
-from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, OK, USAGE, UserError
+from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, HUNG, OK, USAGE, UserError
 
 WORKER = """\
 import json, os, pathlib, signal, sys, time
@@ -24,7 +24,7 @@ rank, part, folder = int(os.environ["RANK"]), sys.argv[1], pathlib.Path(sys.argv
 
 def report(message, code):
     (folder / "errors").mkdir(exist_ok=True)
-    content = json.dumps({"time": time.time(), "message": message, "code": code})
+    content = json.dumps({"time": time.time(), "message": message, "code": code, "died": False})
     (folder / "errors" / f"rank{rank}.json").write_text(content)
 
 
@@ -55,6 +55,8 @@ elif part == "reports":
         report("data.jsonl line 3: not JSON", 2)
     sys.exit(2 if rank else 1)
 elif part == "killed":
+    with (folder / f"starts{rank}").open("a") as starts:
+        starts.write(".")
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.3)
@@ -75,6 +77,7 @@ def recipe(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     (tmp_path / "worker.py").write_text(WORKER)
     made = Recipe()
+    made.launch.max_restarts = 0
     made.run.dir = str(tmp_path)
     made.parallel.pipeline = 2
     return made
@@ -119,6 +122,38 @@ def test_one_cause_comes_back(recipe, part, code, says, capfd):
         launch(recipe, ["1"], entry=entry(recipe, part))
     assert caught.value.code == code
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_what_died_is_started_again_but_not_for_ever(recipe, tmp_path, capfd):
+    recipe.launch.max_restarts = 1
+    with pytest.raises(UserError, match=r"^rank 1 was killed by SIGKILL .*: resume with the same command"):
+        launch(recipe, [], entry=entry(recipe, "killed"))
+    assert (tmp_path / "starts1").read_text() == ".."
+    said = "rank 1 was killed by SIGKILL (out of memory?): restart 1 of 1 from the newest checkpoint\n"
+    assert capfd.readouterr().err == said
+
+
+REPORTS = {
+    "hung": ({"message": "rank 1 hangs", "code": HUNG, "died": True}, Died),
+    "a full disk": ({"message": "not saved", "code": FAILED, "died": False}, UserError),
+    "a lost device": ({"message": "uncorrectable ECC error", "code": FAILED, "died": True}, Died),
+}
+
+
+@pytest.mark.parametrize("what", REPORTS)
+def test_only_what_may_not_happen_again_is_started_again(what):
+    report, kind = REPORTS[what]
+    failures = {0: (report["code"], 10.0), 1: (-signal.SIGTERM, 12.0)}
+    # The agent stopped rank 1, which says so before rank 0's file is read.
+    reports = {0: report | {"time": 9.0}, 1: {"time": 8.0, "message": "stopped by SIGTERM", "code": OK, "died": False}}
+    with pytest.raises(UserError, match=report["message"]) as caught:
+        explain(failures, reports, [])
+    assert type(caught.value) is kind
+    assert caught.value.code == report["code"]
+    with pytest.raises(UserError) as caught:  # somebody wants it to end
+        explain(failures, {0: reports[0]}, ["SIGTERM"])
+    assert type(caught.value) is UserError
 
 
 def start_driver(recipe, part):
@@ -235,7 +270,7 @@ def test_under_srun_only_the_first_to_fail_speaks(recipe, tmp_path, monkeypatch,
         called.extend(argv)
         (tmp_path / "errors").mkdir()
         for who, when in ((0, 2.0), (1, 1.0)):
-            report = {"time": when, "message": f"of {who}", "code": USAGE}
+            report = {"time": when, "message": f"of {who}", "code": USAGE, "died": False}
             (tmp_path / f"errors/rank{who}.json").write_text(json.dumps(report))
         return USAGE
 

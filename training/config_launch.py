@@ -19,6 +19,11 @@ class Checkpoint:
 class Launch:
     """How processes start. World size comes from `parallel`."""
 
+    max_restarts: int = 3
+    """How often a run starts itself again from its newest checkpoint after a process was killed, hung, or lost a device
+    or a peer."""
+    hang_seconds: float = 1800.0
+    """A training step without progress for so long is a hang: all processes end with code 5. 0 never says so."""
     gpus_per_node: int = 8
     port: int = 0
     """Rendezvous port on this machine; 0 picks a free one."""

@@ -5,6 +5,7 @@ FAILED = 1
 USAGE = 2
 GATE_FAILED = 3
 GATE_INCONCLUSIVE = 4
+HUNG = 5
 
 
 class UserError(Exception):

@@ -6,6 +6,7 @@ the trainer at the checkpoint that the link <run.dir>/checkpoints/last names.
 
 import io
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,12 @@ from halfbyte.training.config import Recipe, Wandb
 from halfbyte.training.errors import UserError
 from halfbyte.training.interrupt import Interrupted, Stop
 from halfbyte.training.module import Training
-from halfbyte.training.runtime import Runtime, agree
+from halfbyte.training.runtime import Runtime, agree, collectives_begun
 from halfbyte.training.strategy import MegatronStrategy
+from halfbyte.training.watchdog import Watchdog
+
+WANDB_S = 30.0
+"""Seconds that W&B's server has to answer, at the start and for what is left at the end."""
 
 
 def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) -> pl.Trainer:
@@ -49,6 +54,7 @@ def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) ->
         num_sanity_val_steps=0,
     )
     folder = Path(recipe.run.dir)
+    online = recipe.run.wandb is Wandb.online and runtime.first and reach_wandb(recipe)
     exp_manager(
         trainer,
         {
@@ -61,7 +67,7 @@ def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) ->
                 "name": recipe.run.name,
                 "project": recipe.run.project,
                 "save_dir": str(folder),
-                "offline": recipe.run.wandb == Wandb.offline,
+                "offline": not online,
                 "settings": {"silent": True, "console": "off"},
             },
             "checkpoint_callback_params": {"dirpath": str(folder / "checkpoints")},
@@ -76,6 +82,36 @@ def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) ->
     return trainer
 
 
+def reach_wandb(recipe: Recipe) -> bool:
+    """Open the run at the W&B server, which the logger then takes; one warning line if that cannot be done.
+
+    Once it is open, W&B itself keeps what it cannot send and tries again.
+
+    Returns:
+        Whether it is open. If not, the run is logged offline.
+    """
+    import wandb
+
+    folder = Path(recipe.run.dir) / "wandb"
+    before = set(folder.glob("run-*"))
+    try:
+        wandb.init(
+            project=recipe.run.project,
+            name=recipe.run.name,
+            dir=recipe.run.dir,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_S, finish_timeout=WANDB_S),
+        )
+    except wandb.Error as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        wandb.teardown()
+        for path in set(folder.glob("run-*")) - before:  # of a run that never was: the report would take its id
+            shutil.rmtree(path, ignore_errors=True)
+        remedy = f"logging offline to {folder}; `wandb sync` sends it later"
+        print(f"warning: W&B cannot be reached ({reason}): {remedy}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
 class Checkpoints(Callback):
     """Saves every N steps, at the end, and when a signal asks to stop."""
 
@@ -87,16 +123,20 @@ class Checkpoints(Callback):
         """Save if it is time to; raise Interrupted after saving if SIGINT or SIGTERM came."""
         step = len(pl_module.progress.losses)
         every = self.recipe.checkpoint.every_steps
+        pl_module.phase = "agreeing to go on"
         stopping = agree(self.stop.requested is not None)
         if stopping or step == self.recipe.train.steps or (every and step % every == 0):
+            pl_module.phase = "checkpoint"
             trainer.save_checkpoint(self.folder / retention.folder_name(step))
             if self.runtime.first:
                 retention.prune(self.folder, self.recipe.checkpoint, pl_module.progress.losses)
         if stopping and step < self.recipe.train.steps:
             reason = self.stop.requested or "another rank"
+            by_hand = agree(self.stop.requested == "SIGINT")
             raise Interrupted(
                 f"stopped by {reason} after step {step} of {self.recipe.train.steps}: checkpoint saved; "
-                f"halfbyte run with run.dir={self.recipe.run.dir} goes on from there"
+                f"halfbyte run with run.dir={self.recipe.run.dir} goes on from there",
+                announced=not by_hand,
             )
 
 
@@ -159,10 +199,18 @@ def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop) -> list[
     """
     checkpoint.tolerate_plain_adam()
     bar = Bar(recipe, runtime)
+    watchdog = Watchdog(
+        Path(recipe.run.dir),
+        rank=runtime.rank,
+        world=runtime.world,
+        seconds=recipe.launch.hang_seconds,
+        progress=lambda: (len(module.progress.losses), f"step {len(module.progress.losses)}, {module.phase}"),
+        collectives=collectives_begun,
+    )
     with quiet():
         trainer = make_trainer(recipe, runtime, [bar, Checkpoints(recipe, runtime, stop)])
     try:
-        with stop.graceful(), quiet():
+        with stop.graceful(), quiet(), watchdog.watching():
             trainer.fit(module, ckpt_path=trainer.ckpt_path)
     finally:
         finish_logging(trainer)
@@ -226,8 +274,6 @@ def log_report(
     import wandb
     from PIL import Image
 
-    folder = Path(recipe.run.dir)
-    online = recipe.run.wandb is Wandb.online
     content: dict[str, Any] = {
         f"report/{name}": wandb.Image(Image.open(io.BytesIO(png)), caption=caption) for name, caption, png in images
     }
@@ -235,21 +281,38 @@ def log_report(
         content["report/scores"] = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
     try:
         with quiet():
-            run = wandb.init(
-                project=recipe.run.project,
-                name=recipe.run.name,
-                dir=str(folder),
-                id=wandb_id(folder),
-                resume="allow" if online else None,
-                mode=recipe.run.wandb.value,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+            run = _report_run(recipe)
             run.log(content)
             run.summary.update(dict(summary))
             run.finish()
     except wandb.Error as error:
         reason = (str(error).splitlines() or ["?"])[0]
         raise UserError(f"run.wandb = {recipe.run.wandb}: W&B refused the report ({reason}); use offline") from error
+
+
+def _report_run(recipe: Recipe) -> Any:
+    """The W&B run that takes a report: the one that training opened, or where its server is away, an offline one."""
+    import wandb
+
+    folder = Path(recipe.run.dir)
+
+    def opened(mode: Wandb) -> Any:
+        return wandb.init(
+            project=recipe.run.project,
+            name=recipe.run.name,
+            dir=str(folder),
+            id=wandb_id(folder),
+            resume="allow" if mode is Wandb.online else None,
+            mode=mode.value,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_S, finish_timeout=WANDB_S),
+        )
+
+    if recipe.run.wandb is Wandb.online:
+        try:
+            return opened(Wandb.online)
+        except wandb.errors.CommError:
+            wandb.teardown()
+    return opened(Wandb.offline)
 
 
 def wandb_id(folder: Path) -> str | None:

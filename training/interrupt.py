@@ -3,11 +3,19 @@
 import signal
 from contextlib import contextmanager
 
-from halfbyte.training.errors import UserError
+from halfbyte.training.errors import FAILED, OK, UserError
 
 
 class Interrupted(UserError):
-    """SIGINT or SIGTERM ended the run; the message says what was saved."""
+    """SIGINT or SIGTERM ended the run; the message says what was saved.
+
+    Args:
+        message: What was saved, and how to go on.
+        announced: A checkpoint was saved on SIGTERM, which is how schedulers take a machine back: exit code 0.
+    """
+
+    def __init__(self, message: str, *, announced: bool = False):
+        super().__init__(message, OK if announced else FAILED)
 
 
 class Stop:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -22,6 +24,7 @@ from halfbyte.training.distillation import Distillation
 from halfbyte.training.errors import UserError
 from halfbyte.training.fake_quant import clip_weight_gradients, unquantized
 from halfbyte.training.fast_path import weights_once
+from halfbyte.training.files import write_json
 from halfbyte.training.freeze import freeze
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import Loss, StepLoss, step_loss, train_batch
@@ -174,6 +177,8 @@ class Training(pl.LightningModule):
         self.automatic_optimization = False
         self.recipe, self.runtime, self.data = recipe, runtime, data
         self.progress = Progress()
+        self.phase = "start"
+        """What is being done, for the watchdog."""
         # Plain attributes in a list: Lightning must not walk, move or save these modules.
         freeze(model, recipe.train.freeze, recompute=recipe.train.recompute)
         self._hidden = [model, wrap(model, recipe)]
@@ -225,7 +230,7 @@ class Training(pl.LightningModule):
             UserError: the loss or the gradient norm is not finite, or no token of the batch carries loss; the
                 weights are those before the step.
         """
-        step = len(self.progress.losses)
+        step, self.phase = len(self.progress.losses), "forward and backward"
         optimizer = self.optimizers()
         optimizer.zero_grad()
         quantizes = step >= self.recipe.train.fake_quant_after_steps
@@ -234,14 +239,15 @@ class Training(pl.LightningModule):
         if loss.tokens == 0:
             raise UserError(f"step {step}: no token carries loss; check data.answer_only and data.train")
         if not math.isfinite(loss.mean):
-            raise UserError(
-                f"step {step}: loss is {loss.mean}: stopped before the update; lower train.learning_rate "
-                "or start from an earlier checkpoint"
-            )
+            remedy = "lower train.learning_rate or start from an earlier checkpoint"
+            self._stop(batch, loss, f"step {step}: loss is {loss.mean}: stopped before the update; {remedy}")
         if quantizes and self.recipe.quantize.clip_gradient:
             clip_weight_gradients(self.gpt)
-        rate = self.optimizer.set_learning_rate(step)
-        optimizer.step()
+        rate, self.phase = self.optimizer.set_learning_rate(step), "optimizer step"
+        try:
+            optimizer.step()
+        except UserError as error:
+            self._stop(batch, loss, f"step {step}: {error}")
         self.progress.losses.append(loss.mean)
         self.progress.tokens.append(loss.tokens)
         self.log_dict(
@@ -249,6 +255,21 @@ class Training(pl.LightningModule):
             batch_size=1,
             rank_zero_only=True,
         )
+
+    def _stop(self, batch: list[MicroBatch], loss: StepLoss, message: str) -> NoReturn:
+        """Leave the numbers of the batch's windows in a file and stop; collective, for every rank stops."""
+        mine = {
+            "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+            "finite_loss": bool(loss.own.isfinite()) if parallel_state.is_pipeline_last_stage() else None,
+            "windows": [list(part.windows) for part in batch],
+        }
+        ranks: list[Any] = [None] * self.runtime.world
+        dist.all_gather_object(ranks, mine)
+        path = Path(self.recipe.run.dir) / "errors" / f"step_{len(self.progress.losses):08d}.json"
+        if self.runtime.first:
+            corpus = None if self.data is None else str(self.data.path)
+            write_json(path, {"message": message, "corpus": corpus, "ranks": ranks})
+        raise UserError(f"{message} (the batch's windows: {path})")
 
     def _pass(self, batch: list[MicroBatch], quantizes: bool) -> StepLoss:
         """Forward and backward of the global batch: replayed where that can be, else through Megatron's schedule."""

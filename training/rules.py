@@ -58,6 +58,8 @@ NOT_NEGATIVE = (
     "generate.seed",
     "verify.items",
     "launch.port",
+    "launch.max_restarts",
+    "launch.hang_seconds",
 )
 FRACTIONS = ("train.beta1", "train.beta2", "distill.beta", "gate.confidence")
 

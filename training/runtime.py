@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from halfbyte.training import environment
@@ -145,6 +146,17 @@ def agree(flag: bool) -> bool:
     votes = torch.tensor([int(flag)], device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
+
+
+def collectives_begun() -> dict[str, int]:
+    """Name of every process group of this process -> how many collectives it has begun there (torch's own count)."""
+    names = distributed_c10d._world.pg_names
+    return {
+        f"{names[group]} ({group.group_desc}, ranks {', '.join(map(str, dist.get_process_group_ranks(group)))})": (
+            group._get_sequence_number_for_group()
+        )
+        for group in list(distributed_c10d._world.pg_map)
+    }
 
 
 class _HostDevice(TorchFunctionMode):

@@ -49,10 +49,12 @@ class StepLoss:
     Attributes:
         mean: Sum over tokens divided by their number, FP64 arithmetic.
         tokens: Tokens that carry loss.
+        own: FP64 [] the sum over this rank's tokens, on the last pipeline stage; tells whose loss is not finite.
     """
 
     mean: float
     tokens: int
+    own: torch.Tensor
 
 
 def token_batch(tokens: torch.Tensor) -> MicroBatch:
@@ -115,12 +117,13 @@ def step_loss(total: torch.Tensor) -> StepLoss:
 
     The last stage knows its own tokens: sum over data-parallel ranks, then tell the other stages.
     """
+    own = total[0].clone()
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(total, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     if total[1] == 0:
-        return StepLoss(float("nan"), 0)
-    return StepLoss(float(total[0] / total[1]), int(total[1]))
+        return StepLoss(float("nan"), 0, own)
+    return StepLoss(float(total[0] / total[1]), int(total[1]), own)
 
 
 def collect(

@@ -1,0 +1,75 @@
+"""One worker of a run that breaks by itself: faults.py RESOLVED_YAML STAGE..., as launch/pipeline.py is called.
+
+Each fault of FAULTS happens once, in its order: a file in the run folder says that it did. Judges nothing.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from halfbyte.launch import pipeline
+from halfbyte.training import environment
+
+RANK = environment.coordinates()[0]
+
+
+def kill() -> None:
+    """As the kernel's out-of-memory killer does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    """A process that waits for nobody."""
+    time.sleep(600)
+
+
+FAULTS = {
+    "optimizer": (1, 1, kill),
+    "save": (0, 4, kill),
+    "hang": (1, 4, hang),
+}
+"""Name -> (rank, after how many steps, what happens)."""
+
+
+def strike(name: str, folder: Path, steps: int) -> None:
+    """Let a fault happen if it is its turn, place and time."""
+    rank, after, happen = FAULTS[name]
+    order = list(FAULTS)
+    earlier = all((folder / f"fault.{other}").exists() for other in order[: order.index(name)])
+    if earlier and (rank, after) == (RANK, steps) and not (folder / f"fault.{name}").exists():
+        (folder / f"fault.{name}").write_text(str(time.time()))
+        happen()
+
+
+def plant(folder: Path) -> None:
+    """Hook the faults into the places that they are named after."""
+    from halfbyte.training import integrity, module
+
+    done = {"steps": 0}
+    whole_pass, step, digests = module.Training._pass, module.MegatronOptimizer.step, integrity.digests
+
+    def broken_pass(self, batch, quantizes):
+        done["steps"] = len(self.progress.losses)
+        strike("hang", folder, done["steps"])
+        return whole_pass(self, batch, quantizes)
+
+    def broken_step(self, closure=None):
+        strike("optimizer", folder, done["steps"])
+        return step(self, closure)
+
+    def broken_digests(path, names):
+        strike("save", folder, done["steps"] + 1)
+        return digests(path, names)
+
+    module.Training._pass, module.MegatronOptimizer.step = broken_pass, broken_step
+    integrity.digests = broken_digests
+
+
+if __name__ == "__main__":  # Megatron's checkpoint writer imports this file again
+    environment.die_with_parent()
+    environment.set_process_environment()
+    environment.quiet_libraries()
+    plant(Path(sys.argv[1]).parent)
+    sys.exit(pipeline.worker(sys.argv[1:]))
