@@ -11,6 +11,7 @@ from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.hardware import REACHED, Gpu, Reached
+from halfbyte.training.shape import model_flops
 
 BACKWARD_OF_ATTENTION = 2.5
 """FLOPs of fused attention's backward pass over its forward pass: five products instead of two (arXiv 2205.14135)."""
@@ -48,17 +49,11 @@ class Step:
         return self.compute + self.waiting + self.tensor + self.bubble + self.data + self.optimizer
 
 
-def model_flops(model: Architecture, tokens: int, sequence: int) -> float:
-    """FLOPs of training on `tokens` tokens, forward and backward.
-
-    6 per parameter of a matrix and token (arXiv 2001.08361, 2.1; the embedding is a lookup), and causal attention:
-    two products of 2 S^2 q, half of them masked, three times.
-    """
-    if model.shape is None:
-        return 6.0 * model.active * tokens
-    shape = model.shape
-    matrices = model.linears + shape.vocab * shape.hidden
-    return 6.0 * tokens * (matrices + shape.layers * sequence * shape.heads * shape.head_dim)
+def step_flops(model: Architecture, tokens: int, sequence: int) -> float:
+    """shape.model_flops, also of an MLP without a gate."""
+    shape = model.sizes
+    gates = 0 if model.gated else shape.layers * shape.ffn * shape.hidden
+    return model_flops(shape, tokens, sequence) - 6.0 * tokens * gates
 
 
 def step_time(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reached: Reached = REACHED) -> Step:
@@ -95,7 +90,7 @@ def step_time(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, rea
         optimizer=max(_optimizer(recipe, model, layout, stage, gpu, reached) for stage in layout.stages()),
         nvlink_bytes=nvlink,
         network_bytes=network,
-        model_flops=model_flops(model, train.global_batch * train.sequence_length, train.sequence_length),
+        model_flops=step_flops(model, train.global_batch * train.sequence_length, train.sequence_length),
     )
 
 

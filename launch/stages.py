@@ -234,7 +234,7 @@ class Work:
         with self.console.stage("train") as notes:
             teacher = self.teacher if self.recipe.distill.teacher is None else self._teacher_files(packed)
             module = Training(self.gpt, teacher=teacher, recipe=self.recipe, runtime=self.runtime, data=packed)
-            seconds = fit(module, self.recipe, self.runtime, self.stop) if done < steps else []
+            seconds = fit(module, self.recipe, self.runtime, self.stop, self.shape) if done < steps else []
             progress = module.progress
             if seconds:
                 tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length

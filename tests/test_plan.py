@@ -18,7 +18,7 @@ from halfbyte.launch.plan_model import Architecture, Layout, named_model
 from halfbyte.launch.plan_search import best, layout_problem
 from halfbyte.launch.plan_served import served, smallest_slice
 from halfbyte.launch.plan_text import named_gpu
-from halfbyte.launch.plan_time import model_flops, step_time
+from halfbyte.launch.plan_time import step_flops, step_time
 from halfbyte.training.config import Format
 from halfbyte.training.errors import OK, USAGE, RecipeError
 from halfbyte.training.hardware import GPUS, MIG_SLICES, gpu_of, mig_name
@@ -40,7 +40,7 @@ def test_one_h200_as_measured(arm):
     assert memory == pytest.approx(found["peak_bytes"], rel=1e-3)
     seconds = step_time(recipe, model, Layout.of(recipe), GPUS["H200"]).seconds
     assert seconds == pytest.approx(found["median"], rel=0.1)
-    assert model_flops(model, 4 * 4096, 4096) == pytest.approx(size.step_flops, rel=1e-12)
+    assert step_flops(model, 4 * 4096, 4096) == pytest.approx(size.step_flops, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -449,6 +449,7 @@ def test_resume_allows_what_does_not_touch_the_past():
     free |= {"train.steps", "train.micro_batch", "train.recompute", "train.distributed_optimizer"}
     free |= {"evaluate.tokens_per_batch"}
     groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "sensitivity.", "generate.", "launch.")
+    groups += ("telemetry.",)
     old = resolve("tiny", [])
     for key, value in rules.leaves(old):
         new = copy.deepcopy(old)

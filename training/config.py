@@ -12,6 +12,7 @@ from halfbyte.training.config_commands import Generate, Sensitivity
 from halfbyte.training.config_distill import Distill
 from halfbyte.training.config_export import Export, Verify
 from halfbyte.training.config_launch import Checkpoint, Launch
+from halfbyte.training.config_telemetry import Telemetry
 from halfbyte.training.kv_format import KVCache
 
 
@@ -330,6 +331,7 @@ class Recipe:
     verify: Verify = field(default_factory=Verify)
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
     generate: Generate = field(default_factory=Generate)
+    telemetry: Telemetry = field(default_factory=Telemetry)
     launch: Launch = field(default_factory=Launch)
 
     @property

@@ -24,7 +24,9 @@ from halfbyte.training.errors import UserError
 from halfbyte.training.interrupt import Interrupted, Stop
 from halfbyte.training.module import Training
 from halfbyte.training.runtime import Runtime, agree, collectives_begun
+from halfbyte.training.shape import ModelShape
 from halfbyte.training.strategy import MegatronStrategy
+from halfbyte.training.telemetry import Telemetry
 from halfbyte.training.watchdog import Watchdog
 
 WANDB_S = 30.0
@@ -188,7 +190,7 @@ class Bar(Callback):
             self.bar.close()
 
 
-def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop) -> list[float]:
+def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop, shape: ModelShape) -> list[float]:
     """Train to recipe.train.steps, from the last checkpoint if there is one.
 
     Returns:
@@ -208,7 +210,8 @@ def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop) -> list[
         collectives=collectives_begun,
     )
     with quiet():
-        trainer = make_trainer(recipe, runtime, [bar, Checkpoints(recipe, runtime, stop)])
+        watched = Telemetry(recipe, runtime, shape, tqdm.write)
+        trainer = make_trainer(recipe, runtime, [bar, watched, Checkpoints(recipe, runtime, stop)])
     try:
         with stop.graceful(), quiet(), watchdog.watching():
             trainer.fit(module, ckpt_path=trainer.ckpt_path)

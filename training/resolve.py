@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "verify.*",
     "sensitivity.*",
     "generate.*",
+    "telemetry.*",
     "launch.*",
 )
 """Keys that an existing run may change: they do not touch what was calibrated, trained or scored so far."""

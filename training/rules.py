@@ -56,6 +56,8 @@ NOT_NEGATIVE = (
     "gate.threshold_pp",
     "generate.temperature",
     "generate.seed",
+    "telemetry.quantization_every_steps",
+    "telemetry.stragglers_every_steps",
     "verify.items",
     "launch.port",
     "launch.max_restarts",
@@ -121,6 +123,11 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
             yield f"{key} = {value}: must not be negative; give 0 or more"
         elif value is not None and key in FRACTIONS and not 0 < value < 1:
             yield f"{key} = {value}: must lie between 0 and 1; the default is {dict(leaves(Recipe()))[key]}"
+    if recipe.telemetry.straggler_ratio <= 1:
+        yield (
+            f"telemetry.straggler_ratio = {recipe.telemetry.straggler_ratio}: half of all ranks take the median or "
+            "more; give a number above 1 (1.2 is the default)"
+        )
     if recipe.launch.port > 65535:
         yield f"launch.port = {recipe.launch.port}: ports end at 65535; 0 picks a free one"
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", recipe.launch.time):

@@ -93,6 +93,21 @@ def linear_sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
     return {f"model.layers.{i}.{name}": size for i in range(shape.layers) for name, size in sizes.items()}
 
 
+def model_flops(shape: ModelShape, tokens: int, sequence: int) -> float:
+    """FLOPs of training on `tokens` tokens, forward and backward, without recomputation and teacher.
+
+    6 per parameter of a matrix and token (arXiv 2001.08361, 2.1; the embedding is a lookup), and causal attention:
+    two products of 2 S^2 q per sequence and layer, half of them masked, three times.
+
+    Args:
+        shape: The model.
+        tokens: How many.
+        sequence: Tokens of a sequence, S.
+    """
+    matrices = sum(n * k for n, k in linear_sizes(shape).values()) + shape.vocab * shape.hidden
+    return 6.0 * tokens * (matrices + shape.layers * sequence * shape.heads * shape.head_dim)
+
+
 def excluded(name: str, patterns: list[str]) -> bool:
     """Whether a Hugging Face module name matches one of the case-sensitive fnmatch patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

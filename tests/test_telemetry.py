@@ -1,0 +1,162 @@
+"""Metrics of a run: each step once, complete files, and a full disk that stops nothing."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from halfbyte.training import sinks, telemetry
+from halfbyte.training.config import Recipe
+from halfbyte.training.errors import RecipeError, UserError
+from halfbyte.training.hardware import GPUS
+from halfbyte.training.resolve import resolve
+from halfbyte.training.shape import ModelShape, model_flops
+
+SHAPE = ModelShape(2, 64, 96, 4, 2, 16, 64, False, 32, 1e4, None, 1e-5)
+RECORD = {
+    "step": 7,
+    "time": 1000.5,
+    "loss": 1.25,
+    "mfu": 0.5,
+    "quantization": {"weight_error": {"mean": 0.1}},
+    "x": "no",
+}
+
+
+def test_a_resume_keeps_each_step_once(tmp_path):
+    first = sinks.JsonLines(tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        first.write({"step": step, "loss": 1.0 / step})
+    first.close()
+    path = tmp_path / sinks.METRICS
+    path.write_text(path.read_text() + '{"step": 5, "lo')  # killed while it wrote
+    again = sinks.JsonLines(tmp_path, 2)  # the newest checkpoint is that of step 2
+    again.write({"step": 3, "loss": 0.3})
+    again.close()
+    assert [(r["step"], r["loss"]) for r in sinks.read_metrics(path)] == [(1, 1.0), (2, 0.5), (3, 0.3)]
+    assert [entry.name for entry in tmp_path.iterdir()] == [sinks.METRICS]
+
+
+def test_what_is_no_record_is_skipped():
+    for line in ("", "{", "[1]", "7", '{"loss": 1}', '{"step": "7"}', "\x00\x00"):
+        assert sinks.parsed(line) is None
+    assert sinks.parsed('{"step": 7}') == {"step": 7}
+
+
+def test_the_prometheus_file_letter_by_letter(tmp_path):
+    writer = sinks.Prometheus(tmp_path, 'a "b"\\\n')
+    writer.write(RECORD)
+    label = r"a \"b\"\\\n"
+    assert (tmp_path / sinks.PROMETHEUS).read_text() == (
+        "# HELP halfbyte_step Optimizer steps done.\n# TYPE halfbyte_step gauge\n"
+        f'halfbyte_step{{run="{label}"}} 7.0\n'
+        "# HELP halfbyte_time Seconds since 1970 of the last step.\n# TYPE halfbyte_time gauge\n"
+        f'halfbyte_time{{run="{label}"}} 1000.5\n'
+        "# HELP halfbyte_loss Mean loss per token of the last step, nats.\n# TYPE halfbyte_loss gauge\n"
+        f'halfbyte_loss{{run="{label}"}} 1.25\n'
+        "# HELP halfbyte_mfu Model FLOPs of the last step over the BF16 peak of all GPUs, 0 to 1.\n"
+        f'# TYPE halfbyte_mfu gauge\nhalfbyte_mfu{{run="{label}"}} 0.5\n'
+        "# TYPE halfbyte_quantization_weight_error_mean gauge\n"
+        f'halfbyte_quantization_weight_error_mean{{run="{label}"}} 0.1\n'
+    )
+    writer.write(RECORD | {"step": 8})  # too soon for another version
+    assert 'halfbyte_step{run="' + label + '"} 7.0' in (tmp_path / sinks.PROMETHEUS).read_text()
+    writer.close()
+    assert 'halfbyte_step{run="' + label + '"} 8.0' in (tmp_path / sinks.PROMETHEUS).read_text()
+
+
+def test_tensorboard_has_every_number(tmp_path):
+    writer = sinks.TensorBoard(tmp_path, 6)
+    writer.write(RECORD)
+    writer.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "mfu", "quantization/weight_error/mean"}
+    (point,) = events.Scalars("loss")
+    assert (point.step, point.value, point.wall_time) == (7, 1.25, 1000.5)
+
+
+def test_a_missing_tensorboard_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"telemetry\.tensorboard = true: not installed .*pip install tensorboard"):
+        sinks.TensorBoard(tmp_path, 0)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A callback on a stand-in for Lightning: what it said, what the loggers got, and a function that takes a step."""
+    recipe = Recipe()
+    recipe.run.dir, recipe.train.global_batch, recipe.train.sequence_length = str(tmp_path), 4, 32
+    runtime = SimpleNamespace(first=True, world=1, device=torch.device("cpu"))
+    said: list[str] = []
+    logged: list[tuple] = []
+    logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append((step, metrics)))
+    trainer = SimpleNamespace(loggers=[logger])
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-5}], gradient_norm=0.5)
+    module = SimpleNamespace(progress=SimpleNamespace(losses=[]), optimizer=optimizer)
+    watched = telemetry.Telemetry(recipe, runtime, SHAPE, said.append)
+
+    def step(loss):
+        watched.on_train_batch_start(trainer, module)
+        module.progress.losses.append(loss)
+        watched.on_train_batch_end(trainer, module)
+
+    return SimpleNamespace(**locals())
+
+
+def test_every_step_has_its_record(run, tmp_path):
+    run.watched.on_train_start(run.trainer, run.module)
+    run.step(2.0)
+    run.watched.peak = GPUS["H200"].bf16
+    run.step(1.5)
+    run.watched.on_train_end(run.trainer, run.module)
+    first, second = sinks.read_metrics(tmp_path / sinks.METRICS)
+    assert {key: first[key] for key in ("step", "loss", "learning_rate", "gradient_norm")} == {
+        "step": 1,
+        "loss": 2.0,
+        "learning_rate": 1e-5,
+        "gradient_norm": 0.5,
+    }
+    assert "mfu" not in first
+    assert first["memory_bytes"] > 1e6
+    assert first["tokens_per_second"] == pytest.approx(4 * 32 / first["seconds"])
+    assert second["mfu"] == pytest.approx(model_flops(SHAPE, 128, 32) / second["seconds"] / 989.4e12)
+    assert [step for step, _ in run.logged] == [1, 2]
+    assert set(run.logged[1][1]) == {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
+    assert run.said == []
+
+
+def test_a_full_disk_stops_nothing(run, tmp_path):
+    run.watched.on_train_start(run.trainer, run.module)
+    full = SimpleNamespace(write=lambda record: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    run.watched.sinks.insert(0, full)
+    run.step(2.0)
+    run.step(1.5)
+    run.watched.on_train_end(run.trainer, run.module)
+    assert run.said == ["  metrics cannot be written (No space left on device): training goes on without them"]
+    assert [step for step, _ in run.logged] == [1, 2]
+
+
+def test_other_ranks_write_nothing(run, tmp_path):
+    run.runtime.first = False
+    run.watched.on_train_start(run.trainer, run.module)
+    run.step(2.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flops_by_hand():
+    linear = 64 * (4 + 2 * 2) * 16 + 64 * 64 + 3 * 64 * 96
+    assert model_flops(SHAPE, 1, 32) == 6 * (2 * linear + 64 * 64) + 6 * 2 * 32 * 64
+
+
+def test_bad_keys_are_refused():
+    with pytest.raises(RecipeError) as error:
+        resolve("tiny", ["telemetry.straggler_ratio=1.0", "telemetry.quantization_every_steps=-1"])
+    assert [line.partition(":")[0] for line in error.value.problems] == [
+        "telemetry.quantization_every_steps = -1",
+        "telemetry.straggler_ratio = 1.0",
+    ]
+    assert json.dumps(resolve("tiny", ["telemetry.tensorboard=true"]).telemetry.tensorboard) == "true"

@@ -1,0 +1,121 @@
+"""What a training run says about itself after every step, and where it goes: sinks.py, W&B, one line per event."""
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from halfbyte.training.config import Recipe
+from halfbyte.training.hardware import gpu_of
+from halfbyte.training.runtime import Runtime
+from halfbyte.training.shape import ModelShape, model_flops
+from halfbyte.training.sinks import JsonLines, Prometheus, Sink, TensorBoard, flat
+
+IN_LIGHTNING = ("step", "time", "loss", "learning_rate", "gradient_norm")
+"""What Lightning's loggers have from the training step itself, or count by."""
+
+
+class Telemetry(Callback):
+    """Metrics of every step, written by rank 0.
+
+    Args:
+        recipe: The recipe.
+        runtime: This process.
+        shape: The model's sizes.
+        say: Prints one line; called on rank 0 only.
+    """
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, shape: ModelShape, say: Callable[[str], None]):
+        self.recipe, self.runtime, self.say = recipe, runtime, say
+        train = recipe.train
+        self.tokens = train.global_batch * train.sequence_length
+        self.flops = model_flops(shape, self.tokens, train.sequence_length)
+        self.peak = _peak_flops(runtime)
+        self.sinks: list[Sink] = []
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Open what is written to."""
+        if not self.runtime.first:
+            return
+        folder, done = Path(self.recipe.run.dir), len(pl_module.progress.losses)
+        try:
+            self.sinks = [JsonLines(folder, done), Prometheus(folder, self.recipe.run.name)]
+        except OSError as error:
+            self._without(error)
+        if self.recipe.telemetry.tensorboard:
+            self.sinks.append(TensorBoard(folder, done))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Start the clock of a step: its data is there."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Write the step's metrics."""
+        seconds = time.perf_counter() - self._started
+        if self.runtime.first:
+            self._write(trainer, self._record(pl_module, seconds))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Close the files."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Close the files before the error line."""
+        self._close()
+
+    def _record(self, pl_module: Any, seconds: float) -> dict[str, Any]:
+        record = {
+            "step": len(pl_module.progress.losses),
+            "time": round(time.time(), 3),
+            "loss": pl_module.progress.losses[-1],
+            "learning_rate": pl_module.optimizer.param_groups[0]["lr"],
+            "gradient_norm": pl_module.optimizer.gradient_norm,
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+        }
+        if self.peak is not None:
+            record["mfu"] = self.flops / seconds / self.peak
+        return record | {"memory_bytes": _memory(self.runtime)}
+
+    def _write(self, trainer: pl.Trainer, record: Mapping[str, Any]) -> None:
+        more = {name: value for name, value in flat(record) if name not in IN_LIGHTNING}
+        for logger in trainer.loggers:
+            logger.log_metrics(more, step=record["step"])
+        try:
+            for sink in self.sinks:
+                sink.write(record)
+        except OSError as error:
+            self._without(error)
+
+    def _close(self) -> None:
+        try:
+            for sink in self.sinks:
+                sink.close()
+        except OSError as error:
+            self._without(error)
+        self.sinks = []
+
+    def _without(self, error: OSError) -> None:
+        self.sinks = []
+        self.say(f"  metrics cannot be written ({error.strerror}): training goes on without them")
+
+
+def _peak_flops(runtime: Runtime) -> float | None:
+    """BF16 FLOP/s of all GPUs of the run; None on a CPU or on a GPU that training/hardware.py lacks."""
+    if runtime.device.type != "cuda":
+        return None
+    gpu = gpu_of(torch.cuda.get_device_name(runtime.device))
+    return None if gpu is None else gpu.bf16 * runtime.world
+
+
+def _memory(runtime: Runtime) -> int:
+    """Peak bytes so far: of tensors on the GPU, or of this process."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(runtime.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
