@@ -23,9 +23,9 @@ TOP_K = ("distill.top_k=64",)
 LONG = (
     "train.global_batch=64",
     "train.micro_batch=32",
-    "train.steps=1000",
-    "train.warmup_steps=50",
-    "train.learning_rate=1e-3",
+    "train.steps=520",
+    "train.warmup_steps=40",
+    "train.learning_rate=7e-4",
 )
 MXFP4 = ("quantize.format=mxfp4",)
 AWQ = ("quantize.smoothing=awq_lite",)
@@ -64,8 +64,8 @@ ROWS = (
     Row("mxfp4_qad_awq", "MXFP4 QAD, full KL, from AWQ-lite", (*MXFP4, *AWQ)),
     Row(
         "nvfp4_qad_long",
-        "NVFP4 QAD, full KL, from AWQ-lite and Four-Over-Six, 65.5 M tokens",
-        (*LONG, *AWQ, *FOUR_OVER_SIX),
+        "NVFP4 QAD, full KL + 0.1 CE, from AWQ-lite and Four-Over-Six, long",
+        (*LONG, *AWQ, *FOUR_OVER_SIX, *MIX),
     ),
-    Row("mxfp4_qad_long", "MXFP4 QAD, full KL, from AWQ-lite, 65.5 M tokens", (*LONG, *MXFP4, *AWQ)),
+    Row("mxfp4_qad_long", "MXFP4 QAD, full KL + 0.1 CE, from AWQ-lite, long", (*LONG, *MXFP4, *AWQ, *MIX)),
 )
