@@ -27,7 +27,7 @@ name alone (shape.layer_format).
 import torch
 from torch import Tensor
 
-from halfbyte.training import codec, numerics
+from halfbyte.training import codec, learned_scales, numerics
 from halfbyte.training.config import Format, Quantize
 from halfbyte.training.errors import UserError
 from halfbyte.training.formats import GRIDS, SPECS
@@ -104,6 +104,8 @@ def fake(weight: HFWeight, quantize: Quantize) -> Tensor:
     """The values a quantized weight is trained with, FP32 [N, K]: what the packed bytes must decode to."""
     spec = SPECS[format_of(weight, quantize)]
     scale = weight_scale(weight, quantize) if spec.grid.per_tensor else None
+    if weight.log2_scale is not None:
+        return learned_scales.fake(weight.tensor.detach().float(), weight.log2_scale, spec.weights, scale)
     return numerics.fake_quantize(weight.tensor.detach().float(), spec.weights, scale, quantize.block_scale)
 
 
@@ -127,16 +129,19 @@ def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
             f"{weight.name}: shape {list(tensor.shape)} cannot be packed as {number_format.value}, whose block is "
             f"{grid.block} input channels; add {module_name(weight.name)} to quantize.exclude"
         )
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{weight.name}: the weight holds NaN or Inf; export an earlier checkpoint")
+    if not all(torch.isfinite(x).all() for x in (tensor, weight.log2_scale) if x is not None):
+        raise UserError(f"{weight.name}: the weight or its scales hold NaN or Inf; export an earlier checkpoint")
+    scales = None
+    if weight.log2_scale is not None:
+        scales = learned_scales.block_scales(weight.log2_scale, SPECS[number_format].weights)
     if not grid.per_tensor:
-        codes, scale = codec.mxfp4_encode(tensor, quantize.block_scale)
+        codes, scale = codec.mxfp4_encode(tensor, quantize.block_scale, scales)
         return {"weight_packed": codes.cpu(), "weight_scale": scale.cpu()}
     per_tensor = weight_scale(weight, quantize)
     if grid.block_scale is None:
         packed = {"weight": codec.fp8_encode(tensor, per_tensor).cpu(), "weight_scale": per_tensor.cpu()}
     else:
-        codes, scale = codec.nvfp4_encode(tensor, per_tensor, quantize.block_scale, grid.block)
+        codes, scale = codec.nvfp4_encode(tensor, per_tensor, quantize.block_scale, grid.block, scales)
         packed = {"weight": codes.cpu(), "weight_scale": scale.cpu(), "weight_scale_2": per_tensor.cpu()}
     of_input = input_scale(weight, quantize)
     return packed if of_input is None else packed | {"input_scale": of_input.cpu()}

@@ -129,6 +129,8 @@ def _compare_linear(checkpoint: Checkpoint, weight: HFWeight, quantize: Quantize
         for suffix, tensor in pack(weight, quantize).items():
             name = f"{module}.{suffix}"
             problems += _difference(f"{name} (stored)", checkpoint.raw(name), _bits(tensor))
+        if weight.log2_scale is not None:
+            return problems + _repack_learned(checkpoint, module, decoded)
         return problems + _repack(checkpoint, module, decoded, quantize, format_of(weight, quantize))
     except UserError as error:
         return [str(error)]
@@ -156,6 +158,22 @@ def _repack(
     # The one kind of block that the format itself cannot reproduce (see nvfp4_fake): scale 2 * 2^-9, E4M3 code 2.
     wrong = int((~same & (stored_scale != 2)).sum())
     return [f"{module}: {wrong} of {same.size} blocks change when decoded and packed again"] if wrong else []
+
+
+def _repack_learned(checkpoint: Checkpoint, module: str, decoded: np.ndarray) -> list[str]:
+    """Learned scales follow from no block's values: packed with the scales in the files, the codes are the same."""
+    values = torch.from_numpy(decoded)
+    stored = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale")))
+    if f"{module}.weight_packed" in checkpoint.entries:
+        scales, _ = numerics.mxfp4_scales(stored.int())
+        name, (codes, _) = "weight_packed", codec.mxfp4_encode(values, scales=scales)
+    else:
+        scales = stored.view(torch.float8_e4m3fn).float()
+        scale_2 = torch.from_numpy(np.array(checkpoint.raw(f"{module}.weight_scale_2")))
+        block = values.shape[1] // scales.shape[1]
+        name, (codes, _) = "weight", codec.nvfp4_encode(values, scale_2, block=block, scales=scales)
+    wrong = int((_bits(codes) != checkpoint.raw(f"{module}.{name}")).sum())
+    return [f"{module}: {wrong} codes change when packed again with their scales"] if wrong else []
 
 
 def _compare_dense(checkpoint: Checkpoint, weight: HFWeight) -> list[str]:

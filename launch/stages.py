@@ -11,7 +11,18 @@ from typing import Any
 import torch
 
 from halfbyte.launch.console import Console
-from halfbyte.training import checkpoint, corpus, data, evaluate, model, ptq, quantize, retention
+from halfbyte.training import (
+    checkpoint,
+    companions,
+    corpus,
+    data,
+    evaluate,
+    lsq,
+    model,
+    ptq,
+    quantize,
+    retention,
+)
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.fast_path import weights_once
@@ -149,7 +160,8 @@ class Work:
         weights = dict(plain.named_parameters())
         with torch.no_grad():
             for name, parameter in self.gpt.named_parameters():
-                parameter.copy_(weights[name])
+                if not companions.owns(name):  # learned scales are in the decoded weights
+                    parameter.copy_(weights[name])
 
     def calibrate(self) -> None:
         """Insert the quantizers: calibrated now, or as quantize.json says."""
@@ -282,6 +294,7 @@ class Work:
         if last is None:
             raise UserError(f"{self.checkpoints}: no checkpoint; train first (halfbyte train {self.folder})")
         checkpoint.check(last)
+        lsq.attach(self.gpt, self.recipe)
         checkpoint.load(checkpoint.Trainable(self.gpt), last)
         if self.recipe.method != Method.bf16:
             quantize.refresh_scales(self.gpt, self.recipe.quantize)

@@ -18,7 +18,7 @@ RULES = [
 
 
 def rule_of(w: torch.Tensor, number_format: Format, block_scale: BlockScale, mode: SecondScale):
-    from halfbyte.training.quantize import Arithmetic
+    from halfbyte.training.arithmetic import Arithmetic
 
     section = Quantize(format=number_format, block_scale=block_scale, scale_2=mode)
     return Arithmetic.of("weight", number_format, w.abs().amax(), section)

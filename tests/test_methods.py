@@ -13,7 +13,8 @@ import pytest
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("workers") / "methods.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-VARIANTS = ("forward_kl", "everything", "top_k", "files")
+BESIDE = ("lsq",)
+VARIANTS = ("forward_kl", "everything", "top_k", "files", *BESIDE)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,22 @@ def test_every_layout_gives_the_losses_of_data_parallelism(found, layout, varian
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_weights_move(found, variant):
-    assert len(set(found["dp2"][variant])) == 2
+    assert len(set(found["dp2"][variant])) == (3 if variant in BESIDE else 2)
 
 
 def test_files_give_the_losses_of_their_teacher(found):
     assert found["dp2"]["files"] == pytest.approx(found["dp2"]["top_k"], rel=1e-12)
+
+
+@pytest.mark.parametrize("variant", BESIDE)
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "dp2"])
+def test_what_is_beside_the_weights_goes_on_under_another_layout(found, layout, variant):
+    """The checkpoint is the pipeline's, after one of two steps; the last number is made of all that is beside."""
+    assert found[layout][f"{variant}, resumed"] == pytest.approx(found["dp2"][variant][1:], rel=1e-8)
+
+
+@pytest.mark.parametrize("variant", BESIDE)
+def test_it_goes_on_bit_for_bit_with_the_distributed_optimizer(found, variant):
+    straight, resumed = found["dp2"][f"{variant}, float32"], found["dp2"][f"{variant}, float32, resumed"]
+    assert straight[1:] == resumed
+    assert straight == pytest.approx(found["dp2"][variant], rel=1e-2)

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from halfbyte.training import gradients, integrity, retention
+from halfbyte.training.companions import saved_as
 from halfbyte.training.environment import serve_parent, starting_helpers
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import BIASED, FUSED, HFWeight, split_fused
@@ -307,9 +308,11 @@ def read_weights(path: Path, shape: ModelShape, quantized: Collection[str]) -> I
         for name in FUSED:
             amax = {side: reader.maximum(f"{prefix}{name}.{side}_quantizer._amax") for side in ("weight", "input")}
             fused = reader.linear(f"{prefix}{name}.weight")
+            scales = reader.optional(saved_as("scales", f"{prefix}{name}", "log2"))
+            learned = {} if scales is None else split_fused(name, scales.flatten(0, 1), shape)
             for part, tensor in split_fused(name, fused, shape).items():
-                maxima = (amax["weight"], amax["input"], cached.get(part))
-                yield HFWeight(f"{hf}{part}.weight", tensor, f"{hf}{part}" in quantized, *maxima)
+                numbers = (amax["weight"], amax["input"], cached.get(part), learned.get(part))
+                yield HFWeight(f"{hf}{part}.weight", tensor, f"{hf}{part}" in quantized, *numbers)
         if shape.qkv_bias:
             for part, tensor in split_fused(BIASED, reader.tensor(f"{prefix}{BIASED}.bias"), shape).items():
                 yield HFWeight(f"{hf}{part}.bias", tensor)
@@ -353,5 +356,9 @@ class _Reader:
             return torch.cat([self.tensor(f"{key}_w"), self.tensor(f"{key}_v")])
         return self.tensor(key)
 
+    def optional(self, key: str) -> torch.Tensor | None:
+        return self.tensor(key) if key in self.sizes else None
+
     def maximum(self, key: str) -> torch.Tensor | None:
-        return self.tensor(key).float().amax() if key in self.sizes else None
+        found = self.optional(key)
+        return None if found is None else found.float().amax()

@@ -67,3 +67,12 @@ class Container(StrEnum):
     """NVFP4 as a TensorRT-LLM checkpoint directory, the input of trtllm-build (TensorRT-LLM <= 1.2.1)."""
     dequantized = "dequantized"
     """The values of the quantized weights in BF16, as a plain Hugging Face directory; for debugging."""
+
+
+class Dtype(StrEnum):
+    """Compute type: auto is bfloat16 on a GPU and float32 on a CPU; float64 is for layout tests."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"

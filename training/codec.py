@@ -16,7 +16,11 @@ from halfbyte.training.numerics import MXFP4_BLOCK, NVFP4_BLOCK
 
 @torch.no_grad()
 def nvfp4_encode(
-    w: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax, block: int = NVFP4_BLOCK
+    w: Tensor,
+    scale_2: Tensor,
+    block_scale: BlockScale = BlockScale.amax,
+    block: int = NVFP4_BLOCK,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pack a weight as NVFP4; decode(encode(w)) equals nvfp4_fake(w) bit for bit.
 
@@ -25,6 +29,8 @@ def nvfp4_encode(
         scale_2: FP32 [].
         block_scale: How block scales are chosen.
         block: Elements along K that share a block scale.
+        scales: FP32 [N, K/block] block scales in the place of the rule, E4M3 numbers; then decode(encode(w)) equals
+            learned_scales.fake(w).
 
     Returns:
         packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
@@ -37,11 +43,14 @@ def nvfp4_encode(
     packed, scale = _empty_encoding(w, block, torch.float8_e4m3fn)
     packed_rows, scale_rows = packed.view(-1, block // 2), scale.view(-1, 1)
     for rows, chunk in numerics.chunks(w, block):
-        scale_C1 = numerics.nvfp4_block_scale(chunk, scale_2, block_scale)
-        q = rounding.round_e2m1(chunk / scale_C1.float().mul_(scale_2))
+        if scales is None:
+            scale_C1 = numerics.nvfp4_block_scale(chunk, scale_2, block_scale).float()
+        else:
+            scale_C1 = scales.reshape(-1, 1)[rows]
+        q = rounding.round_e2m1(chunk / (scale_C1 * scale_2))
         # One canonical encoding of zeros. NaN counts as nonzero here and keeps its NaN scale.
         empty = ~q.ne(0).any(-1, keepdim=True)
-        scale_rows[rows] = torch.where(empty, 1.0, scale_C1.float()).to(torch.float8_e4m3fn)
+        scale_rows[rows] = torch.where(empty, 1.0, scale_C1).to(torch.float8_e4m3fn)
         packed_rows[rows] = _pack(q)
     return packed, scale
 
@@ -63,12 +72,16 @@ def nvfp4_decode(packed: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mxfp4_encode(w: Tensor, block_scale: BlockScale = BlockScale.amax) -> tuple[Tensor, Tensor]:
+def mxfp4_encode(
+    w: Tensor, block_scale: BlockScale = BlockScale.amax, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Pack a weight as MXFP4; decode(encode(w)) equals mxfp4_fake(w) bit for bit.
 
     Args:
         w: [N, K] (or [..., K]) float; K a multiple of 32.
         block_scale: How block scales are chosen: amax or mse.
+        scales: FP32 [N, K/32] block scales in the place of the rule, powers of two; then decode(encode(w)) equals
+            learned_scales.fake(w).
 
     Returns:
         packed: uint8 [N, K/2]; byte j holds code 2j in its low half and code 2j+1 in its high half.
@@ -80,7 +93,10 @@ def mxfp4_encode(w: Tensor, block_scale: BlockScale = BlockScale.amax) -> tuple[
     packed, scale = _empty_encoding(w, MXFP4_BLOCK, torch.uint8)
     packed_rows, scale_rows = packed.view(-1, MXFP4_BLOCK // 2), scale.view(-1, 1)
     for rows, chunk in numerics.chunks(w, MXFP4_BLOCK):
-        code = numerics.mxfp4_exponent_code(chunk, block_scale)
+        if scales is None:
+            code = numerics.mxfp4_exponent_code(chunk, block_scale)
+        else:
+            code = scales.reshape(-1, 1)[rows].view(torch.int32) >> 23  # the exponent field of a power of two
         scale_rows[rows] = code.to(torch.uint8)
         packed_rows[rows] = _pack(rounding.round_e2m1(chunk * numerics.mxfp4_scales(code)[1]))
     return packed, scale

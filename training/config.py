@@ -7,12 +7,13 @@ command line stays fast. OmegaConf 2.3 has no Literal fields, hence the string e
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from halfbyte.training.choices import Activations, BlockScale, CudaGraphs, SecondScale, Smoothing, Weights
+from halfbyte.training.choices import Activations, BlockScale, SecondScale, Smoothing, Weights
 from halfbyte.training.config_commands import Generate, Sensitivity
 from halfbyte.training.config_distill import Distill
 from halfbyte.training.config_export import Export, Verify
 from halfbyte.training.config_launch import Checkpoint, Launch
 from halfbyte.training.config_telemetry import Telemetry
+from halfbyte.training.config_train import Train
 from halfbyte.training.kv_format import KVCache
 
 
@@ -52,15 +53,6 @@ class LayerFormat(StrEnum):
     w4a16_mxfp4 = "w4a16_mxfp4"
     fp8 = "fp8"
     bf16 = "bf16"
-
-
-class Dtype(StrEnum):
-    """Compute type: auto is bfloat16 on a GPU and float32 on a CPU; float64 is for layout tests."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float64 = "float64"
 
 
 class DataFormat(StrEnum):
@@ -213,43 +205,6 @@ class Data:
     isolate_documents: bool = False
     """Attention stays inside a document of a packed window (a dense mask: slower)."""
     too_long: TooLong = TooLong.error
-
-
-@dataclass
-class Train:
-    """Optimization. Tokens per step = global_batch x sequence_length."""
-
-    steps: int = 100
-    """Optimizer steps."""
-    seed: int = 1234
-    global_batch: int = 8
-    """Sequences per optimizer step, over all data-parallel ranks."""
-    micro_batch: int = 1
-    """Sequences per forward pass of one rank."""
-    sequence_length: int = 512
-    """Tokens."""
-    dtype: Dtype = Dtype.auto
-    learning_rate: float = 1e-5
-    min_learning_rate: float = 0.0
-    warmup_steps: int = 0
-    """Steps of linear warmup; cosine to min_learning_rate afterwards."""
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_grad: float = 1.0
-    """Global gradient norm over all ranks; 0 switches clipping off."""
-    distributed_optimizer: bool = True
-    """Shard optimizer state over the data-parallel ranks (float64 always uses the plain optimizer)."""
-    recompute: bool = False
-    """Recompute every layer's activations in the backward pass."""
-    cuda_graphs: CudaGraphs = CudaGraphs.auto
-    """No graph with a pipeline, recompute or distill.teacher, whatever this says."""
-    freeze: list[str] = field(default_factory=list)
-    """fnmatch patterns on Hugging Face module names (*norm*, lm_head, model.layers.0.mlp.*) that are not trained.
-    q/k/v, gate/up and tied embeddings are one parameter each: all members or none."""
-    fake_quant_after_steps: int = 0
-    """The first N steps train in BF16; the scales are those of the calibration before them."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from halfbyte.training import companions
 from halfbyte.training.errors import UserError
 
 
@@ -46,6 +47,7 @@ def weights_once(model: torch.nn.Module, kept: dict[str, torch.Tensor] | None = 
         UserError: somebody wrote to a weight inside the context; that change would be lost.
     """
     swapped: list[_Swapped] = []
+    beside = companions.of(model)
     linears = [(name, module) for name, module in model.named_modules() if _base_forward(module) is not None]
     producers = _producers(model)
     try:
@@ -54,8 +56,12 @@ def weights_once(model: torch.nn.Module, kept: dict[str, torch.Tensor] | None = 
                 if linear.weight_quantizer.is_enabled:  # not so for weights_as_served: they are on the grid already
                     swapped.append(_swap(name, linear, kept))
                 _bypass(linear, producers.get(linear))
+        if beside is not None:
+            beside.base = {entry.name: entry.own for entry in swapped}
         yield
     finally:
+        if beside is not None:
+            beside.base = {}
         for _, linear in linears:
             linear.__dict__.pop("forward", None)
         for producer in producers.values():

@@ -3,6 +3,7 @@
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from halfbyte.training import companions
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import FUSED
 from halfbyte.training.shape import NORMS, excluded
@@ -34,6 +35,8 @@ def freeze(model: GPTModel, patterns: list[str], *, recompute: bool) -> int:
     """
     frozen = 0
     for name, parameter in model.named_parameters():
+        if companions.owns(name):
+            continue
         modules = hf_modules(model, name)
         out = {excluded(module, patterns) for module in modules}
         if len(out) > 1:

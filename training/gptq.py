@@ -20,10 +20,11 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from halfbyte.training import numerics
+from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.errors import UserError
 from halfbyte.training.formats import GRIDS, SPECS
 from halfbyte.training.observe import is_row_parallel, whole_input
-from halfbyte.training.quantize import Arithmetic, Planned
+from halfbyte.training.quantize import Planned
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, relative to its mean (section 3.3 of the paper)."""

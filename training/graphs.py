@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from halfbyte.training.choices import CudaGraphs
@@ -60,7 +59,7 @@ class Replay:
         captured.total.zero_()
         for batch in batches:
             captured.replay(batch)
-        finalize_model_grads([model], captured.total[1].to(torch.int32))
+        model.config.finalize_model_grads_func([model], captured.total[1].to(torch.int32))  # type: ignore[union-attr]
         return captured.total
 
 

@@ -19,6 +19,8 @@ class HFWeight:
         input_amax: FP32 [] calibrated absolute maximum of the input; None for weight-only formats and MXFP4.
         cache_amax: FP32 [] calibrated absolute maximum of what the linear gives the key/value cache: of the layer's
             keys for k_proj, values for v_proj. None for every other tensor, and where the cache is not quantized.
+        log2_scale: [N, K / block] trained logarithms of the block scales (learned_scales.py); None where a rule chooses
+            them.
     """
 
     name: str
@@ -27,6 +29,7 @@ class HFWeight:
     weight_amax: torch.Tensor | None = None
     input_amax: torch.Tensor | None = None
     cache_amax: torch.Tensor | None = None
+    log2_scale: torch.Tensor | None = None
 
 
 FUSED = {

@@ -38,7 +38,7 @@ from halfbyte.training.shape import ModelShape
 
 
 class Rounding(Protocol):
-    """Fake quantization of a linear's input; quantize.Arithmetic is the one implementation."""
+    """Fake quantization of a linear's input; arithmetic.Arithmetic is the one implementation."""
 
     def fake(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantized x, its shape and dtype; the gradient passes straight through."""

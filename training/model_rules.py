@@ -18,6 +18,7 @@ from halfbyte.training.config import (
 )
 from halfbyte.training.formats import GRIDS, SPECS, Rounding
 from halfbyte.training.kv_format import KVCache
+from halfbyte.training.method_rules import method_problems
 from halfbyte.training.pattern_rules import freeze_problems, pattern_problems, some
 from halfbyte.training.shape import (
     FUSED_GROUPS,
@@ -36,6 +37,7 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> list[str]:
     problems = [*_layout(recipe, shape), *_formats(recipe, shape), *_distill(recipe, shape)]
     if recipe.method != Method.bf16:
         problems += [*_patterns(recipe, shape), *_layers(recipe, shape)]
+    problems += method_problems(recipe, sorted(set(planned_linears(shape, recipe).values())))
     return problems if recipe.method == Method.ptq else [*problems, *freeze_problems(recipe, shape)]
 
 

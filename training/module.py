@@ -11,12 +11,18 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch.utils.data import DataLoader, IterableDataset
 
-from halfbyte.training import gradients, graphs, losses
+from halfbyte.training import companions, gradients, graphs, losses, lsq
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
@@ -49,7 +55,7 @@ def wrap(model: GPTModel, recipe: Recipe) -> DistributedDataParallel:
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=recipe.train.dtype != "float64", use_distributed_optimizer=sharded
     )
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = companions.finalize(model)
     with graphs.capturable_hooks(next(model.parameters()).device):
         ddp = DistributedDataParallel(model.config, config, model)
     if config.grad_reduce_in_fp32:
@@ -62,26 +68,34 @@ def uses_distributed_optimizer(recipe: Recipe) -> bool:
     return recipe.train.distributed_optimizer and recipe.train.dtype != "float64"
 
 
+def _groups(config: OptimizerConfig, train: Train) -> dict[ParamKey, ParamGroupOverride]:
+    """Megatron's parameter groups, and one for learned block scales: a rate of their own, no decay towards 2^0."""
+    overrides = get_standard_config_overrides(config)
+    if train.block_scale_lr_mult:
+        scales = ParamKey(name=f"*{companions.NAME}.{lsq.LearnedScale.kind}:*")
+        rate = train.learning_rate * train.block_scale_lr_mult
+        overrides[scales] = ParamGroupOverride(max_lr=rate, wd_mult=0.0)
+    return overrides
+
+
 class MegatronOptimizer:
     """Megatron's optimizer with the few methods that Lightning calls on one."""
 
     def __init__(self, ddp: DistributedDataParallel, recipe: Recipe, dtype: torch.dtype):
         train = recipe.train
-        self.megatron = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=train.learning_rate,
-                weight_decay=train.weight_decay,
-                adam_beta1=train.beta1,
-                adam_beta2=train.beta2,
-                adam_eps=train.eps,
-                clip_grad=train.clip_grad,
-                params_dtype=dtype,
-                bf16=dtype is torch.bfloat16,
-                use_distributed_optimizer=uses_distributed_optimizer(recipe),
-            ),
-            [ddp],
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.beta1,
+            adam_beta2=train.beta2,
+            adam_eps=train.eps,
+            clip_grad=train.clip_grad,
+            params_dtype=dtype,
+            bf16=dtype is torch.bfloat16,
+            use_distributed_optimizer=uses_distributed_optimizer(recipe),
         )
+        self.megatron = get_megatron_optimizer(config, [ddp], _groups(config, train))
         gradients.fuse_clipping()
         for part in gradients.parts(self.megatron):
             gradients.fuse_adam(part.optimizer)
@@ -97,10 +111,10 @@ class MegatronOptimizer:
         return self.megatron.param_groups
 
     def set_learning_rate(self, step: int) -> float:
-        """Set and return the learning rate of update `step`; weight decay keeps Megatron's per-group multiplier."""
+        """Set and return the learning rate of update `step`; groups keep their multiples of it and of weight decay."""
         rate = learning_rate(step, self.train_config)
         for group in self.megatron.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * (group["max_lr"] / self.train_config.learning_rate)
             group["weight_decay"] = self.train_config.weight_decay * group["wd_mult"]
         return rate
 
@@ -180,6 +194,7 @@ class Training(pl.LightningModule):
         self.phase = "start"
         """What is being done, for the watchdog."""
         # Plain attributes in a list: Lightning must not walk, move or save these modules.
+        lsq.attach(model, recipe)
         freeze(model, recipe.train.freeze, recompute=recipe.train.recompute)
         self._hidden = [model, wrap(model, recipe)]
         self._distillation = None

@@ -56,7 +56,8 @@ number (0.5 * 2^-9 * 2^-116 = 2^-126), and 6 * 448 * s2 is finite."""
 E8M0_BIAS, E8M0_NAN, E8M0_MAX = 127, 255, 252
 """E8M0 code = exponent + 127; 252 is the largest whose block maximum, 6 * 2^125, is finite in FP32."""
 
-_E4M3_VALUES = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all positive ones, ascending
+E4M3_VALUES = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+"""All positive numbers of E4M3, ascending; FP32 [126]."""
 _MXFP4_STEPS = torch.tensor([0.5, 1.0, 2.0])
 
 # Temporaries of one chunk stay in a core's L2 cache; a GPU wants few launches instead.
@@ -305,7 +306,7 @@ def chunks(x: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
 def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor, block_scale: BlockScale = BlockScale.amax) -> Tensor:
     """E4M3 block scale: float8_e4m3fn [C, 1] of FP32 [C, block]; mse needs blocks of 16 and scale_2 a power of two."""
     if BlockScale(block_scale) is BlockScale.mse:
-        return best_scale(chunk / scale_2, _E4M3_VALUES.to(chunk.device), 16).to(torch.float8_e4m3fn)
+        return best_scale(chunk / scale_2, E4M3_VALUES.to(chunk.device), 16).to(torch.float8_e4m3fn)
     amax = chunk.abs().amax(-1, keepdim=True)
     six = _e4m3_scale(amax, E2M1_MAX * scale_2)
     if BlockScale(block_scale) is BlockScale.amax:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
-from halfbyte.training import kv_cache, numerics
-from halfbyte.training.config import BlockScale, Format, LayerFormat, Quantize, Recipe
+from halfbyte.training import companions, kv_cache
+from halfbyte.training.arithmetic import Arithmetic
+from halfbyte.training.config import Format, LayerFormat, Quantize, Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.fake_quant import clip_gradient, largest
 from halfbyte.training.files import damage, read_json
 from halfbyte.training.formats import GRIDS, SPECS, Rounding
 from halfbyte.training.hf_map import FUSED
@@ -53,48 +53,6 @@ class Planned:
         """Names of its quantizers in this rank's model, and how each rounds."""
         roundings = {side: SPECS[self.format].rounding(side) for side in SIDES}
         return {f"{self.module}.{side}_quantizer": rounding for side, rounding in roundings.items() if rounding}
-
-
-@dataclass
-class Arithmetic:
-    """What our backend needs at a quantizer; kept in the slot that ModelOpt reserves for backends and never saves.
-
-    Attributes:
-        rounding: How values round.
-        scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; None for MXFP4.
-        block_scale: How block scales are chosen.
-        limit: FP32 [] magnitude beyond which the gradient is zero; None passes it everywhere.
-    """
-
-    rounding: Rounding
-    scale: torch.Tensor | None
-    block_scale: BlockScale = BlockScale.amax
-    limit: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, side: str, rounding: Rounding, amax: torch.Tensor | None, quantize: Quantize) -> "Arithmetic":
-        """The arithmetic of one side (weight or input) of a linear whose calibrated maximum is FP32 [] `amax`."""
-        block_scale = quantize.block_scale if side == "weight" else BlockScale.amax
-        if amax is None or not GRIDS[rounding].per_tensor:
-            return cls(rounding, None, block_scale)
-        scale = numerics.tensor_scale(amax.float(), rounding, quantize.scale_2, block_scale)
-        return cls(rounding, scale, block_scale, largest(rounding, scale) if quantize.clip_gradient else None)
-
-    def fake(self, x: torch.Tensor) -> torch.Tensor:
-        """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through, within `limit`."""
-        return numerics.fake_quantize(clip_gradient(x, self.limit), self.rounding, self.scale, self.block_scale)
-
-    def fake_into(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """Fake-quantized x, without a gradient, written to `out` (of x's shape and dtype); a new tensor for None."""
-        if out is None:
-            return self.fake(x)
-        return numerics.fake_quantize_into(x, out, self.rounding, self.scale, self.block_scale)
-
-    def rule(self) -> tuple[Any, torch.Tensor | None]:
-        """The same for a kernel that rounds what it is about to store: how (kernels.rule_of), and the scale."""
-        from halfbyte.training import kernels
-
-        return kernels.rule_of(self.rounding, self.block_scale), self.scale
 
 
 def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
@@ -281,14 +239,17 @@ def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
         UserError: a maximum is missing or not finite.
     """
     roundings = {name: way for layer in plan(model, quantize) for name, way in layer.quantizers.items()}
+    learned = companions.of(model)
     for name, quantizer in enabled_quantizers(model):
         calibrated = GRIDS[roundings[name]].per_tensor
         amax = quantizer.amax if calibrated else None
         if calibrated and (amax is None or not torch.isfinite(amax).all()):
             found = "nothing" if amax is None else amax.item()
             raise UserError(f"quantize: {name} was calibrated to {found}; check the weights and the calibration data")
-        side = name.rpartition(".")[2].removesuffix("_quantizer")
-        quantizer._quantizer_cache = Arithmetic.of(side, roundings[name], amax, quantize)
+        module, _, side = name.removesuffix("_quantizer").rpartition(".")
+        scales = None if learned is None or side == "input" else learned.of("scales", module)
+        log2 = None if scales is None else scales.log2
+        quantizer._quantizer_cache = Arithmetic.of(side, roundings[name], amax, quantize, log2)
     kv_cache.refresh_scales(model)
 
 
@@ -303,14 +264,14 @@ def weight_errors(model: torch.nn.Module, quantize: Quantize) -> dict[str, float
 
 
 def round_unquantized(model: torch.nn.Module) -> None:
-    """Round every parameter that is not fake-quantized to BF16 and back, in place: the values that an export writes.
+    """Round every exported parameter that is not fake-quantized to BF16 and back, in place: what an export writes.
 
     For evaluation after training in FP32 or FP64, so that the scored model is the shipped one; a no-op in BF16.
     """
     quantized = {name.removesuffix("_quantizer") for name, _ in enabled_quantizers(model)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name not in quantized:
+            if name not in quantized and not companions.owns(name):
                 parameter.copy_(parameter.to(torch.bfloat16))
 
 

@@ -48,6 +48,7 @@ NOT_NEGATIVE = (
     "train.min_learning_rate",
     "train.weight_decay",
     "train.clip_grad",
+    "train.block_scale_lr_mult",
     "checkpoint.every_steps",
     "checkpoint.keep_best",
     "distill.cross_entropy",

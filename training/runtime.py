@@ -15,7 +15,8 @@ from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from halfbyte.training import environment
-from halfbyte.training.config import Dtype, Recipe
+from halfbyte.training.choices import Dtype
+from halfbyte.training.config import Recipe
 from halfbyte.training.errors import USAGE, UserError
 
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float64: torch.float64}

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 
 from halfbyte.training import quantize, tasks
 from halfbyte.training.allocation import Choice, Group
+from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.config import Format, Recipe
 from halfbyte.training.data import MicroBatch, plain_batches
 from halfbyte.training.errors import UserError
@@ -62,7 +63,7 @@ class Variants:
                     continue
                 quantizer.enable()  # type: ignore[operator]
                 side = name.rpartition(".")[2].removesuffix("_quantizer")
-                quantizer._quantizer_cache = quantize.Arithmetic.of(side, wanted[name], quantizer.amax, self.section)  # type: ignore[arg-type]
+                quantizer._quantizer_cache = Arithmetic.of(side, wanted[name], quantizer.amax, self.section)  # type: ignore[arg-type]
 
 
 @dataclass

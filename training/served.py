@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from halfbyte.training import kv_cache
+from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.config import Quantize
 from halfbyte.training.errors import UserError
-from halfbyte.training.quantize import Arithmetic, Planned, plan
+from halfbyte.training.quantize import Planned, plan
 
 
 @contextlib.contextmanager

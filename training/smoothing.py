@@ -27,10 +27,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.config import Quantize, Smoothing
 from halfbyte.training.formats import SPECS
 from halfbyte.training.observe import is_row_parallel, observe, whole_input
-from halfbyte.training.quantize import Arithmetic, Planned, gather_layers
+from halfbyte.training.quantize import Planned, gather_layers
 
 SAMPLE_TOKENS = 512
 """Tokens on which awq_lite compares outputs: the first of the calibration data."""

@@ -41,6 +41,7 @@ CASES = {
     "qat_later": {"method": Method.qat, "after": 2},
     "qad": {"method": Method.qad},
     "qad_topk": {"method": Method.qad, "distill": Distill(top_k=8, hidden=0.1)},
+    "qat_lsq": {"method": Method.qat, "scales": 30.0},
     "qad_mixed": {"method": Method.qad, "distill": Distill(cross_entropy=0.5)},
 }
 
@@ -61,6 +62,7 @@ def recipe(case: dict, tensor: int, *, graphs: bool) -> Recipe:
             learning_rate=1e-3,
             cuda_graphs=CudaGraphs.always if graphs else CudaGraphs.never,
             fake_quant_after_steps=case.get("after", 0),
+            block_scale_lr_mult=case.get("scales", 0.0),
         ),
     )
 

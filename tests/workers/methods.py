@@ -1,10 +1,14 @@
 """Losses of a few training steps under several layouts, one recipe after another, in float64.
 
 Usage: methods.py MODEL OUT.json under torchrun with two processes. MODEL is a Hugging Face directory. Judges
-nothing: rank 0 writes {layout: {variant: [loss of every step]}}.
+nothing: rank 0 writes {layout: {variant: [loss of every step]}}. What is trained beside the weights adds a number made
+of all of it; "<variant>, resumed" is the same from the first layout's checkpoint after one step on, and "<variant>,
+float32" and "<variant>, float32, resumed" are what they say, in FP32 with Megatron's distributed optimizer.
 """
 
 import copy
+import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -12,13 +16,13 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from halfbyte.training import environment, model, quantize
+from halfbyte.training import checkpoint, companions, environment, model, quantize
 from halfbyte.training.config import Format, Method, Parallel, Quantize, Recipe, Train
 from halfbyte.training.config_distill import Distill, Divergence
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import calibration_windows, plain_batches, rank_micro_batches
 from halfbyte.training.files import write_json
-from halfbyte.training.module import Training
+from halfbyte.training.module import Progress, Training
 from halfbyte.training.packing import PackingReport
 from halfbyte.training.runtime import Runtime, close_runtime, on_first_rank, open_runtime
 from halfbyte.training.schedule import collect
@@ -36,17 +40,22 @@ VARIANTS = {
     "everything": (Method.qad, {}, {}, EVERYTHING),
     "top_k": (Method.qad, {}, {}, Distill(top_k=8)),
     "files": (Method.qad, {}, {}, Distill(top_k=8, teacher="what halfbyte teacher would write")),
+    "lsq": (Method.qat, {"block_scale_lr_mult": 20.0}, {}, Distill()),
 }
 """Name -> method, changes of `train`, changes of `quantize`, `distill`."""
 STEPS, WINDOWS, LENGTH = 2, 8, 16
 
 
-def recipe_of(variant: str, parallel: Parallel) -> Recipe:
+BESIDE = ("lsq",)
+"""Variants with parameters beside the weights."""
+
+
+def recipe_of(variant: str, parallel: Parallel, dtype: str = "float64") -> Recipe:
     """The recipe of one variant; every step sees four windows in micro-batches of one."""
     method, train, quantize_, distill = VARIANTS[variant]
     optimization = Train(
         **({"steps": STEPS, "global_batch": 4, "sequence_length": LENGTH, "learning_rate": 1e-3} | train),
-        dtype="float64",
+        dtype=dtype,
     )
     numbers = Quantize(**({"format": Format.nvfp4} | quantize_))
     return Recipe(method=method, parallel=parallel, train=optimization, quantize=numbers, distill=distill)
@@ -75,8 +84,13 @@ def files_of(place: Path, folder: Path, teacher, data: PackedDataset, recipe: Re
     return TeacherFiles(place, made_from, windows)
 
 
-def losses(folder: Path, recipe: Recipe, runtime: Runtime, place: Path) -> list[float]:
-    """Mean loss per token of every step."""
+def losses(
+    folder: Path, recipe: Recipe, runtime: Runtime, place: Path, save: Path | None = None, load_from: Path | None = None
+) -> list[float]:
+    """Mean loss per token of every step and, with parameters beside the weights, a number made of them.
+
+    Saves after the first step, or starts from there.
+    """
     shape = read_shape(folder / "config.json")
 
     def load():
@@ -93,7 +107,11 @@ def losses(folder: Path, recipe: Recipe, runtime: Runtime, place: Path) -> list[
     module = Training(student, teacher=teacher, recipe=recipe, runtime=runtime, data=data)
     module.optimizers = lambda: module.optimizer  # what Lightning's trainer would give it
     module.log_dict = lambda *_, **__: None
-    for step in range(STEPS):
+    if load_from is not None:
+        checkpoint.load(checkpoint.Trainable(student, module.optimizer.megatron), load_from)
+        quantize.refresh_scales(student, recipe.quantize)
+        module.progress = Progress([math.nan], [1])
+    for step in range(len(module.progress.losses), STEPS):
         parts = rank_micro_batches(
             data,
             step,
@@ -104,13 +122,31 @@ def losses(folder: Path, recipe: Recipe, runtime: Runtime, place: Path) -> list[
             seed=0,
         )
         module.training_step(parts, step)
-    return module.progress.losses
+        if save is not None and step == 0:
+            checkpoint.save(checkpoint.Trainable(student, module.optimizer.megatron), {}, save)
+    return module.progress.losses[0 if load_from is None else 1 :] + beside_weights(student)
+
+
+def beside_weights(gpt: torch.nn.Module) -> list[float]:
+    """A number that every element beside the weights enters, the same under every layout; nothing without any."""
+    beside = companions.of(gpt)
+    if beside is None:
+        return []
+    total = torch.zeros((), dtype=torch.float64)
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    for _, companion in beside.each():
+        for name, parameter in companion.named_parameters():
+            if first or companion.axes[name] is not None:
+                total += parameter.detach().double().sin().sum()
+    torch.distributed.all_reduce(total)
+    return [float(total) / parallel_state.get_data_parallel_world_size()]
 
 
 def main(folder: Path, out: Path) -> None:
     """Train every variant under every layout."""
     found: dict[str, dict[str, list[float]]] = {}
     runtime = None
+    checkpoint.tolerate_plain_adam()
     for layout, parallel in LAYOUTS.items():
         recipes = {name: recipe_of(name, copy.deepcopy(parallel)) for name in VARIANTS}
         if runtime is None:
@@ -121,6 +157,18 @@ def main(folder: Path, out: Path) -> None:
         found[layout] = {
             name: losses(folder, recipe, runtime, out.parent / "files") for name, recipe in recipes.items()
         }
+        for name in BESIDE:
+            place = out.parent / name
+            if not on_first_rank(runtime, place.exists):
+                losses(folder, recipes[name], runtime, out.parent, save=place)
+            again = losses(folder, recipes[name], runtime, out.parent, load_from=place)
+            found[layout][f"{name}, resumed"] = again
+            if layout == "dp2":
+                single, place = recipe_of(name, copy.deepcopy(parallel), "float32"), out.parent / f"{name}.float32"
+                fp32 = dataclasses.replace(runtime, dtype=torch.float32)
+                found[layout][f"{name}, float32"] = losses(folder, single, fp32, out.parent, save=place)
+                again = losses(folder, single, fp32, out.parent, load_from=place)
+                found[layout][f"{name}, float32, resumed"] = again
         torch.distributed.barrier()
     assert runtime is not None
     if runtime.first:
