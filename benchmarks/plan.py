@@ -48,16 +48,18 @@ class Arm:
     block_scale: BlockScale = BlockScale.amax
     modelopt: str | None = None
     """Name of a configuration in modelopt.torch.quantization; its kernels, its per-call path."""
-    graphs: bool = True
-    """Replay CUDA graphs where the layout allows it; not for ModelOpt's arms, which run as they are."""
+    graphs: CudaGraphs = CudaGraphs.auto
+    """As train.cuda_graphs; ModelOpt's arms run as they are, without."""
 
 
 ARMS = {
     "bf16": Arm("bf16"),
     **{number_format.value: Arm(number_format.value, format=number_format) for number_format in Format},
     "four_over_six": Arm("four_over_six", format=Format.nvfp4, block_scale=BlockScale.four_over_six),
-    "bf16_eager": Arm("bf16_eager", graphs=False),
-    "nvfp4_eager": Arm("nvfp4_eager", format=Format.nvfp4, graphs=False),
+    "bf16_eager": Arm("bf16_eager", graphs=CudaGraphs.never),
+    "nvfp4_eager": Arm("nvfp4_eager", format=Format.nvfp4, graphs=CudaGraphs.never),
+    "bf16_graphs": Arm("bf16_graphs", graphs=CudaGraphs.always),
+    "nvfp4_graphs": Arm("nvfp4_graphs", format=Format.nvfp4, graphs=CudaGraphs.always),
     "modelopt_nvfp4": Arm("modelopt_nvfp4", modelopt="NVFP4_DEFAULT_CFG"),
     "modelopt_mxfp4": Arm("modelopt_mxfp4", modelopt="MXFP4_DEFAULT_CFG"),
     "modelopt_four_over_six": Arm("modelopt_four_over_six", modelopt="NVFP4_FOUR_OVER_SIX_CFG"),
@@ -128,6 +130,6 @@ def recipe(size: Size, layout: Layout, arm: Arm) -> Recipe:
             micro_batch=1,
             sequence_length=size.sequence,
             learning_rate=1e-6,
-            cuda_graphs=CudaGraphs.always if arm.graphs and arm.modelopt is None else CudaGraphs.never,
+            cuda_graphs=arm.graphs if arm.modelopt is None else CudaGraphs.never,
         ),
     )
