@@ -38,6 +38,7 @@ def place(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     further = ("export.also=[compressed_tensors,trtllm]", "export.tensor_parallel=2", "telemetry.tensorboard=true")
+    further += ("telemetry.stragglers_every_steps=2",)
     done = halfbyte("run", "tiny", *SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     run = place / "runs" / "a"
@@ -76,6 +77,8 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(entry["step"], entry["loss"]) for entry in metrics] == list(enumerate(train["losses"], 1))
     assert all(entry["tokens_per_second"] > 0 and entry["gradient_norm"] > 0 for entry in metrics)
+    assert [("ranks" in entry) for entry in metrics] == [False, True, False]
+    assert 0 < metrics[1]["ranks"]["largest_seconds"] < metrics[1]["seconds"]
     assert 'halfbyte_step{run="tiny"} 3.0' in (run / "metrics.prom").read_text()
     for noise in ("Traceback", "Warning", "WARNING", "NeMo"):
         assert noise not in done.stdout + done.stderr

@@ -15,6 +15,7 @@ from halfbyte.training.hardware import gpu_of
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.shape import ModelShape, model_flops
 from halfbyte.training.sinks import JsonLines, Prometheus, Sink, TensorBoard, flat
+from halfbyte.training.stragglers import WaitClock, compare
 
 IN_LIGHTNING = ("step", "time", "loss", "learning_rate", "gradient_norm")
 """What Lightning's loggers have from the training step itself, or count by."""
@@ -38,6 +39,7 @@ class Telemetry(Callback):
         self.peak = _peak_flops(runtime)
         self.sinks: list[Sink] = []
         self._started = 0.0
+        self._waits: WaitClock | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Open what is written to."""
@@ -53,13 +55,21 @@ class Telemetry(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Start the clock of a step: its data is there."""
+        every = self.recipe.telemetry.stragglers_every_steps
+        if self.runtime.world > 1 and _due(len(pl_module.progress.losses) + 1, every):
+            clock = self._waits = WaitClock(self.runtime.device)
+            clock.start()
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Write the step's metrics."""
         seconds = time.perf_counter() - self._started
+        more, lines = self._compared(seconds)
         if self.runtime.first:
-            self._write(trainer, self._record(pl_module, seconds))
+            record = self._record(pl_module, seconds) | more
+            for line in lines:
+                self.say(f"  step {record['step']}: {line}")
+            self._write(trainer, record | ({"events": lines} if lines else {}))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Close the files."""
@@ -67,7 +77,17 @@ class Telemetry(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Close the files before the error line."""
+        if self._waits is not None:
+            self._waits.stop()
         self._close()
+
+    def _compared(self, seconds: float) -> tuple[dict[str, Any], list[str]]:
+        """Metrics and lines about slow ranks, in a step that was timed for them; collective."""
+        if self._waits is None:
+            return {}, []
+        own, self._waits = seconds - self._waits.stop(), None
+        metrics, lines = compare(own, self.runtime.device, self.recipe.telemetry.straggler_ratio)
+        return {"ranks": metrics}, lines
 
     def _record(self, pl_module: Any, seconds: float) -> dict[str, Any]:
         record = {
@@ -104,6 +124,11 @@ class Telemetry(Callback):
     def _without(self, error: OSError) -> None:
         self.sinks = []
         self.say(f"  metrics cannot be written ({error.strerror}): training goes on without them")
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether step number `step`, counted from 1, is a multiple of `every`; never for 0."""
+    return every > 0 and step % every == 0
 
 
 def _peak_flops(runtime: Runtime) -> float | None:

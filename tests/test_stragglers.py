@@ -1,0 +1,73 @@
+"""A slow rank is named by its time outside of collectives, beside ranks of the same pipeline stage."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from halfbyte.training import stragglers
+from halfbyte.training.stragglers import RankTime, WaitClock, compare, slow_ranks
+
+
+def times(*seconds: float, stages: tuple[int, ...] = ()) -> list[RankTime]:
+    return [RankTime(stage, s) for stage, s in zip(stages or (0,) * len(seconds), seconds, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "slow"),
+    [
+        (times(1.0, 1.0, 1.19, 1.0), []),
+        (times(1.0, 1.0, 1.21, 1.0), [2]),
+        (times(1.0, 1.5), [1]),  # of two ranks the faster one is the median
+        (times(1.0, 2.0, 2.0, 2.0), []),  # one fast rank makes no others slow
+        (times(1.0, 1.0, 2.0, 2.0, stages=(0, 0, 1, 1)), []),  # the last stage computes logits
+        (times(1.0, 1.0, 2.0, 3.0, stages=(0, 0, 1, 1)), [3]),
+        (times(1.0), []),
+        (times(0.0, 0.0), []),
+    ],
+)
+def test_who_is_slow(ranks, slow):
+    assert list(slow_ranks(ranks, 1.2)) == slow
+
+
+@pytest.fixture
+def group():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_clock_sees_waiting_only_and_leaves_torch_as_it_was(group, monkeypatch):
+    wait, kinds = dist.Work.wait, [getattr(dist.ProcessGroup, name) for name in stragglers.COLLECTIVES]
+
+    def slow_wait(self, *args):
+        time.sleep(0.05)
+        return wait(self, *args)
+
+    monkeypatch.setattr(dist.Work, "wait", slow_wait)
+    clock, x = WaitClock(torch.device("cpu")), torch.ones(4)
+    clock.start()
+    time.sleep(0.3)  # its own work
+    dist.all_reduce(x)
+    dist.all_reduce(x, async_op=True).wait()
+    waited = clock.stop()
+    assert 0.1 <= waited < 0.3
+    assert dist.Work.wait is slow_wait
+    dist.all_reduce(x)
+    assert clock.seconds == waited
+    assert [getattr(dist.ProcessGroup, name) for name in stragglers.COLLECTIVES] == kinds
+
+
+def test_what_is_said(group, monkeypatch):
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
+    assert compare(0.5, torch.device("cpu"), 1.2) == (
+        {"median_seconds": 0.5, "largest_seconds": 0.5, "slowest_rank": 0},
+        [],
+    )
+    monkeypatch.setattr(stragglers, "slow_ranks", lambda ranks, ratio: {0: 1.5})
+    monkeypatch.setattr(stragglers.socket, "gethostname", lambda: "node7")
+    _, lines = compare(0.5, torch.device("cpu"), 1.2)
+    assert lines == ["rank 0 on node7 takes 0.5 s without waiting, 1.50 x the median of its pipeline stage"]
