@@ -73,15 +73,16 @@ def broken_configs(checkpoint: Checkpoint, formats: dict[str, Format], cache: KV
         yield from _nested(checkpoint, expected | {"kv_cache_quant_algo": CACHES[cache][0]}, excluded)
     yield from _same("config.json quantization_config.kv_cache_scheme", flat.get("kv_cache_scheme"), CACHES[cache][1])
     yield from _groups(flat, formats)
-    if not isinstance(excluded, list):
-        yield "config.json quantization_config.ignore is not a list"
+    if not isinstance(excluded, list) or not all(isinstance(pattern, str) for pattern in excluded):
+        yield "config.json quantization_config.ignore is not a list of names"
         return
     yield from _exclusions(checkpoint, list(formats), excluded)
 
 
 def _groups(flat: dict[str, Any], formats: dict[str, Format]) -> Iterator[str]:
     """One group per format, aimed at all linears or, in a mix, at exactly the linears of its format."""
-    groups, distinct = list((flat.get("config_groups") or {}).values()), sorted(set(formats.values()))
+    groups = [_mapping(group) for group in _mapping(flat.get("config_groups")).values()]
+    distinct = sorted(set(formats.values()))
     if len(groups) != len(distinct):
         yield f"config.json quantization_config has {len(groups)} config_groups, not {len(distinct)}"
         return
@@ -97,7 +98,13 @@ def _groups(flat: dict[str, Any], formats: dict[str, Format]) -> Iterator[str]:
         yield from _same("config.json config_groups quantize", given, list(operands))
         for operand in operands.keys() & set(given):
             for key, value in operands[operand].items():
-                yield from _same(f"config.json config_groups {operand}.{key}", group[operand].get(key), value)
+                found = _mapping(group[operand]).get(key)
+                yield from _same(f"config.json config_groups {operand}.{key}", found, value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a JSON object, else an empty one: a file may hold anything."""
+    return value if isinstance(value, dict) else {}
 
 
 def _nested(checkpoint: Checkpoint, expected: dict[str, Any], ignore: Any) -> Iterator[str]:
@@ -107,7 +114,7 @@ def _nested(checkpoint: Checkpoint, expected: dict[str, Any], ignore: Any) -> It
         nested, producer = content["quantization"], content["producer"]["name"]
         found = {key: nested[key] for key in expected}  # also a null: vLLM refuses a file without kv_cache_quant_algo
         excluded = nested["exclude_modules"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         yield f"hf_quant_config.json is missing, damaged or incomplete ({error!r})"
         return
     yield from _same("hf_quant_config.json producer.name", producer, "modelopt")

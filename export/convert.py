@@ -14,8 +14,9 @@ from halfbyte.export import compressed, converted, trtllm
 from halfbyte.export.container import INDEX, Planned, file_names, index_of, write_file
 from halfbyte.export.decode import decode_into
 from halfbyte.export.folder import disk_errors, replacing
-from halfbyte.export.hf import RECORD, file_hash, side_files
+from halfbyte.export.hf import side_files
 from halfbyte.export.reader import Checkpoint, open_checkpoint
+from halfbyte.export.record import RECORD, broken_hashes, file_hash
 from halfbyte.export.source import cache_of, formats_of
 from halfbyte.training.choices import Container
 from halfbyte.training.errors import UserError
@@ -47,6 +48,9 @@ def convert(source: Path, container: Container, out: Path, *, ranks: int) -> dic
     formats = formats_of(checkpoint)
     if not formats:
         raise UserError(f"export format {container}: {source} is not quantized; there is nothing to convert")
+    broken = broken_hashes(source) if (source / RECORD).exists() else []
+    if broken:
+        raise UserError(f"{broken[0]}; export it again")
     shape = read_shape(source / "config.json")
     problems = [*container_problems(container, shape, formats, cache_of(checkpoint), ranks)]
     if problems:

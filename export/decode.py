@@ -12,6 +12,7 @@ import torch
 from halfbyte.export.folder import disk_errors, replacing
 from halfbyte.export.hf import Shards
 from halfbyte.export.reader import Checkpoint, open_checkpoint
+from halfbyte.training.errors import UserError
 
 SHARD_BYTES = 2_000_000_000
 
@@ -47,13 +48,15 @@ def decode_into(checkpoint: Checkpoint, folder: Path) -> None:
             if any tensor's is.
 
     Raises:
-        UserError: the export is damaged.
+        UserError: the export is damaged, or a weight decodes to NaN or Inf.
     """
     suffixes = (".weight", ".weight_packed")
     modules = sorted({name.rsplit(".", 1)[0] for name in checkpoint.names() if name.endswith(suffixes)})
     shards, dtype = Shards(folder, limit=SHARD_BYTES), "bfloat16"
     for module in modules:
         values = torch.from_numpy(np.ascontiguousarray(checkpoint.decode(module)))
+        if not torch.isfinite(values).all():
+            raise UserError(f"{checkpoint.folder}: {module} decodes to NaN or Inf; the file is damaged")
         rounded = values.to(torch.bfloat16)
         exact = torch.equal(rounded.float(), values)
         shards.add({f"{module}.weight": rounded if exact else values})

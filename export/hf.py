@@ -9,11 +9,9 @@
 The directory appears whole or not at all: it is written beside its destination, flushed to disk and renamed.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,12 @@ from safetensors.torch import save_file
 from halfbyte.export.folder import disk_errors, replacing
 from halfbyte.export.pack import cache_scale, format_of, module_name, pack
 from halfbyte.export.quantization_config import quantization_configs
+from halfbyte.export.record import write_record
 from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.files import read_json, write_json
-from halfbyte.training.formats import SPECS
 from halfbyte.training.hf_map import HFWeight
 from halfbyte.training.kv_format import KVCache
 
-RECORD = "halfbyte.json"
 GENERATION = "generation_config.json"
 
 SIDE_FILES = (
@@ -81,7 +77,7 @@ def write(
         shards.finish()
         _write_configs(folder, source, formats, dense_modules, recipe.quantize.kv_cache)
         _copy_side_files(model_dir, folder, source)
-        _write_record(folder, recipe, formats, checkpoint, versions)
+        write_record(folder, recipe, formats, checkpoint, versions)
     sizes = {"bytes_before": bytes_before, "quantized": len(formats)}
     return sizes | {"bytes_after": shards.total_bytes, "files": shards.count, "tensors": len(shards.file_of)}
 
@@ -203,57 +199,6 @@ def side_files(model_dir: Path) -> list[Path]:
     if not any(path.name.startswith(("tokenizer", "vocab")) for path in found):
         raise UserError(f"{model_dir}: no tokenizer files there; a server needs them: copy them into the directory")
     return sorted(found)
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of the resolved recipe as JSON with sorted keys, but for quantize.layers, whose order decides."""
-    content = asdict(recipe)
-    content["quantize"]["layers"] = list(content["quantize"]["layers"].items())
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_record(
-    folder: Path,
-    recipe: Recipe,
-    formats: dict[str, Format],
-    checkpoint: str,
-    versions: dict[str, str],
-) -> None:
-    """halfbyte.json: where the files come from, and their hashes. No gate has judged them yet."""
-    files = {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
-    distinct = sorted(set(formats.values()))
-    two_level = any(SPECS[number_format].two_level for number_format in distinct)
-    record = {
-        "method": recipe.method.value,
-        "format": "+".join(distinct) or "bf16",
-        "scale_2": recipe.quantize.scale_2.value if two_level else None,
-        "kv_cache": recipe.quantize.kv_cache.value if formats else "none",
-        "gate": None,
-        "checkpoint": checkpoint,
-        "recipe_sha256": recipe_hash(recipe),
-        "versions": versions,
-        "files": files,
-    }
-    _write_json(folder / RECORD, record)
-
-
-def record_verdict(out: Path, verdict: dict[str, Any] | None) -> None:
-    """Write the gate's verdict into the halfbyte.json of a finished export, at once or not at all.
-
-    Args:
-        out: The exported directory.
-        verdict: Content of gate.json; None takes one back.
-
-    Raises:
-        UserError: halfbyte.json is missing, damaged or cannot be written.
-    """
-    write_json(out / RECORD, read_json(out / RECORD) | {"gate": verdict})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

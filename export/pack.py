@@ -118,10 +118,13 @@ def pack(weight: HFWeight, quantize: Quantize) -> dict[str, Tensor]:
 
     Returns:
         Suffix (without the dot) -> CPU tensor, as in the table above; decoding it gives fake(weight) bit for bit.
+        weight.packed, where the weight has it.
 
     Raises:
         UserError: Not a matrix, K not a multiple of the block, a NaN or Inf in the weight, a missing amax.
     """
+    if weight.packed is not None:
+        return weight.packed
     number_format = format_of(weight, quantize)
     tensor, grid = weight.tensor.detach(), SPECS[number_format].grid
     if tensor.dim() != 2 or tensor.shape[1] % grid.block:

@@ -21,6 +21,11 @@ from halfbyte.training.errors import UserError
 _STORAGE = {"U8": np.uint8, "F8_E4M3": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 """Safetensors dtype -> numpy dtype of the stored bits; E4M3 and BF16 have no numpy type of their own."""
 
+MOST_LAYERS = 10_000
+"""Far beyond any model: a damaged number must not become a list of that length."""
+MOST_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library: a header is read as a whole."""
+
 # E2M1: bit 3 sign, bits 2-1 exponent (bias 1), bit 0 mantissa.
 E2M1 = np.array(
     [s * (m / 2 if e == 0 else (1 + m / 2) * 2 ** (e - 1)) for s in (1, -1) for e in range(4) for m in range(2)],
@@ -181,6 +186,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
+    layers = config.get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:
+        raise UserError(f"{folder / 'config.json'}: num_hidden_layers = {layers}: no number of layers; export again")
     index_path = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -203,7 +211,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); export again (halfbyte export RUN_DIR)") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); export again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; export again")
@@ -219,7 +227,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     total = file.stat().st_size
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0] if total >= 8 else 0
-        if not 2 <= length <= total - 8:
+        if not 2 <= length <= min(total - 8, MOST_HEADER_BYTES):
             raise UserError(f"{file}: damaged: no safetensors header in its {total} bytes; export again")
         try:
             header = json.loads(stream.read(length))
@@ -230,7 +238,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             ):
                 raise ValueError("sizes and offsets must be whole numbers")
             fields.sort(key=lambda field: field[3:])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{file}: damaged safetensors header ({error!r}); export again") from error
     entries, position = {}, 0
     for name, dtype, shape, start, end in fields:

@@ -57,7 +57,7 @@ def cache_of(checkpoint: Checkpoint) -> KVCache:
     named = section.get("kv_cache_quant_algo")
     if named is None and section.get("kv_cache_scheme") is not None:
         named = section["kv_cache_scheme"] if section["kv_cache_scheme"] == "NVFP4" else "FP8"
-    if named not in CACHES:
+    if not isinstance(named, str | None) or named not in CACHES:
         raise UserError(f"{where}: kv_cache_quant_algo = {named}: only FP8, NVFP4 and null can be read")
     return CACHES[named]
 
@@ -68,22 +68,22 @@ def _said(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     if nested.exists():
         try:
             section = json.loads(nested.read_bytes())["quantization"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{nested}: damaged or incomplete ({error!r}); get the file again") from error
         return _section(str(nested), section)
     return None if flat is None else _section(f"{checkpoint.folder / 'config.json'} quantization_config", flat)
 
 
 def _section(where: str, section: Any) -> tuple[str, dict[str, Any]]:
-    layers = section.get("quantized_layers") if isinstance(section, dict) else None
-    if not isinstance(section, dict) or not isinstance(layers, dict | None):
+    kinds = {"quantized_layers": dict | None, "exclude_modules": list | None, "ignore": list | None}
+    if not isinstance(section, dict) or not all(isinstance(section.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{where}: not a JSON object of quantization settings; get the file again")
     return where, section
 
 
 def _format(where: str, module: str, entry: Any) -> Format:
     algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
-    if algorithm not in ALGORITHMS:
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         known = ", ".join(map(str, ALGORITHMS))
         raise UserError(f"{where}: quant_algo = {algorithm} for {module}: cannot be read here, only {known}")
     return ALGORITHMS[algorithm]

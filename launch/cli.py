@@ -162,10 +162,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from halfbyte.launch.check import plan_text
+    from halfbyte.launch.imported import adopt
     from halfbyte.training.resolve import resolve
     from halfbyte.training.rules import find_shape
 
-    recipe = resolve(args.recipe, args.overrides)
+    recipe = adopt(resolve(args.recipe, args.overrides))
     shape, unread = find_shape(recipe)
     if shape is None:
         raise RecipeError(unread)

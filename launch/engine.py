@@ -23,8 +23,8 @@ from packaging.version import InvalidVersion, Version
 from halfbyte.export import serving
 from halfbyte.export.convert import convert, origin
 from halfbyte.export.folder import disk_errors, replacing
-from halfbyte.export.hf import RECORD, file_hash
 from halfbyte.export.reader import open_checkpoint
+from halfbyte.export.record import RECORD, file_hash
 from halfbyte.export.source import cache_of, formats_of
 from halfbyte.export.verify import broken_directory
 from halfbyte.launch.console import Console

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from halfbyte.export.convert import convert, origin
-from halfbyte.export.hf import RECORD
+from halfbyte.export.record import RECORD
 from halfbyte.launch import handover
 from halfbyte.launch.console import Console
 from halfbyte.launch.start import RESOLVED

@@ -14,6 +14,9 @@ from typing import Any
 
 from halfbyte.export import handoff, hf
 from halfbyte.export.folder import move
+from halfbyte.export.imported import with_source_bytes
+from halfbyte.export.reader import open_checkpoint
+from halfbyte.export.record import RECORD, record_verdict
 from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
 from halfbyte.launch.scored import kinds, read_control, read_stages
@@ -23,6 +26,7 @@ from halfbyte.training.errors import UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.hf_map import HFWeight
 from halfbyte.training.jsonl import read_scores
+from halfbyte.training.model_source import is_quantized
 from halfbyte.training.shape import planned_linears, read_shape
 from halfbyte.training.statistics import paired_ratio
 
@@ -87,11 +91,12 @@ def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
     """
     from halfbyte.training import checkpoint
 
-    last = newest_checkpoint(folder)
+    last, source = newest_checkpoint(folder), Path(recipe.model.path)
     reason = integrity.damage(last)
     if reason is not None:
         raise UserError(checkpoint.damaged_line(last, reason))
-    return checkpoint.read_weights(last, read_shape(Path(recipe.model.path) / "config.json"), _formats(recipe))
+    weights = checkpoint.read_weights(last, read_shape(source / "config.json"), _formats(recipe))
+    return with_source_bytes(weights, open_checkpoint(source)) if is_quantized(source) else weights
 
 
 def _formats(recipe: Recipe) -> dict[str, Format]:
@@ -117,7 +122,7 @@ def exported(folder: Path) -> Path | None:
     """
     newest = newest_checkpoint(folder).name
     for out in (candidate(folder), released(folder)):
-        if (out / hf.RECORD).exists() and read_json(out / hf.RECORD).get("checkpoint") == newest:
+        if (out / RECORD).exists() and read_json(out / RECORD).get("checkpoint") == newest:
             return out
     return None
 
@@ -188,7 +193,7 @@ def release(recipe: Recipe, folder: Path, verdict: dict[str, Any]) -> Path:
     out, record = exported(folder), read_json(folder / "export" / "export.json")
     if out is None or not record["verified"]:
         raise UserError(f"{folder}: no verified export of the newest checkpoint; export it first (halfbyte export)")
-    hf.record_verdict(out, verdict)
+    record_verdict(out, verdict)
     if out != released(folder):
         move(out, released(folder))
     formats = _formats(recipe).values()
@@ -209,7 +214,7 @@ def withdraw(folder: Path) -> None:
     """A gate that does not pass leaves nothing at export/hf, not even an older export; a current one is a candidate."""
     out = exported(folder)
     if out is not None and out == released(folder):
-        hf.record_verdict(out, None)
+        record_verdict(out, None)
         move(out, candidate(folder))
     shutil.rmtree(released(folder), ignore_errors=True)
     (folder / "export" / "HANDOFF.md").unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from halfbyte.launch.console import Console
+from halfbyte.launch.imported import plain_weights, start_from
 from halfbyte.training import (
     checkpoint,
     companions,
@@ -30,6 +31,7 @@ from halfbyte.training.fetch import load_tokenizer
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.interrupt import Stop
 from halfbyte.training.kv_format import KVCache
+from halfbyte.training.model_source import is_quantized
 from halfbyte.training.runtime import Runtime, on_first_rank
 from halfbyte.training.schedule import collect
 from halfbyte.training.served import weights_as_served
@@ -61,16 +63,15 @@ class Work:
     ) -> "Work":
         """Import the BF16 model and load the evaluation items."""
         with console.stage("import") as notes:
-            folder = Path(recipe.model.path)
-            shape = read_shape(folder / "config.json")
-            tokenizer = load_tokenizer(folder)
-            gpt = model.build(shape, recipe, runtime)
-            model.import_hf(gpt, folder, shape, runtime)
-            teacher = None
-            if recipe.method == Method.qad and recipe.distill.teacher is None:
-                teacher = model.build(shape, recipe, runtime)
-                model.import_hf(teacher, folder, shape, runtime)
-                teacher.requires_grad_(False)
+            shape = read_shape(Path(recipe.model.path) / "config.json")
+            tokenizer = load_tokenizer(Path(recipe.model.path))
+            gpt, teacher = model.build(shape, recipe, runtime), None
+            with plain_weights(Path(recipe.model.reference or recipe.model.path), recipe, runtime) as folder:
+                model.import_hf(gpt, folder, shape, runtime)
+                if recipe.method == Method.qad and recipe.distill.teacher is None:
+                    teacher = model.build(shape, recipe, runtime)
+                    model.import_hf(teacher, folder, shape, runtime)
+                    teacher.requires_grad_(False)
             exam = evaluate.Examination.load(recipe, runtime, Path(recipe.run.dir), tokenizer, shape.max_positions)
             exam.check_vocabulary(shape.vocab)
             layout = recipe.parallel
@@ -167,6 +168,8 @@ class Work:
         """Insert the quantizers: calibrated now, or as quantize.json says."""
         path = self.folder / "quantize.json"
         with self.console.stage("calibrate") as notes:
+            if is_quantized(Path(self.recipe.model.path)):
+                start_from(self.recipe, self.gpt, self.shape, self.runtime, path)
             if on_first_rank(self.runtime, path.exists):
                 report = quantize.restore(self.gpt, self.recipe, path)
                 if ptq.changes_weights(self.recipe.quantize):

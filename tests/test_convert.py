@@ -10,11 +10,11 @@ import torch
 from export_tools import LLAMA, QWEN3, UNTIED, export, recipe
 from safetensors.torch import load_file, save_file
 
-from halfbyte.export import hf
 from halfbyte.export.container import TensorFile
 from halfbyte.export.convert import convert
 from halfbyte.export.converted import check
 from halfbyte.export.reader import open_checkpoint
+from halfbyte.export.record import file_hash
 from halfbyte.export.source import cache_of, formats_of
 from halfbyte.export.verify import decoded_model
 from halfbyte.launch.export import export_as
@@ -129,7 +129,7 @@ def test_the_record_carries_the_verdict_and_every_hash(exported: Path, tmp_path:
     )
     assert record["files"].keys() == {path.name for path in out.iterdir()} - {"halfbyte.json"}
     assert {name: entry["sha256"] for name, entry in record["files"].items()} == {
-        name: hf.file_hash(out / name) for name in record["files"]
+        name: file_hash(out / name) for name in record["files"]
     }
     assert (out / "LICENSE").read_text() == "yours"
 

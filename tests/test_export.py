@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from halfbyte.export import hf, reader
 from halfbyte.export.pack import fake, module_name
+from halfbyte.export.record import record_verdict
 from halfbyte.training.config import Format, Method, Recipe, SecondScale
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight
@@ -188,7 +189,7 @@ def test_record_names_every_file_with_its_hash(model_dir: Path, tmp_path: Path):
     export(model_dir, out)
     record = json.loads((out / "halfbyte.json").read_text())
     assert (record["gate"], record["checkpoint"]) == (None, "step_00000003")
-    hf.record_verdict(out, {"verdict": "pass"})
+    record_verdict(out, {"verdict": "pass"})
     assert json.loads((out / "halfbyte.json").read_text()) == record | {"gate": {"verdict": "pass"}}
     assert record["versions"] == {"a": "1"}
     assert (record["method"], record["format"], record["scale_2"]) == ("qat", "nvfp4", "pow2")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from halfbyte.export import hf, reader
 from halfbyte.export.pack import fake, module_name
 from halfbyte.export.quantization_config import quantization_configs
+from halfbyte.export.record import recipe_hash
 from halfbyte.export.verify import decoded_model, verify
 from halfbyte.launch.check import export_bytes
 from halfbyte.training import numerics
@@ -134,7 +135,10 @@ def problems(out: Path, model_dir: Path, *, rehash: bool = True) -> str:
     record = json.loads(path.read_text())
     if rehash:
         files = [file for file in sorted(out.iterdir()) if file != path]
-        record["files"] = {file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for file in files}
+        record["files"] = {
+            file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+            for file in files
+        }
         path.write_text(json.dumps(record))
     report = verify(out, iter(mixed_weights(model_dir)), mixed())
     assert report["ok"] is not bool(report["problems"])
@@ -314,4 +318,4 @@ def test_the_decoded_model_rounds_each_input_as_its_layer_does(exported: Path, m
 
 def test_the_order_of_the_patterns_is_part_of_the_recipes_hash():
     turned = Recipe(quantize=Quantize(layers=dict(reversed(MIX.items()))))
-    assert hf.recipe_hash(turned) != hf.recipe_hash(mixed()) == hf.recipe_hash(mixed())
+    assert recipe_hash(turned) != recipe_hash(mixed()) == recipe_hash(mixed())

@@ -87,7 +87,10 @@ def rehash(out: Path) -> None:
     path = out / "halfbyte.json"
     record = json.loads(path.read_text())
     files = [file for file in sorted(out.iterdir()) if file != path]
-    record["files"] = {file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for file in files}
+    record["files"] = {
+        file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+        for file in files
+    }
     path.write_text(json.dumps(record))
 
 

@@ -133,13 +133,16 @@ class Run:
 
 @dataclass
 class Model:
-    """The BF16 model to start from."""
+    """The model to start from: in BF16 or in a quantized layout that `halfbyte export` writes."""
 
     path: str = "???"
     """Hugging Face directory: config.json, *.safetensors, tokenizer."""
     fetch: str | None = None
     """What `halfbyte fetch` makes at `path` if nothing is there: smollm2 | tiny | tiny_mistral | tiny_qwen2 |
     tiny_qwen3."""
+    reference: str | None = None
+    """Where model.path is quantized: the BF16 model that it was made from, QAD's teacher and what the gate compares
+    with. None takes the decoded weights of model.path for both."""
     config: str | None = None
     """A config.json to plan with (`halfbyte check`) while the weights are not at `path`."""
 

@@ -128,10 +128,10 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerFast":
     path = Path(model_dir) / "tokenizer.json"
     try:
         json.loads(path.read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); copy the model's tokenizer") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); copy the model's tokenizer again") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model_dir}/tokenizer_config.json: no eos_token, which separates documents; name one")

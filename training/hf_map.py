@@ -21,6 +21,8 @@ class HFWeight:
             keys for k_proj, values for v_proj. None for every other tensor, and where the cache is not quantized.
         log2_scale: [N, K / block] trained logarithms of the block scales (learned_scales.py); None where a rule chooses
             them.
+        packed: Suffix -> the tensors that stand for this weight in a quantized directory that training started from,
+            while the weight still has the values that they decode to; None otherwise.
     """
 
     name: str
@@ -30,6 +32,7 @@ class HFWeight:
     input_amax: torch.Tensor | None = None
     cache_amax: torch.Tensor | None = None
     log2_scale: torch.Tensor | None = None
+    packed: dict[str, torch.Tensor] | None = None
 
 
 FUSED = {

@@ -124,6 +124,7 @@ def _make_absolute(recipe: Recipe) -> None:
         return str(Path(path).expanduser().absolute()) if path else path
 
     recipe.model.path = absolute(recipe.model.path) or ""
+    recipe.model.reference = absolute(recipe.model.reference)
     recipe.gate.control = absolute(recipe.gate.control)
     recipe.model.config = absolute(recipe.model.config)
     recipe.data.train = absolute(recipe.data.train)

@@ -26,15 +26,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 from tqdm import tqdm
 
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.hf_map import expected_shapes
 from halfbyte.training.runtime import Runtime, on_first_rank
 from halfbyte.training.shape import ModelShape
+from halfbyte.training.weight_files import check_weights
 
 
 class Rounding(Protocol):
@@ -331,29 +330,3 @@ def import_hf(model: GPTModel, model_dir: Path, shape: ModelShape, runtime: Runt
 def _quiet_bar(layers: Iterable[Any], **_: Any) -> tqdm:
     """ModelOpt's importer draws a bar of its own; a run prints one line per stage."""
     return tqdm(layers, disable=True)
-
-
-def check_weights(model_dir: Path, shape: ModelShape) -> None:
-    """Compare the files' headers with the shapes that the model needs; no tensor is read.
-
-    Raises:
-        UserError: no weight file, a corrupt one, a missing tensor or another shape (a vocabulary mismatch shows here).
-    """
-    found: dict[str, tuple[int, ...]] = {}
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model.path = {model_dir}: no *.safetensors file there; download or convert the weights")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: corrupt weight file ({error}); copy it again") from error
-    for name, size in expected_shapes(shape).items():
-        if name not in found:
-            raise UserError(f"model.path = {model_dir}: tensor {name} is missing; the checkpoint is incomplete")
-        if found[name] != size:
-            raise UserError(
-                f"model.path = {model_dir}: {name} has shape {list(found[name])}, config.json asks for {list(size)}; "
-                "weights and config.json (vocabulary, sizes) do not belong together"
-            )

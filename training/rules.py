@@ -12,6 +12,7 @@ from halfbyte.training.errors import RecipeError
 from halfbyte.training.export_rules import export_problems
 from halfbyte.training.families import TINY
 from halfbyte.training.model_rules import model_problems
+from halfbyte.training.model_source import is_quantized
 from halfbyte.training.shape import ModelShape, read_shape
 from halfbyte.training.task_rules import task_file_problems
 
@@ -78,6 +79,7 @@ def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
         One line per problem; empty for a recipe that can run.
     """
     shape, found = find_shape(recipe)
+    found += _reference(recipe, shape)
     found += [*_numbers(recipe), *_steps(recipe), *_teacher(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
     if shape is not None:
         found += [*model_problems(recipe, shape), *export_problems(recipe, shape)]
@@ -279,3 +281,20 @@ def _weights(recipe: Recipe) -> Iterator[str]:
             f"`halfbyte fetch {model.fetch} DIR` makes a new one" if model.fetch else "put the Hugging Face files there"
         )
         yield f"model.path = {model.path}: lacks {', '.join(missing)}; {here}"
+
+
+def _reference(recipe: Recipe, shape: ModelShape | None) -> Iterator[str]:
+    """model.reference is another, plain copy of the model at model.path."""
+    path = recipe.model.reference
+    if path is None:
+        return
+    if not is_quantized(Path(recipe.model.path)):
+        yield f"model.reference = {path}: is read only where model.path is quantized; leave the key out"
+    elif is_quantized(Path(path)):
+        yield f"model.reference = {path}: is quantized itself; give the BF16 model"
+    else:
+        try:
+            if shape is not None and read_shape(Path(path) / "config.json") != shape:
+                yield f"model.reference = {path}: has other sizes than {recipe.model.path}; give the same model in BF16"
+        except RecipeError as error:
+            yield from (f"model.reference: {line}" for line in error.problems)

@@ -176,8 +176,10 @@ def read_shape(config_json: str | Path) -> ModelShape:
     rope = _rope(config)
     architecture = (config.get("architectures") or ["none"])[0]
     family = FAMILIES.get(architecture, Family())
-    missing = [key for key in (*_REQUIRED, *family.required) if not isinstance(config.get(key), int)]
-    problems = [f"{config_json}: {key} is missing or not a whole number; take the model's own file" for key in missing]
+    missing = [key for key in (*_REQUIRED, *family.required) if not _is_size(config.get(key))]
+    problems = [f"{config_json}: {key} is missing or no positive number; take the model's own file" for key in missing]
+    if not missing and config["num_hidden_layers"] > MOST_LAYERS:
+        problems.append(f"{config_json}: num_hidden_layers = {config['num_hidden_layers']}: more than {MOST_LAYERS}")
     problems += [f"{config_json}: {reason}" for reason in _unsupported(config, rope)]
     if problems:
         raise RecipeError(problems)
@@ -211,12 +213,20 @@ _REQUIRED = (
 )
 
 
+MOST_LAYERS = 10_000
+"""Far beyond any model: a damaged number must not become a list of that length."""
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
         raise RecipeError([f"{path}: cannot be read ({error.strerror}); give a Hugging Face directory"]) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError([f"{path}: not valid JSON ({error}); copy the model's config.json again"]) from error
     if not isinstance(config, dict):
         raise RecipeError([f"{path}: not a JSON object; copy the model's config.json again"])

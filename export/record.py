@@ -1,0 +1,84 @@
+"""halfbyte.json: where the files of an export come from, their hashes, and what the gate said."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from halfbyte.training.config import Format, Recipe
+from halfbyte.training.files import read_json, write_json
+from halfbyte.training.formats import SPECS
+
+RECORD = "halfbyte.json"
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe as JSON with sorted keys, but for quantize.layers, whose order decides."""
+    content = asdict(recipe)
+    content["quantize"]["layers"] = list(content["quantize"]["layers"].items())
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_record(
+    folder: Path,
+    recipe: Recipe,
+    formats: dict[str, Format],
+    checkpoint: str,
+    versions: dict[str, str],
+) -> None:
+    """halfbyte.json: where the files come from, and their hashes. No gate has judged them yet."""
+    files = {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    distinct = sorted(set(formats.values()))
+    two_level = any(SPECS[number_format].two_level for number_format in distinct)
+    record = {
+        "method": recipe.method.value,
+        "format": "+".join(distinct) or "bf16",
+        "scale_2": recipe.quantize.scale_2.value if two_level else None,
+        "kv_cache": recipe.quantize.kv_cache.value if formats else "none",
+        "gate": None,
+        "checkpoint": checkpoint,
+        "recipe_sha256": recipe_hash(recipe),
+        "versions": versions,
+        "files": files,
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def record_verdict(out: Path, verdict: dict[str, Any] | None) -> None:
+    """Write the gate's verdict into the halfbyte.json of a finished export, at once or not at all.
+
+    Args:
+        out: The exported directory.
+        verdict: Content of gate.json; None takes one back.
+
+    Raises:
+        UserError: halfbyte.json is missing, damaged or cannot be written.
+    """
+    write_json(out / RECORD, read_json(out / RECORD) | {"gate": verdict})
+
+
+def broken_hashes(out: Path) -> list[str]:
+    """Files of a directory that are not as they were written, by the list in halfbyte.json; a line each."""
+    try:
+        listed = json.loads((out / RECORD).read_bytes())["files"]
+        hashes = {name: entry["sha256"] for name, entry in listed.items()}
+        sizes = {name: entry["bytes"] for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{out / RECORD} is missing or damaged ({error!r}): the files cannot be told from altered ones"]
+    present = {path.name for path in out.iterdir()} - {RECORD}
+    problems = [f"{out / name} is listed in {RECORD} but missing" for name in sorted(hashes.keys() - present)]
+    problems += [f"{out / name} is not listed in {RECORD}" for name in sorted(present - hashes.keys())]
+    both = sorted(present & hashes.keys())
+    changed = [
+        name
+        for name in both
+        if (out / name).stat().st_size != sizes[name] or file_hash(out / name) != hashes[name]  # the size is quick
+    ]
+    return problems + [f"{out / name} changed after the export (SHA-256 differs)" for name in changed]
