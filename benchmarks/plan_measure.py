@@ -76,6 +76,7 @@ def inside(names: str, out: str, steps: str) -> None:
     from halfbyte.training import environment
     from halfbyte.training.runtime import close_runtime, open_runtime
 
+    environment.die_with_parent()  # torchrun stopped by force must not leave the GPUs busy
     environment.set_process_environment()
     environment.quiet_libraries()
     cases = [case for case in CASES if case.name in names.split(",")]
@@ -95,15 +96,17 @@ def measure(case: Case, runtime: Any, steps: int) -> dict[str, Any]:
     """Build, calibrate and train a case.
 
     Returns:
-        seconds (of every timed step), median, loss; of the fullest rank, on a GPU, in bytes: peak_allocated (tensors,
-        from the first step on), peak_reserved (with what torch's allocator keeps), outside (memory of the GPU that is
-        not torch's); on a CPU these are missing. failed: the reason, where memory did not suffice.
+        seconds (of every timed step), median, loss; of the fullest rank, on a GPU, in bytes: held (what was allocated
+        before), peak_allocated (tensors, from the first step on, without `held`), peak_reserved (with what torch's
+        allocator keeps), outside (memory of the GPU that is not torch's); on a CPU these are missing. failed: the
+        reason, where memory did not suffice.
     """
     import torch
 
     from halfbyte.bench import worker
 
     cuda = runtime.device.type == "cuda"
+    held = torch.cuda.memory_allocated() if cuda else 0  # an earlier case's tensors, where something keeps them alive
     try:
         trained, parts = _prepare(case, runtime)
         if cuda:
@@ -116,7 +119,8 @@ def measure(case: Case, runtime: Any, steps: int) -> dict[str, Any]:
     if cuda:
         free, total = torch.cuda.mem_get_info()
         peaks = {
-            "peak_allocated": torch.cuda.max_memory_allocated(),
+            "held": held,
+            "peak_allocated": torch.cuda.max_memory_allocated() - held,
             "peak_reserved": torch.cuda.max_memory_reserved(),
             "outside": total - free - torch.cuda.memory_reserved(),
         }

@@ -131,12 +131,18 @@ def measure(
                 if arm.modelopt is None:
                     raise
                 entry["failed"] = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+            if runtime.first:
+                print(f"{layout.name} {arm.name}: {_said(entry)}", flush=True)  # a log that is cut off keeps these
             gc.collect()
             if runtime.device.type == "cuda":
                 torch.cuda.empty_cache()
     for entry in found.values():
         entry["median"] = statistics.median(entry["seconds"]) if "failed" not in entry else None
     return found
+
+
+def _said(entry: dict[str, Any]) -> str:
+    return entry.get("failed") or f"{1e3 * statistics.median(entry['seconds']):.1f} ms"
 
 
 def _one_turn(
@@ -155,6 +161,7 @@ def _one_turn(
 def main(argv: list[str]) -> None:
     """Measure one layout and write its JSON."""
     layout, arms, out, size_file, steps, rounds = argv
+    environment.die_with_parent()  # torchrun stopped by force must not leave the GPUs busy
     environment.set_process_environment()
     environment.quiet_libraries()
     size = Size(**json.loads(Path(size_file).read_text()))
