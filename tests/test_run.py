@@ -38,7 +38,7 @@ def place(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     further = ("export.also=[compressed_tensors,trtllm]", "export.tensor_parallel=2", "telemetry.tensorboard=true")
-    further += ("telemetry.stragglers_every_steps=2",)
+    further += ("telemetry.stragglers_every_steps=2", "telemetry.quantization_every_steps=3")
     done = halfbyte("run", "tiny", *SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     run = place / "runs" / "a"
@@ -79,6 +79,9 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     assert all(entry["tokens_per_second"] > 0 and entry["gradient_norm"] > 0 for entry in metrics)
     assert [("ranks" in entry) for entry in metrics] == [False, True, False]
     assert 0 < metrics[1]["ranks"]["largest_seconds"] < metrics[1]["seconds"]
+    assert [("quantization" in entry) for entry in metrics] == [False, False, True]
+    now = {key: layer["weight"]["error"] for key, layer in metrics[2]["layers"].items()}
+    assert now == pytest.approx(train["weight_relative_rms_error"], rel=1e-5)
     assert 'halfbyte_step{run="tiny"} 3.0' in (run / "metrics.prom").read_text()
     for noise in ("Traceback", "Warning", "WARNING", "NeMo"):
         assert noise not in done.stdout + done.stderr

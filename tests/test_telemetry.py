@@ -15,14 +15,8 @@ from halfbyte.training.resolve import resolve
 from halfbyte.training.shape import ModelShape, model_flops
 
 SHAPE = ModelShape(2, 64, 96, 4, 2, 16, 64, False, 32, 1e4, None, 1e-5)
-RECORD = {
-    "step": 7,
-    "time": 1000.5,
-    "loss": 1.25,
-    "mfu": 0.5,
-    "quantization": {"weight_error": {"mean": 0.1}},
-    "x": "no",
-}
+RECORD = {"step": 7, "time": 1000.5, "loss": 1.25, "mfu": 0.5, "quantization": {"weight_error": {"mean": 0.1}}}
+RECORD |= {"slowest": "rank 3", sinks.DETAIL: {"fc1": {"weight": {"error": 0.09}}}}
 
 
 def test_a_resume_keeps_each_step_once(tmp_path):
@@ -74,7 +68,9 @@ def test_tensorboard_has_every_number(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "mfu", "quantization/weight_error/mean"}
+    assert set(events.Tags()["scalars"]) == {
+        *("loss", "mfu", "quantization/weight_error/mean", "layers/fc1/weight/error")
+    }
     (point,) = events.Scalars("loss")
     assert (point.step, point.value, point.wall_time) == (7, 1.25, 1000.5)
 
@@ -102,7 +98,7 @@ def run(tmp_path):
     def step(loss):
         watched.on_train_batch_start(trainer, module)
         module.progress.losses.append(loss)
-        watched.on_train_batch_end(trainer, module)
+        watched.on_train_batch_end(trainer, module, None, [None], 0)
 
     return SimpleNamespace(**locals())
 

@@ -14,6 +14,8 @@ from halfbyte.training.errors import UserError
 
 METRICS = "metrics.jsonl"
 PROMETHEUS = "metrics.prom"
+DETAIL = "layers"
+"""A part of a record with numbers per layer: too many for Prometheus."""
 PROMETHEUS_S = 5.0
 """Least seconds between two versions of metrics.prom; collectors read it every 15 s or so."""
 HELP = {
@@ -140,7 +142,7 @@ def prometheus_text(record: Mapping[str, Any], label: str) -> str:
         label: The run's name, escaped.
     """
     lines = []
-    for name, value in flat(record):
+    for name, value in flat({name: value for name, value in record.items() if name != DETAIL}):
         metric = "halfbyte_" + "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
         lines += [f"# HELP {metric} {HELP[name]}"] if name in HELP else []
         lines += [f"# TYPE {metric} gauge", f'{metric}{{run="{label}"}} {float(value)!r}']

@@ -10,11 +10,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from halfbyte.training.config import Recipe
+from halfbyte.training import quantization_stats
+from halfbyte.training.config import Method, Recipe
+from halfbyte.training.data import MicroBatch
 from halfbyte.training.hardware import gpu_of
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.shape import ModelShape, model_flops
-from halfbyte.training.sinks import JsonLines, Prometheus, Sink, TensorBoard, flat
+from halfbyte.training.sinks import DETAIL, JsonLines, Prometheus, Sink, TensorBoard, flat
 from halfbyte.training.stragglers import WaitClock, compare
 
 IN_LIGHTNING = ("step", "time", "loss", "learning_rate", "gradient_norm")
@@ -61,12 +63,14 @@ class Telemetry(Callback):
             clock.start()
         self._started = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the step's metrics."""
         seconds = time.perf_counter() - self._started
         more, lines = self._compared(seconds)
+        rounding, about = self._rounding(pl_module, batch[0])
+        lines += about
         if self.runtime.first:
-            record = self._record(pl_module, seconds) | more
+            record = self._record(pl_module, seconds) | more | rounding
             for line in lines:
                 self.say(f"  step {record['step']}: {line}")
             self._write(trainer, record | ({"events": lines} if lines else {}))
@@ -88,6 +92,18 @@ class Telemetry(Callback):
         own, self._waits = seconds - self._waits.stop(), None
         metrics, lines = compare(own, self.runtime.device, self.recipe.telemetry.straggler_ratio)
         return {"ranks": metrics}, lines
+
+    def _rounding(self, pl_module: Any, batch: MicroBatch) -> tuple[dict[str, Any], list[str]]:
+        """Metrics and lines about quantization, in a step that it is due in; collective."""
+        step = len(pl_module.progress.losses)
+        trains = self.recipe.method in (Method.qat, Method.qad) and step > self.recipe.train.fake_quant_after_steps
+        if not trains or not _due(step, self.recipe.telemetry.quantization_every_steps):
+            return {}, []
+        started = time.perf_counter()
+        layers = quantization_stats.measure(pl_module.gpt, batch, self.recipe.quantize)
+        seconds = {"seconds": time.perf_counter() - started}
+        found = {"quantization": quantization_stats.summary(layers) | seconds, DETAIL: layers}
+        return found, quantization_stats.lines(layers)
 
     def _record(self, pl_module: Any, seconds: float) -> dict[str, Any]:
         record = {
