@@ -103,14 +103,15 @@ def _reduced(seen: Sequence[Seen]) -> list[dict[str, float]]:
     dist.all_reduce(sums, group=group)
     dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
     rows = zip(sums.tolist(), amax.double().tolist(), strict=True)
-    return [_shares(*total, largest_now, calibrated) for total, (largest_now, calibrated) in rows]
+    return [_shares(total, maxima) for total, maxima in rows]
 
 
-def _shares(
-    error: float, square: float, clipped: float, count: float, largest_now: float, calibrated: float
-) -> dict[str, float]:
+def _shares(sums: list[float], maxima: list[float]) -> dict[str, float]:
+    """Of Seen's sums, and of (largest magnitude, calibrated maximum)."""
+    error, square, clipped, count = sums
+    now, calibrated = maxima
     found = {"error": (error / max(square, 1e-30)) ** 0.5, "clipped": clipped / count}
-    return found | ({"drift": largest_now / calibrated} if calibrated > 0 else {})
+    return found | ({"drift": now / calibrated} if calibrated > 0 else {})
 
 
 def summary(layers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
