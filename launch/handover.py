@@ -89,13 +89,13 @@ def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
     Raises:
         UserError: there is no checkpoint, or its files are not as they were saved.
     """
-    from halfbyte.training import checkpoint
+    from halfbyte.training import checkpoint, saved_weights
 
     last, source = newest_checkpoint(folder), Path(recipe.model.path)
     reason = integrity.damage(last)
     if reason is not None:
         raise UserError(checkpoint.damaged_line(last, reason))
-    weights = checkpoint.read_weights(last, read_shape(source / "config.json"), _formats(recipe))
+    weights = saved_weights.read_weights(last, read_shape(source / "config.json"), _formats(recipe))
     return with_source_bytes(weights, open_checkpoint(source)) if is_quantized(source) else weights
 
 

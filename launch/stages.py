@@ -18,6 +18,7 @@ from halfbyte.training import (
     corpus,
     data,
     evaluate,
+    lora,
     lsq,
     model,
     ptq,
@@ -161,7 +162,7 @@ class Work:
         weights = dict(plain.named_parameters())
         with torch.no_grad():
             for name, parameter in self.gpt.named_parameters():
-                if not companions.owns(name):  # learned scales are in the decoded weights
+                if not companions.owns(name):  # their work is in the decoded weights
                     parameter.copy_(weights[name])
 
     def calibrate(self) -> None:
@@ -298,6 +299,7 @@ class Work:
             raise UserError(f"{self.checkpoints}: no checkpoint; train first (halfbyte train {self.folder})")
         checkpoint.check(last)
         lsq.attach(self.gpt, self.recipe)
+        lora.attach(self.gpt, self.recipe)
         checkpoint.load(checkpoint.Trainable(self.gpt), last)
         if self.recipe.method != Method.bf16:
             quantize.refresh_scales(self.gpt, self.recipe.quantize)

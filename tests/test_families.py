@@ -82,7 +82,7 @@ def _recipe(case: str) -> Recipe:
 
 
 def _weights(place: Path, case: str, checkpoint_dir: Path):
-    from halfbyte.training.checkpoint import read_weights
+    from halfbyte.training.saved_weights import read_weights
 
     shape = read_shape(place / case / "config.json")
     return read_weights(checkpoint_dir, shape, planned_linears(shape, _recipe(case)))

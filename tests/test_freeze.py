@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from halfbyte.launch.start import RESOLVED
-from halfbyte.training.checkpoint import read_weights
 from halfbyte.training.config import Method, Parallel, Recipe, Train
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.errors import UserError
 from halfbyte.training.pattern_rules import freeze_problems
 from halfbyte.training.resolve import resolve, save
+from halfbyte.training.saved_weights import read_weights
 from halfbyte.training.shape import ModelShape, read_shape
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core

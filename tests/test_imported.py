@@ -21,6 +21,7 @@ from halfbyte.training.files import read_json
 from halfbyte.training.formats import Rounding
 from halfbyte.training.kv_format import KVCache
 from halfbyte.training.resolve import resolve
+from halfbyte.training.saved_weights import read_weights
 from halfbyte.training.shape import planned_linears, read_shape
 
 WORLD = runpy.run_path(str(Path(__file__).parent / "workers" / "world.py"))
@@ -89,7 +90,7 @@ def test_a_round_trip_changes_no_byte(tmp_path: Path, kind: str):
     files = open_checkpoint(source)
 
     def weights():
-        return imported.with_source_bytes(checkpoint.read_weights(saved, shape, planned_linears(shape, run)), files)
+        return imported.with_source_bytes(read_weights(saved, shape, planned_linears(shape, run)), files)
 
     out = tmp_path / "again"
     hf.write(weights(), run, model_dir=source, out=out, checkpoint="step_00000000", versions={})

@@ -303,12 +303,18 @@ def test_frozen_layers_keep_the_rule(opened):
     [
         (Method.ptq, Format.nvfp4, 0, "method ptq trains no quantized weight; give 0, or method=qat or qad"),
         (Method.qat, Format.fp8, 0, "fp8 layers have no block scales to learn"),
-        (Method.qad, Format.mxfp4, 5, "scales of BF16 steps have no gradient"),
+        (
+            Method.qad,
+            Format.mxfp4,
+            5,
+            "learns from quantized weights only; give 0, or set train.fake_quant_after_steps=0",
+        ),
     ],
 )
 def test_where_no_scale_can_be_learned_is_one_line(method, number_format, late, says):
-    recipe = Recipe(method=method, train=Train(block_scale_lr_mult=10.0, fake_quant_after_steps=late))
-    (line,) = method_problems(recipe, [number_format])
+    train = Train(block_scale_lr_mult=10.0, fake_quant_after_steps=late)
+    recipe = Recipe(method=method, quantize=Quantize(format=number_format), train=train)
+    (line,) = method_problems(recipe, WORLD["SHAPE"])
     assert line.startswith("train.block_scale_lr_mult = 10.0: ")
     assert says in line
-    assert list(method_problems(replace(recipe, train=Train()), [number_format])) == []
+    assert list(method_problems(replace(recipe, train=Train()), WORLD["SHAPE"])) == []

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("workers") / "methods.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-BESIDE = ("lsq",)
+BESIDE = ("lsq", "lora")
 VARIANTS = ("forward_kl", "everything", "top_k", "files", *BESIDE)
 
 

@@ -52,12 +52,10 @@ class Arithmetic:
             return learned_scales.fake_quantize(x, self.log2, self.rounding, self.scale)
         return numerics.fake_quantize(x, self.rounding, self.scale, self.block_scale)
 
-    def fake_into(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """Fake-quantized x, without a gradient, written to `out` (of x's shape and dtype); a new tensor for None."""
-        if out is None:
-            return self.fake(x)
-        if self.log2 is not None:
-            return out.copy_(learned_scales.fake(x, self.log2, self.rounding, self.scale))
+    def fake_into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Fake-quantized x, without a gradient, written to `out`: contiguous, of x's shape, rounded to its dtype."""
+        if self.log2 is not None or out.dtype != x.dtype:
+            return out.copy_(self.fake(x.detach()))
         return numerics.fake_quantize_into(x, out, self.rounding, self.scale, self.block_scale)
 
     def rule(self) -> tuple[Any, torch.Tensor | None]:

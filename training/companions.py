@@ -1,15 +1,15 @@
 """Parameters beside the weight of a quantized linear, whose gradients follow from the weight's.
 
 With a straight-through gradient, what Megatron accumulates for a weight is dL/dW_q, the gradient of the weight as it is
-quantized. A parameter p that W_q is made from (lsq.py: block scales) has dL/dp = sum(dL/dW_q * dW_q/dp), so no
-micro-batch computes anything more: its gradient is taken once per global batch, before Megatron sums gradients over
-data-parallel ranks. It is linear in dL/dW_q, hence the sum is that of the whole batch.
+quantized. A parameter p that W_q is made from (lsq.py: block scales, lora.py: adapters) has dL/dp = sum(dL/dW_q *
+dW_q/dp), so no micro-batch computes anything more: its gradient is taken once per global batch, before Megatron sums
+gradients over data-parallel ranks. It is linear in dL/dW_q, hence the sum is that of the whole batch.
 
 Everything after that is Megatron's, as for any parameter: the sum over ranks, the division by the number of tokens,
 norm and clipping, Adam, the shards of the distributed optimizer, the checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -45,19 +45,23 @@ class Companion(torch.nn.Module):
         self.axes[name] = axis
         return parameter
 
-    def take_gradient(self, linear: Any, weight: torch.Tensor) -> None:
-        """Set the parameters' `main_grad` from the weight's.
+    def take_gradient(self, linear: Any, weight: Callable[[], torch.Tensor]) -> None:
+        """Set the parameters' `main_grad` from the gradient of the weight; collective over tensor parallelism.
 
         Args:
-            linear: The Megatron linear, a global batch's gradient in its weight's main_grad.
-            weight: This rank's part of the weight that was quantized, [N, K].
+            linear: The Megatron linear, whose weight has the gradient of this rank's part of a global batch.
+            weight: Gives this rank's part of the weight that was quantized, [N, K].
         """
         raise NotImplementedError
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """What is quantized in the place of a weight [N, K]: the weight itself, where a companion changes none."""
+        return weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """For Megatron's checkpoint, in which layers are numbered over the whole model."""
         entries = {}
-        for name, parameter in self.named_parameters():
+        for name, parameter in [*self.named_parameters(), *self.named_buffers()]:
             key, axis = saved_as(self.kind, self.key, name), self.axes[name]
             entries[f"{prefix}{name}"] = (
                 make_sharded_tensor_for_checkpoint(parameter, key)
@@ -68,7 +72,10 @@ class Companion(torch.nn.Module):
 
 
 class Companions(torch.nn.Module):
-    """All companions of this rank's model. `base` holds the weights' own storage while quantized ones stand in."""
+    """All companions of this rank's model; at most one of a kind beside a linear.
+
+    `base` holds the weights' own storage while quantized ones stand in (fast_path.py).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,14 +125,31 @@ def parts_of(key: str) -> int:
     return 2 if key.endswith("mlp.linear_fc1") else 1
 
 
+def collected(linear: Any) -> torch.Tensor:
+    """The gradient [N, K] that a global batch's micro-batches have left for a linear's weight, on this rank."""
+    return linear.weight.main_grad if hasattr(linear.weight, "main_grad") else linear.weight.grad
+
+
+def weight_of(model: torch.nn.Module, module: str) -> torch.Tensor:
+    """This rank's part of the weight [N, K] that is quantized: the parameter's, and what is beside it added."""
+    companions, linear = of(model), model.get_submodule(module)
+    weight: torch.Tensor = linear.weight.data  # type: ignore[union-attr]
+    if companions is None:
+        return weight
+    weight = companions.base.get(module, weight)
+    for place, companion in companions.each():
+        if place == module:
+            weight = companion.merged(weight)
+    return weight
+
+
 def take_gradients(model: torch.nn.Module) -> None:
     """Set every companion's gradient, a sum over this rank's micro-batches, from those of the weights."""
     companions = of(model)
     assert companions is not None
     with torch.no_grad():
         for module, companion in companions.each():
-            linear: Any = model.get_submodule(module)
-            companion.take_gradient(linear, companions.base.get(module, linear.weight.data))
+            companion.take_gradient(model.get_submodule(module), partial(weight_of, model, module))
 
 
 def finalize(model: torch.nn.Module) -> Any:

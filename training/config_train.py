@@ -6,6 +6,18 @@ from halfbyte.training.choices import CudaGraphs, Dtype
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters instead of all weights: W + alpha / rank x B A is quantized, and only A and B are trained."""
+
+    rank: int = 0
+    """Columns of B; 0 trains the weights themselves."""
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["*"])
+    """fnmatch patterns on Hugging Face module names; which quantized linears get an adapter. q/k/v share one, as
+    gate/up do: all members or none."""
+
+
+@dataclass
 class Train:
     """Optimization. Tokens per step = global_batch x sequence_length."""
 
@@ -41,5 +53,6 @@ class Train:
     block_scale_lr_mult: float = 0.0
     """Learned block scales of FP4 weights (LSQ): the log2 of each is trained, at learning_rate times this; 0 leaves
     scales to quantize.block_scale at every step."""
+    lora: Lora = field(default_factory=Lora)
     fake_quant_after_steps: int = 0
     """The first N steps train in BF16; the scales are those of the calibration before them."""

@@ -54,7 +54,7 @@ def weights_once(model: torch.nn.Module, kept: dict[str, torch.Tensor] | None = 
         for name, linear in linears:
             if hasattr(linear, "weight_quantizer"):
                 if linear.weight_quantizer.is_enabled:  # not so for weights_as_served: they are on the grid already
-                    swapped.append(_swap(name, linear, kept))
+                    swapped.append(_swap(name, linear, companions.weight_of(model, name), kept))
                 _bypass(linear, producers.get(linear))
         if beside is not None:
             beside.base = {entry.name: entry.own for entry in swapped}
@@ -75,12 +75,13 @@ def weights_once(model: torch.nn.Module, kept: dict[str, torch.Tensor] | None = 
         )
 
 
-def _swap(name: str, linear: torch.nn.Module, kept: dict[str, torch.Tensor] | None) -> _Swapped:
+def _swap(name: str, linear: torch.nn.Module, weight: torch.Tensor, kept: dict[str, torch.Tensor] | None) -> _Swapped:
     rule = linear.weight_quantizer._quantizer_cache
     parameter: torch.nn.Parameter = linear.weight  # type: ignore[assignment]
     own = parameter.data
     with torch.no_grad():
-        quantized = rule.fake(own) if kept is None else rule.fake_into(own, kept.get(name))
+        place = None if kept is None else kept.get(name)
+        quantized = rule.fake(weight).to(own.dtype) if place is None else rule.fake_into(weight, place)
     if kept is not None:
         kept[name] = quantized
     parameter.data = quantized

@@ -7,6 +7,7 @@ gradient are in learned_scales.py, where the gradient comes from in companions.p
 Shapes: P matrices that a weight stacks (gate over up: 2, else 1), R rows of each, G blocks along K; N = P R.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,11 +31,12 @@ class LearnedScale(Companion):
         log2_PRG = log2_NG.view(companions.parts_of(key), -1, log2_NG.shape[1])
         self.log2 = self.hold("log2", log2_PRG, 2 if row_parallel else 1)
 
-    def take_gradient(self, linear: Any, weight: torch.Tensor) -> None:
+    def take_gradient(self, linear: Any, weight: Callable[[], torch.Tensor]) -> None:
         """See Companion; the gradient is learned_scales.gradient."""
         rule = linear.weight_quantizer._quantizer_cache
         log2_NG = self.log2.flatten(0, 1)
-        found = learned_scales.gradient(weight, linear.weight.main_grad, log2_NG, rule.rounding, rule.scale)
+        grad_NK = companions.collected(linear).to(self.log2.dtype)
+        found = learned_scales.gradient(weight(), grad_NK, log2_NG, rule.rounding, rule.scale)
         self.log2.main_grad.copy_(found.view_as(self.log2))
 
 
@@ -43,14 +45,13 @@ def attach(model: torch.nn.Module, recipe: Recipe) -> None:
 
     Args:
         model: This rank's GPTModel, calibrated, not yet wrapped in DDP; changed in place.
-        recipe: Its train.block_scale_lr_mult says whether; layers that train.freeze names keep the rule.
+        recipe: Its train.block_scale_lr_mult says whether; layers that are not trained keep the rule.
     """
     if not recipe.train.block_scale_lr_mult:
         return
     beside = companions.of(model) or Companions()
     for layer in plan(model, recipe.quantize):
-        frozen = excluded(layer.hf[0], recipe.train.freeze)
-        if frozen or beside.of(LearnedScale.kind, layer.module) is not None:
+        if not _trains(layer.hf[0], recipe) or beside.of(LearnedScale.kind, layer.module) is not None:
             continue
         linear: Any = model.get_submodule(layer.module)
         weight, rule = linear.weight.data, linear.weight_quantizer._quantizer_cache
@@ -60,3 +61,9 @@ def attach(model: torch.nn.Module, recipe: Recipe) -> None:
         beside.put(layer.module, LearnedScale(layer.key, log2_NG, row_parallel=row_parallel))
     model.add_module(companions.NAME, beside)
     refresh_scales(model, recipe.quantize)
+
+
+def _trains(module: str, recipe: Recipe) -> bool:
+    """Whether training changes a linear: by its adapter, where there are adapters."""
+    lora = recipe.train.lora
+    return excluded(module, lora.targets) if lora.rank else not excluded(module, recipe.train.freeze)

@@ -1,28 +1,55 @@
 """Whether training methods fit together and fit the plan. Pure and torch-free; a line per problem."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from halfbyte.training.config import Format, Method, Recipe
+from halfbyte.training.config import Method, Recipe
 from halfbyte.training.formats import SPECS
+from halfbyte.training.pattern_rules import pattern_problems, some, stages
+from halfbyte.training.shape import ModelShape, excluded, planned_linears
 
 
-def method_problems(recipe: Recipe, formats: Sequence[Format]) -> Iterator[str]:
-    """What is trained beside the weights (learned block scales) needs a method that trains, and its kind of format.
+def method_problems(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    """What is trained beside the weights (block scales, adapters) needs a method that trains, and layers to stand at.
 
     Args:
         recipe: A type-correct recipe.
-        formats: Of the linears that it quantizes.
+        shape: The model's shape.
     """
     if recipe.train.block_scale_lr_mult > 0:
-        yield from _learned_scales(recipe, formats)
+        yield from _learned_scales(recipe, shape)
+    if recipe.train.lora.rank > 0:
+        yield from _lora(recipe, shape)
 
 
-def _learned_scales(recipe: Recipe, formats: Sequence[Format]) -> Iterator[str]:
-    key = f"train.block_scale_lr_mult = {recipe.train.block_scale_lr_mult}"
+def _beside(key: str, recipe: Recipe) -> Iterator[str]:
     if recipe.method not in (Method.qat, Method.qad):
         yield f"{key}: method {recipe.method} trains no quantized weight; give 0, or method=qat or qad"
-    for number_format in formats:
+    if recipe.train.fake_quant_after_steps:
+        yield f"{key}: learns from quantized weights only; give 0, or set train.fake_quant_after_steps=0"
+
+
+def _learned_scales(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    key = f"train.block_scale_lr_mult = {recipe.train.block_scale_lr_mult}"
+    yield from _beside(key, recipe)
+    for number_format in sorted(set(planned_linears(shape, recipe).values())):
         if SPECS[number_format].grid.block_scale is None:
             yield f"{key}: {number_format} layers have no block scales to learn; give 0, or these layers an FP4 format"
-    if recipe.train.fake_quant_after_steps:
-        yield f"{key}: scales of BF16 steps have no gradient; give 0, or set train.fake_quant_after_steps=0"
+
+
+def _lora(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    lora, frozen = recipe.train.lora, recipe.train.freeze
+    key = f"train.lora.rank = {lora.rank}"
+    yield from _beside(key, recipe)
+    if frozen:
+        yield f"train.freeze = [{', '.join(frozen)}]: train.lora.rank = {lora.rank} freezes all weights; leave it out"
+    linears = list(planned_linears(shape, recipe))
+    if not linears:
+        return  # reported elsewhere
+    yield from pattern_problems("train.lora.targets", lora.targets, linears, shape, "quantized linear")
+    trained = {name for name in linears if excluded(name, lora.targets)}
+    held = stages(recipe, shape, linears)
+    idle = [number for number, inside in enumerate(held) if not inside & trained]
+    if idle:
+        which = f"pipeline stage {some(idle)} (counted from 0)" if len(held) > 1 else "the model"
+        targets = ", ".join(lora.targets)
+        yield f"train.lora.targets = [{targets}]: no adapter in {which}, which has nothing to train then; name more"

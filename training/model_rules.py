@@ -37,7 +37,7 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> list[str]:
     problems = [*_layout(recipe, shape), *_formats(recipe, shape), *_distill(recipe, shape)]
     if recipe.method != Method.bf16:
         problems += [*_patterns(recipe, shape), *_layers(recipe, shape)]
-    problems += method_problems(recipe, sorted(set(planned_linears(shape, recipe).values())))
+    problems += method_problems(recipe, shape)
     return problems if recipe.method == Method.ptq else [*problems, *freeze_problems(recipe, shape)]
 
 

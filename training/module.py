@@ -22,7 +22,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch.utils.data import DataLoader, IterableDataset
 
-from halfbyte.training import companions, gradients, graphs, losses, lsq
+from halfbyte.training import companions, gradients, graphs, lora, losses, lsq
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
@@ -121,6 +121,7 @@ class MegatronOptimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the DDP gradient buffers."""
         self.ddp.zero_grad_buffer()
+        lora.zero_gradients(self.ddp.module)
         self.megatron.zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -195,13 +196,15 @@ class Training(pl.LightningModule):
         """What is being done, for the watchdog."""
         # Plain attributes in a list: Lightning must not walk, move or save these modules.
         lsq.attach(model, recipe)
-        freeze(model, recipe.train.freeze, recompute=recipe.train.recompute)
+        lora.attach(model, recipe)
+        freeze(model, ["*"] if recipe.train.lora.rank else recipe.train.freeze, recompute=recipe.train.recompute)
         self._hidden = [model, wrap(model, recipe)]
         self._distillation = None
         if recipe.method == Method.qad:
             assert teacher is not None
             self._distillation = Distillation(model, teacher, recipe.distill)
         self.optimizer = MegatronOptimizer(self.ddp, recipe, runtime.dtype)
+        lora.collect_gradients(model)
         self._replay = graphs.Replay() if graphs.wanted(recipe, runtime) else None
         self._rounded: dict[str, torch.Tensor] | None = None if self._replay is None else {}
 
@@ -256,7 +259,7 @@ class Training(pl.LightningModule):
         if not math.isfinite(loss.mean):
             remedy = "lower train.learning_rate or start from an earlier checkpoint"
             self._stop(batch, loss, f"step {step}: loss is {loss.mean}: stopped before the update; {remedy}")
-        if quantizes and self.recipe.quantize.clip_gradient:
+        if quantizes and self.recipe.quantize.clip_gradient and not self.recipe.train.lora.rank:
             clip_weight_gradients(self.gpt)
         rate, self.phase = self.optimizer.set_learning_rate(step), "optimizer step"
         try:

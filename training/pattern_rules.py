@@ -9,21 +9,25 @@ from halfbyte.training.shape import FUSED_GROUPS, ModelShape, excluded, layer_no
 EMBEDDINGS = {"model.embed_tokens", "lm_head"}
 
 
-def pattern_problems(key: str, patterns: list[str], modules: Sequence[str], shape: ModelShape) -> Iterator[str]:
+def pattern_problems(
+    key: str, patterns: list[str], modules: Sequence[str], shape: ModelShape, kind: str = "module"
+) -> Iterator[str]:
     """Every pattern matches something, and no fused linear is split.
 
     Args:
-        key: The recipe's key; its last word is what is done to the modules.
+        key: The recipe's key; its last word says what is done to the modules.
         patterns: fnmatch patterns on the names of `modules`.
         modules: What they may match.
         shape: The model's shape.
+        kind: What they are, in a word.
     """
     for pattern in patterns:
         if not any(fnmatchcase(module, pattern) for module in modules):
             yield (
-                f"{key} = {pattern}: matches no module; write a Hugging Face module name such as "
+                f"{key} = {pattern}: matches no {kind}; write a Hugging Face module name such as "
                 "model.layers.0.mlp.down_proj, * stands for anything"
             )
+    verb = key.rpartition(".")[2].removesuffix("s")  # exclude, freeze, target
     for group in FUSED_GROUPS:
         split = [
             layer
@@ -34,7 +38,7 @@ def pattern_problems(key: str, patterns: list[str], modules: Sequence[str], shap
             members = ", ".join(name.rpartition(".")[2] for name in group)
             yield (
                 f"{key} = [{', '.join(patterns)}]: splits {members} of layer {some(split)}, "
-                f"one layer at training time; {key.rpartition('.')[2]} all of them or none"
+                f"one layer at training time; {verb} all of them or none"
             )
 
 
@@ -48,14 +52,14 @@ def freeze_problems(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     frozen = {module for module in modules if excluded(module, patterns)}
     if shape.tied and len(frozen & EMBEDDINGS) == 1:
         yield f"{key}: model.embed_tokens and lm_head of this model are one parameter; freeze both or none"
-    stages = _stages(recipe, shape, modules)
-    still = [number for number, held in enumerate(stages) if held <= frozen]
+    held = stages(recipe, shape, modules)
+    still = [number for number, inside in enumerate(held) if inside <= frozen]
     if still:
-        which = f"pipeline stage {some(still)} (counted from 0) with " if len(stages) > 1 else ""
+        which = f"pipeline stage {some(still)} (counted from 0) with " if len(held) > 1 else ""
         yield f"{key}: leaves {which}nothing to train; freeze less"
 
 
-def _stages(recipe: Recipe, shape: ModelShape, modules: Sequence[str]) -> list[set[str]]:
+def stages(recipe: Recipe, shape: ModelShape, modules: Sequence[str]) -> list[set[str]]:
     """What every pipeline stage holds; one stage where layers cannot be dealt out, which is reported elsewhere."""
     count, last = recipe.parallel.pipeline, recipe.parallel.last_stage_layers
     sizes = [shape.layers]

@@ -260,7 +260,7 @@ def _fake_quantize(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
 
 def weight_errors(model: torch.nn.Module, quantize: Quantize) -> dict[str, float]:
     """Relative RMS error ||W_q - W|| / ||W|| of every quantized weight as it is now, by layer; equal on every rank."""
-    return gather_layers({at.key: _weight_error(model.get_submodule(at.module)) for at in plan(model, quantize)})
+    return gather_layers({at.key: _weight_error(model, at.module) for at in plan(model, quantize)})
 
 
 def round_unquantized(model: torch.nn.Module) -> None:
@@ -280,7 +280,7 @@ def _describe(model: torch.nn.Module, layer: Planned) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "hf": list(layer.hf),
         "format": layer.format.value,
-        "weight_relative_rms_error": _weight_error(linear),
+        "weight_relative_rms_error": _weight_error(model, layer.module),
         "amax": {},
         "scale_2": {},
     }
@@ -294,10 +294,11 @@ def _describe(model: torch.nn.Module, layer: Planned) -> dict[str, Any]:
     return entry
 
 
-def _weight_error(linear: Any) -> float:
+def _weight_error(model: torch.nn.Module, module: str) -> float:
     with torch.no_grad():
-        weight = linear.weight.float()
-        error = (linear.weight_quantizer(linear.weight).float() - weight).square().sum()
+        weight, quantizer = companions.weight_of(model, module), model.get_submodule(module).weight_quantizer
+        error = (quantizer(weight).float() - weight.float()).square().sum()  # type: ignore[operator]
+        weight = weight.float()
         sums = torch.stack([error, weight.square().sum()]).double()
     # Row- and column-parallel shards cover the weight exactly once: sums over the group are sums over the whole.
     from megatron.core import parallel_state

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from halfbyte.training import checkpoint, companions, environment, model, quantize
 from halfbyte.training.config import Format, Method, Parallel, Quantize, Recipe, Train
 from halfbyte.training.config_distill import Distill, Divergence
+from halfbyte.training.config_train import Lora
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import calibration_windows, plain_batches, rank_micro_batches
 from halfbyte.training.files import write_json
@@ -41,12 +42,13 @@ VARIANTS = {
     "top_k": (Method.qad, {}, {}, Distill(top_k=8)),
     "files": (Method.qad, {}, {}, Distill(top_k=8, teacher="what halfbyte teacher would write")),
     "lsq": (Method.qat, {"block_scale_lr_mult": 20.0}, {}, Distill()),
+    "lora": (Method.qad, {"block_scale_lr_mult": 20.0, "lora": Lora(rank=4, targets=["*.[02].*"])}, {}, Distill()),
 }
 """Name -> method, changes of `train`, changes of `quantize`, `distill`."""
 STEPS, WINDOWS, LENGTH = 2, 8, 16
 
 
-BESIDE = ("lsq",)
+BESIDE = ("lsq", "lora")
 """Variants with parameters beside the weights."""
 
 

@@ -1,0 +1,108 @@
+"""The model of a training checkpoint, tensor by tensor in Hugging Face naming; what export and verify read."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from halfbyte.training import checkpoint, low_rank
+from halfbyte.training.companions import saved_as
+from halfbyte.training.errors import UserError
+from halfbyte.training.hf_map import BIASED, FUSED, HFWeight, split_fused
+from halfbyte.training.kv_format import SCALES
+from halfbyte.training.shape import ModelShape, layer_norms
+
+
+def read_weights(path: Path, shape: ModelShape, quantized: Collection[str]) -> Iterator[HFWeight]:
+    """The model in Hugging Face naming, tensor by tensor, from a checkpoint of any layout; needs no process group.
+
+    Args:
+        path: A checkpoint folder.
+        shape: The model's shape.
+        quantized: Hugging Face module names of the linears that training fake-quantizes.
+
+    Yields:
+        Complete tensors in the checkpoint's dtype, layer by layer; memory holds one Megatron tensor at a time.
+
+    Raises:
+        UserError: the folder is damaged or lacks a tensor.
+    """
+    reader = _Reader(path)
+    yield HFWeight("model.embed_tokens.weight", reader.tensor("embedding.word_embeddings.weight")[: shape.vocab])
+    for layer in range(shape.layers):
+        prefix, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        for name, (target, _) in layer_norms(shape).items():
+            yield HFWeight(f"{hf}{target}.weight", reader.tensor(f"{prefix}{name}.weight"))
+        cached = {
+            part: reader.maximum(f"{prefix}self_attention.core_attention.{side}_rounding.amax")
+            for side, (part, _) in SCALES.items()
+        }
+        for name in FUSED:
+            amax = {side: reader.maximum(f"{prefix}{name}.{side}_quantizer._amax") for side in ("weight", "input")}
+            fused = reader.merged(f"{prefix}{name}")
+            scales = reader.optional(saved_as("scales", f"{prefix}{name}", "log2"))
+            learned = {} if scales is None else split_fused(name, scales.flatten(0, 1), shape)
+            for part, tensor in split_fused(name, fused, shape).items():
+                numbers = (amax["weight"], amax["input"], cached.get(part), learned.get(part))
+                yield HFWeight(f"{hf}{part}.weight", tensor, f"{hf}{part}" in quantized, *numbers)
+        if shape.qkv_bias:
+            for part, tensor in split_fused(BIASED, reader.tensor(f"{prefix}{BIASED}.bias"), shape).items():
+                yield HFWeight(f"{hf}{part}.bias", tensor)
+    yield HFWeight("model.norm.weight", reader.tensor("decoder.final_layernorm.weight"))
+    if not shape.tied:
+        yield HFWeight("lm_head.weight", reader.tensor("output_layer.weight")[: shape.vocab])
+
+
+class _Reader:
+    """Single tensors of a torch_dist checkpoint, loaded one at a time without a process group."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.reader = dcp.FileSystemReader(str(path))
+            self.sizes = {
+                key: entry
+                for key, entry in self.reader.read_metadata().state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+        except checkpoint.DAMAGED as error:
+            raise self._damaged(error) from error
+
+    def tensor(self, key: str) -> torch.Tensor:
+        if key not in self.sizes:
+            raise UserError(f"checkpoint {self.path}: {key} is not in it; it belongs to another model")
+        entry = self.sizes[key]
+        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        try:
+            dcp.load(state, storage_reader=self.reader, no_dist=True)
+        except checkpoint.DAMAGED as error:
+            raise self._damaged(error) from error
+        return state[key]
+
+    def _damaged(self, error: BaseException) -> UserError:
+        why = checkpoint.why(error)
+        return UserError(f"checkpoint {self.path}: cannot be read ({why}); remove it to use an older one")
+
+    def linear(self, key: str) -> torch.Tensor:
+        """A linear's weight; Megatron stores the halves of a gated one, gate and up, under two keys of their own."""
+        if f"{key}_w" in self.sizes:
+            return torch.cat([self.tensor(f"{key}_w"), self.tensor(f"{key}_v")])
+        return self.tensor(key)
+
+    def merged(self, key: str) -> torch.Tensor:
+        """A linear's weight with its adapter (lora.py), if it has one, added."""
+        weight = self.linear(f"{key}.weight")
+        names = {name: saved_as("adapters", key, name) for name in ("a", "b", "factor")}
+        if names["a"] not in self.sizes:
+            return weight
+        a_rK, b_PRr, factor = (self.tensor(name) for name in names.values())
+        return low_rank.merge(weight, b_PRr.flatten(0, 1), a_rK, float(factor))
+
+    def optional(self, key: str) -> torch.Tensor | None:
+        return self.tensor(key) if key in self.sizes else None
+
+    def maximum(self, key: str) -> torch.Tensor | None:
+        found = self.optional(key)
+        return None if found is None else found.float().amax()
