@@ -14,6 +14,7 @@ from halfbyte.training import environment, model, module, quantize
 from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Format, Method, Model, Parallel, Quantize, Recipe, Run, Train
 from halfbyte.training.config_distill import Distill
+from halfbyte.training.config_train import Lora
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.runtime import Runtime, close_runtime, open_runtime
 from halfbyte.training.schedule import collect
@@ -42,6 +43,7 @@ CASES = {
     "qad": {"method": Method.qad},
     "qad_topk": {"method": Method.qad, "distill": Distill(top_k=8, hidden=0.1)},
     "qat_lsq": {"method": Method.qat, "scales": 30.0},
+    "qad_lora": {"method": Method.qad, "lora": Lora(rank=4), "scales": 30.0},
     "qad_mixed": {"method": Method.qad, "distill": Distill(cross_entropy=0.5)},
 }
 
@@ -63,6 +65,7 @@ def recipe(case: dict, tensor: int, *, graphs: bool) -> Recipe:
             cuda_graphs=CudaGraphs.always if graphs else CudaGraphs.never,
             fake_quant_after_steps=case.get("after", 0),
             block_scale_lr_mult=case.get("scales", 0.0),
+            lora=case.get("lora", Lora()),
         ),
     )
 
