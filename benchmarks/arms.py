@@ -30,6 +30,8 @@ LONG = (
 MXFP4 = ("quantize.format=mxfp4",)
 AWQ = ("quantize.smoothing=awq_lite",)
 FOUR_OVER_SIX = ("quantize.block_scale=four_over_six",)
+SCALES = ("train.block_scale_lr_mult=10",)
+LORA = ("train.lora.rank=32", "train.lora.alpha=32", "train.learning_rate=2e-3")
 MIX = ("distill.cross_entropy=0.1",)
 
 ROWS = (
@@ -59,9 +61,12 @@ ROWS = (
     Row("nvfp4_qad_awq", "NVFP4 QAD, full KL, from AWQ-lite", AWQ),
     Row("nvfp4_qad_fast", "NVFP4 QAD, full KL, from AWQ-lite, LR 1e-3", (*AWQ, "train.learning_rate=1e-3")),
     Row("nvfp4_qad_mix", "NVFP4 QAD, full KL + 0.1 CE, from AWQ-lite", (*AWQ, *MIX)),
+    Row("nvfp4_qad_lsq", "NVFP4 QAD, full KL, learned scales, from AWQ-lite", (*AWQ, *SCALES)),
+    Row("nvfp4_qad_lora", "NVFP4 QAD, full KL, LoRA of rank 32, from AWQ-lite", (*AWQ, *LORA)),
     Row("mxfp4_qat", "MXFP4 QAT, cross-entropy", (*QAT, *MXFP4)),
     Row("mxfp4_qad", "MXFP4 QAD, full KL", MXFP4),
     Row("mxfp4_qad_awq", "MXFP4 QAD, full KL, from AWQ-lite", (*MXFP4, *AWQ)),
+    Row("mxfp4_qad_lsq", "MXFP4 QAD, full KL, learned scales, from AWQ-lite", (*MXFP4, *AWQ, *SCALES)),
     Row(
         "nvfp4_qad_long",
         "NVFP4 QAD, full KL + 0.1 CE, from AWQ-lite and Four-Over-Six, long",

@@ -4,10 +4,12 @@ T = tokens of a micro-batch, h = hidden size, q = heads x head size, kv = key/va
 MLP, V = vocabulary, t = tensor-parallel ranks, split = t under sequence parallelism and 1 without.
 """
 
+import math
+
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.formats import SPECS
-from halfbyte.training.shape import ModelShape, linear_sizes, planned_linears
+from halfbyte.training.shape import ModelShape, excluded, linear_sizes, planned_linears
 
 
 def memory_per_rank(recipe: Recipe, model: Architecture, layout: Layout) -> dict[str, float]:
@@ -17,8 +19,10 @@ def memory_per_rank(recipe: Recipe, model: Architecture, layout: Layout) -> dict
     weights 2 P; FP32 gradients 4 P; FP32 master copy and two Adam moments 12 P, over the data-parallel ranks under the
     distributed optimizer. Fake quantization holds one rounded copy of its linears, 2 bytes each. `activations`: what
     autograd keeps of every micro-batch in flight (stage i of p has p - i). `logits`: the vocabulary's tensors of one
-    micro-batch, or the temporaries of a layer's backward pass where those are larger. Parameters that are frozen count
-    as the others do.
+    micro-batch, or the temporaries of a layer's backward pass where those are larger. What train.freeze names
+    counts as the rest does; under train.lora only weights with an adapter have gradients, and none is in the optimizer.
+    `beside`: FP32 adapters and learned block scales, 8 each with their gradients, and two Adam moments, 8, over the
+    data-parallel ranks as above.
 
     Args:
         recipe: Method, formats and batch.
@@ -56,10 +60,13 @@ def _stage(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> d
     # The last norm's input and output, and what goes back through the last layer.
     kept += 2 * 2 * tokens * shape.hidden / split if last else 0.0
     passing = 2 * tokens * (3 * shape.ffn / layout.tensor + 2 * shape.hidden / split)
+    shards = layout.data if recipe.train.distributed_optimizer else 1
+    adapted, beside = _beside(recipe, shape)
     parts = {
         "weights": 2 * held,
-        "gradients": 4 * held,
-        "optimizer": 12 * held / (layout.data if recipe.train.distributed_optimizer else 1),
+        "gradients": 4 * (held if adapted is None else adapted * linears),
+        "optimizer": 12 * held / shards if adapted is None else 0.0,
+        "beside": beside * linears * (8 + 8 / shards),
         "rounded weights": 2 * linears * _planned_share(recipe, shape),
         "activations": kept,
         "logits": max(_vocabulary(recipe, shape, layout) if last else 0.0, passing),
@@ -108,6 +115,23 @@ def _planned_share(recipe: Recipe, shape: ModelShape) -> float:
     sizes = linear_sizes(shape)
     planned = sum(sizes[name][0] * sizes[name][1] for name in planned_linears(shape, recipe))
     return planned / sum(n * k for n, k in sizes.values())
+
+
+def _beside(recipe: Recipe, shape: ModelShape) -> tuple[float | None, float]:
+    """What training/companions.py adds, as shares of the linears' parameters.
+
+    Returns:
+        Of parameters that have an adapter, None where the weights themselves are trained; of adapters' and block
+        scales' parameters. The members of a fused linear share a factor A; here each has its own.
+    """
+    train, sizes, planned = recipe.train, linear_sizes(shape), planned_linears(shape, recipe)
+    rank, total = train.lora.rank, sum(n * k for n, k in sizes.values())
+    trained = [name for name in planned if not rank or excluded(name, train.lora.targets)]
+    beside = sum(rank * sum(sizes[name]) for name in trained)
+    if train.block_scale_lr_mult:
+        beside += sum(math.prod(sizes[name]) // SPECS[planned[name]].grid.block for name in trained)
+    adapted = sum(math.prod(sizes[name]) for name in trained) / total if rank else None
+    return adapted, beside / total
 
 
 def _vocabulary(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:

@@ -25,6 +25,7 @@ from halfbyte.training.hardware import GPUS, MIG_SLICES, gpu_of, mig_name
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.resolve import resolve
 from halfbyte.training.rules import find_shape
+from halfbyte.training.shape import linear_sizes
 
 SPEED = Path(__file__).parent.parent / "docs/evidence/h200_speed.json"
 MEASURED = json.loads(SPEED.read_text())
@@ -219,6 +220,19 @@ def test_cases_of_the_check():
         assert model_problems(case.recipe(), case.shape) == []
         memory = memory_per_rank(case.recipe(), Architecture.dense("", case.shape), Layout.of(case.recipe()))
         assert sum(memory.values()) < 0.8 * GPUS["H200"].usable  # whatever the plan forgets, the measurement fits
+
+
+def test_adapters_take_gradients_of_their_weights_and_no_state_of_others():
+    recipe = resolve("tiny", ["train.lora.rank=4", "train.lora.targets=['*.down_proj']"])
+    shape, _ = find_shape(recipe)
+    plain = resolve("tiny", ["train.block_scale_lr_mult=1"])
+    lora, scales = (memory_per_rank(one, Architecture.dense("", shape), Layout.of(one)) for one in (recipe, plain))
+    down = shape.layers * shape.ffn * shape.hidden
+    assert lora["gradients"] == 4 * down
+    assert lora["optimizer"] == 0
+    assert lora["beside"] == 16 * shape.layers * 4 * (shape.ffn + shape.hidden)
+    assert scales["beside"] == sum(n * k for n, k in linear_sizes(shape).values())  # a scale in 16 bytes per 16 weights
+    assert scales["optimizer"] == 3 * scales["gradients"] == 6 * scales["weights"]
 
 
 def test_planning_needs_no_torch(environment):
