@@ -7,7 +7,7 @@ it is read. Wide elements come first: readers that map the file need every tenso
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -89,7 +89,11 @@ class TensorFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        os.close(self._file)
+        try:
+            if kind is None:
+                os.fsync(self._file)  # by the process that wrote it: files of several processes reach the disk together
+        finally:
+            os.close(self._file)
         if kind is None and self._missing:
             raise ValueError(f"{min(self._missing)} and {len(self._missing) - 1} more tensors were never written")
 
@@ -108,9 +112,53 @@ def write_file(path: Path, tensors: Mapping[str, Planned]) -> None:
             file.write(name, tensor.read())
 
 
-def index_of(files: Iterable[tuple[str, Mapping[str, Planned]]]) -> dict[str, Any]:
-    """Content of model.safetensors.index.json for files of planned tensors."""
-    files = list(files)
-    total = sum(tensor.nbytes for _, tensors in files for tensor in tensors.values())
-    places = {name: file for file, tensors in files for name in tensors}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+def write_shards(folder: Path, tensors: Mapping[str, Planned], *, count: int | None, limit: int) -> None:
+    """Write planned tensors into as many files as `share_out` says, and the index where that is more than one."""
+    groups = share_out({name: tensor.nbytes for name, tensor in tensors.items()}, count=count, limit=limit)
+    names = file_names(len(groups))
+    for file, group in zip(names, groups, strict=True):
+        write_file(folder / file, {name: tensors[name] for name in group})
+    if len(names) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_index(folder, {name: file for file, group in zip(names, groups, strict=True) for name in group}, total)
+
+
+def write_index(folder: Path, places: Mapping[str, str], total: int) -> None:
+    """Write model.safetensors.index.json.
+
+    Args:
+        folder: The checkpoint.
+        places: Tensor -> name of its file.
+        total: Bytes of all tensors.
+    """
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def share_out(sizes: Mapping[str, int], *, count: int | None, limit: int) -> list[list[str]]:
+    """Names in order, cut into files.
+
+    Args:
+        sizes: Name -> bytes.
+        count: Number of files, of about the same size where names allow it; at most one per name. None cuts by `limit`.
+        limit: Most bytes of a file; a name that is larger gets its own.
+    """
+    if count is not None:
+        groups: list[list[str]] = []
+        wanted, total, filled = min(count, len(sizes)), max(sum(sizes.values()), 1), 0
+        for place, (name, size) in enumerate(sizes.items()):
+            short = len(sizes) - place <= wanted - len(groups)  # every name left has to begin a file
+            if not groups or short or filled * wanted >= len(groups) * total:
+                groups.append([])
+            groups[-1].append(name)
+            filled += size
+        return groups
+    files: list[list[str]] = []
+    filled = limit
+    for name, size in sizes.items():
+        if not files or filled + size > limit:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    return files

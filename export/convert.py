@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.export import compressed, converted, trtllm
-from halfbyte.export.container import INDEX, Planned, file_names, index_of, write_file
+from halfbyte.export.container import write_file, write_shards
 from halfbyte.export.decode import decode_into
 from halfbyte.export.folder import disk_errors, replacing
 from halfbyte.export.hf import side_files
@@ -74,27 +74,12 @@ def _write(checkpoint: Checkpoint, container: Container, folder: Path, ranks: in
             write_file(folder / f"rank{rank}.safetensors", trtllm.tensors(checkpoint, rank, ranks))
         _write_json(folder / "config.json", trtllm.config(checkpoint, ranks))
     elif container is Container.compressed_tensors:
-        _write_files(folder, checkpoint, compressed.tensors(checkpoint))
+        count = len({entry.file for entry in checkpoint.entries.values()})  # as many as the source has
+        write_shards(folder, compressed.tensors(checkpoint), count=count, limit=0)
         section = compressed.quantization_config(checkpoint)
         _write_json(folder / "config.json", checkpoint.config | {"quantization_config": section})
     else:
         decode_into(checkpoint, folder)
-
-
-def _write_files(folder: Path, checkpoint: Checkpoint, tensors: dict[str, Planned]) -> None:
-    """As many files as the source has, filled in the order of names; the index beside them."""
-    count = len({entry.file for entry in checkpoint.entries.values()})
-    share = sum(tensor.nbytes for tensor in tensors.values()) / count
-    groups: list[dict[str, Planned]] = [{} for _ in range(count)]
-    filled = 0
-    for name, tensor in tensors.items():
-        groups[min(int(filled / share), count - 1)][name] = tensor
-        filled += tensor.nbytes
-    files = list(zip(file_names(count), groups, strict=True))
-    for name, group in files:
-        write_file(folder / name, group)
-    if count > 1:
-        _write_json(folder / INDEX, index_of(files))
 
 
 def origin(source: Path, container: Container, ranks: int) -> dict[str, Any]:

@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from halfbyte.export.container import Planned, write_shards
 from halfbyte.export.folder import disk_errors, replacing
-from halfbyte.export.hf import Shards
 from halfbyte.export.reader import Checkpoint, open_checkpoint
 from halfbyte.training.errors import UserError
 
 SHARD_BYTES = 2_000_000_000
+SMALLEST_EXPONENT = -110
+"""Of a second-level scale with which every product of E2M1 and E4M3 is a normal number."""
 
 
 def write_decoded(out: Path, folder: Path) -> dict[str, float]:
@@ -52,18 +53,54 @@ def decode_into(checkpoint: Checkpoint, folder: Path) -> None:
     """
     suffixes = (".weight", ".weight_packed")
     modules = sorted({name.rsplit(".", 1)[0] for name in checkpoint.names() if name.endswith(suffixes)})
-    shards, dtype = Shards(folder, limit=SHARD_BYTES), "bfloat16"
-    for module in modules:
-        values = torch.from_numpy(np.ascontiguousarray(checkpoint.decode(module)))
-        if not torch.isfinite(values).all():
-            raise UserError(f"{checkpoint.folder}: {module} decodes to NaN or Inf; the file is damaged")
-        rounded = values.to(torch.bfloat16)
-        exact = torch.equal(rounded.float(), values)
-        shards.add({f"{module}.weight": rounded if exact else values})
-        dtype = dtype if exact else "float32"
-        if f"{module}.bias" in checkpoint.entries:
-            shards.add({f"{module}.bias": torch.from_numpy(checkpoint.decode_dense(f"{module}.bias")).bfloat16()})
-    shards.finish()
+    planned = {f"{module}.weight": _weight(checkpoint, module) for module in modules}
+    planned |= {name: _bias(checkpoint, name) for name in checkpoint.names() if name.endswith(".bias")}
+    write_shards(folder, planned, count=None, limit=SHARD_BYTES)
+    dtype = "float32" if any(tensor.dtype == "F32" for tensor in planned.values()) else "bfloat16"
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config |= {"dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _weight(checkpoint: Checkpoint, module: str) -> Planned:
+    """A weight's decoded values: in BF16 where the format says that it holds them all, else in FP32."""
+    exact = _fits_bfloat16(checkpoint, module)
+
+    def read() -> np.ndarray:
+        values = checkpoint.decode(module)
+        if not np.isfinite(values).all():
+            raise UserError(f"{checkpoint.folder}: {module} decodes to NaN or Inf; the file is damaged")
+        return _upper_halves(checkpoint, module, values) if exact else values
+
+    return Planned("BF16" if exact else "F32", _shape(checkpoint, module), read)
+
+
+def _fits_bfloat16(checkpoint: Checkpoint, module: str) -> bool:
+    """E2M1 times E4M3 has six significant bits, BF16 eight: a power of two more changes nothing. FP8's scale is any."""
+    entries = checkpoint.entries
+    if f"{module}.weight_scale_2" in entries:
+        scale = np.asarray(checkpoint.raw(f"{module}.weight_scale_2"))
+        return bool((np.frexp(scale)[0] == 0.5).all() and (scale >= 2.0**SMALLEST_EXPONENT).all())
+    return f"{module}.weight_packed" in entries or entries[f"{module}.weight"].dtype == "BF16"
+
+
+def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
+    name = f"{module}.weight_packed" if f"{module}.weight_packed" in checkpoint.entries else f"{module}.weight"
+    entry = checkpoint.entries[name]
+    packed = entry.dtype == "U8" and len(entry.shape) == 2
+    return (entry.shape[0], 2 * entry.shape[1]) if packed else entry.shape
+
+
+def _bias(checkpoint: Checkpoint, name: str) -> Planned:
+    def read() -> np.ndarray:
+        return _upper_halves(checkpoint, name, checkpoint.decode_dense(name))
+
+    return Planned("BF16", checkpoint.entries[name].shape, read)
+
+
+def _upper_halves(checkpoint: Checkpoint, name: str, values: np.ndarray) -> np.ndarray:
+    """BF16 bits of float32 values that BF16 holds exactly."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    if (bits & 0xFFFF).any():
+        raise UserError(f"{checkpoint.folder}: {name} has values that BF16 does not hold; the file is damaged")
+    return (bits >> 16).astype(np.uint16)

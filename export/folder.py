@@ -13,27 +13,55 @@ from halfbyte.training.errors import UserError
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """Give an empty folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+    """Give an empty folder beside `out` that takes its place when the block ends well, and vanishes otherwise."""
+    try:
+        yield begin(out)
+        finish(out)
+    except BaseException:  # Ctrl-C included
+        abandon(out)
+        raise
+
+
+def begin(out: Path) -> Path:
+    """Make the empty folder beside `out` that `finish` puts in its place. One writer at a time.
+
+    What a killed writer left is cleared, and what stood at `out` before it is put back.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    partial, previous = _beside(out)
+    with disk_errors(out):
+        _put_back(previous, out)
+        shutil.rmtree(previous, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    return partial
+
+
+def finish(out: Path) -> None:
+    """Flush the new folder and put it in the place of what stands at `out`.
 
     Two renames, because a rename cannot replace a folder that holds files. Killed between them, the old folder stands
-    as .<name>.previous and the next call puts it back. One writer at a time.
+    as .<name>.previous and the next call of `begin` puts it back.
     """
-    partial, previous = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.previous")
-    _put_back(previous, out)
+    partial, previous = _beside(out)
+    for path in partial.iterdir():
+        flush(path)
+    flush(partial)
+    _swap(partial, previous, out)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def abandon(out: Path) -> None:
+    """Remove the new folder; what stood at `out` stands there."""
+    partial, previous = _beside(out)
     shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            flush(path)
-        flush(partial)
-        _swap(partial, previous, out)
-    except BaseException:  # Ctrl-C included
-        shutil.rmtree(partial, ignore_errors=True)
-        _put_back(previous, out)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
+    _put_back(previous, out)
+
+
+def _beside(out: Path) -> tuple[Path, Path]:
+    return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.previous")
 
 
 def move(source: Path, out: Path) -> None:

@@ -12,21 +12,28 @@ The directory appears whole or not at all: it is written beside its destination,
 import json
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from halfbyte.export.folder import disk_errors, replacing
-from halfbyte.export.pack import cache_scale, format_of, module_name, pack
+from halfbyte.export import folder
+from halfbyte.export.container import TensorFile, file_names, write_index
+from halfbyte.export.folder import disk_errors
+from halfbyte.export.layout import Layout, plan_layout
+from halfbyte.export.pack import cache_scale, module_name, pack
 from halfbyte.export.quantization_config import quantization_configs
 from halfbyte.export.record import write_record
-from halfbyte.training.config import Format, Method, Recipe
+from halfbyte.export.team import Team
+from halfbyte.training.config import Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight
 from halfbyte.training.kv_format import KVCache
+from halfbyte.training.shape import read_shape
 
+ALONE = Team()
 GENERATION = "generation_config.json"
 
 SIDE_FILES = (
@@ -50,129 +57,128 @@ def write(
     out: Path,
     checkpoint: str,
     versions: dict[str, str],
+    team: Team = ALONE,
 ) -> dict[str, Any]:
-    """Write the checkpoint. Holds at most one shard (export.shard_gb) in memory.
+    """Write the checkpoint; every process of the team its own files, one tensor in memory at a time.
 
     Args:
-        weights: Complete tensors in Hugging Face naming; consumed once, in order.
+        weights: Complete tensors in Hugging Face naming, of this process's files (own_weights); consumed once.
         recipe: The resolved recipe; method bf16 writes a dense checkpoint without a quantization config.
         model_dir: The source model: config.json, generation_config.json, tokenizer files.
         out: Destination; an existing one is replaced once the new one is complete.
         checkpoint: Name of the training checkpoint that `weights` come from, for halfbyte.json.
         versions: Package -> version, for halfbyte.json.
+        team: The processes that write together, on one file system.
 
     Returns:
         bytes_before (all tensors in BF16) and bytes_after (tensor data on disk), bytes; files (safetensors files),
         tensors (in the files), quantized (linears).
 
     Raises:
-        UserError: No weights, nothing quantized, a tensor twice, a weight that cannot be packed, a source file missing
-            or damaged, disk full. Nothing new stands at `out` then, and what stood there still does.
+        UserError: A weight is missing, there twice or not as planned, or cannot be packed; a source file is missing or
+            damaged; the disk is full. Nothing new stands at `out` then, and what stood there still does.
     """
+    layout = plan_layout(read_shape(model_dir / "config.json"), recipe)
+    names = file_names(len(layout.files))
+
+    def files() -> None:
+        with disk_errors(out):
+            _write_files(weights, recipe, layout, {i: partial / names[i] for i in _own(layout, team)})
+
+    def complete() -> None:
+        with disk_errors(out):
+            _write_rest(partial, model_dir, recipe, layout)
+            write_record(partial, recipe, layout.formats, checkpoint, versions)
+            folder.finish(out)
+
+    partial = team.on_first(lambda: folder.begin(out))
+    try:
+        team.on_every(files)
+        team.on_first(complete)
+    except BaseException:  # Ctrl-C included
+        if team.rank == 0:
+            folder.abandon(out)
+        raise
+    return {
+        "bytes_before": layout.bytes_before,
+        "bytes_after": layout.bytes_after,
+        "files": len(names),
+        "tensors": sum(map(len, layout.tensors.values())),
+        "quantized": len(layout.formats),
+    }
+
+
+def own_weights(recipe: Recipe, model_dir: Path, team: Team) -> set[str]:
+    """Names of the weights that are in this process's files."""
+    layout = plan_layout(read_shape(model_dir / "config.json"), recipe)
+    return {name for number in _own(layout, team) for name in layout.files[number]}
+
+
+def _own(layout: Layout, team: Team) -> range:
+    return range(team.rank, len(layout.files), team.size)
+
+
+def _write_files(weights: Iterable[HFWeight], recipe: Recipe, layout: Layout, paths: dict[int, Path]) -> None:
+    """Fill these files with the weights, each packed or rounded when its turn comes."""
+    missing = {name: number for number in paths for name in layout.files[number]}
+    with ExitStack() as open_files:
+        files = {i: open_files.enter_context(TensorFile(path, layout.file(i))) for i, path in paths.items()}
+        for weight in weights:
+            if weight.name not in layout.tensors and module_name(weight.name) == "lm_head":
+                continue  # tied: the embedding stands for it
+            if weight.name not in missing:
+                raise UserError(f"{weight.name}: exported twice, or no weight of this model; train it again")
+            number = missing.pop(weight.name)
+            _check_plan(weight, layout)
+            for name, tensor in _tensors(weight, recipe).items():
+                try:
+                    files[number].write(name, _bits(tensor))
+                except (KeyError, ValueError) as error:
+                    raise UserError(f"{name}: not as planned ({error}); the checkpoint fits another recipe") from error
+        if missing:
+            remedy = "train first (halfbyte train RUN_DIR)"
+            raise UserError(f"export lacks {len(missing)} weights, {next(iter(missing))} for one; {remedy}")
+
+
+def _check_plan(weight: HFWeight, layout: Layout) -> None:
+    if weight.quantized is not (module_name(weight.name) in layout.formats):
+        found = "quantized in the model, not" if weight.quantized else "not quantized in the model, but"
+        raise UserError(f"{weight.name}: {found} in the recipe; export with the recipe of the run")
+
+
+def _tensors(weight: HFWeight, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """What stands for a weight in the files, by name, on the CPU."""
+    module = module_name(weight.name)
+    scales = {f"{module}.{suffix}": scale for suffix, scale in cache_scale(weight).items()}
+    if weight.quantized:
+        return scales | {f"{module}.{suffix}": part for suffix, part in pack(weight, recipe.quantize).items()}
+    return scales | {weight.name: weight.tensor.detach().to("cpu", torch.bfloat16)}
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as numpy writes it: E4M3 as bytes, BF16 as 16-bit words."""
+    views = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16}
+    return tensor.contiguous().view(views.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+def _write_rest(partial: Path, model_dir: Path, recipe: Recipe, layout: Layout) -> None:
+    """Everything beside the weights: index, configs, tokenizer, licence."""
+    names = file_names(len(layout.files))
+    if len(names) > 1:
+        places = {name: names[i] for i in range(len(names)) for name in layout.file(i)}
+        write_index(partial, places, layout.bytes_after)
     source = _read_config(model_dir / "config.json")
-    with disk_errors(out), replacing(out) as folder:
-        shards = Shards(folder, limit=int(recipe.export.shard_gb * 1e9))
-        tied = bool(source.get("tie_word_embeddings"))
-        bytes_before, formats, dense_modules = _write_tensors(weights, recipe, shards, tied=tied)
-        shards.finish()
-        _write_configs(folder, source, formats, dense_modules, recipe.quantize.kv_cache)
-        _copy_side_files(model_dir, folder, source)
-        write_record(folder, recipe, formats, checkpoint, versions)
-    sizes = {"bytes_before": bytes_before, "quantized": len(formats)}
-    return sizes | {"bytes_after": shards.total_bytes, "files": shards.count, "tensors": len(shards.file_of)}
+    _write_configs(partial, source, layout, recipe.quantize.kv_cache)
+    _copy_side_files(model_dir, partial, source)
 
 
-def _write_tensors(
-    weights: Iterable[HFWeight], recipe: Recipe, shards: "Shards", *, tied: bool
-) -> tuple[int, dict[str, Format], list[str]]:
-    """Pack or round every tensor into the shards.
-
-    Returns:
-        Bytes of all tensors in BF16; quantized module -> format; the modules left in BF16.
-    """
-    bytes_before = 0
-    formats: dict[str, Format] = {}
-    dense_modules = {"lm_head"}  # listed even if tied: readers build the module and look it up
-    for weight in weights:
-        module = module_name(weight.name)
-        if tied and module == "lm_head":
-            if weight.quantized:
-                raise UserError("lm_head is the embedding of this model and cannot be FP4; add it to quantize.exclude")
-            continue
-        bytes_before += 2 * weight.tensor.numel()
-        shards.add({f"{module}.{suffix}": scale for suffix, scale in cache_scale(weight).items()})
-        if weight.quantized:
-            shards.add({f"{module}.{suffix}": part for suffix, part in pack(weight, recipe.quantize).items()})
-            dense_modules.discard(module)
-            formats[module] = format_of(weight, recipe.quantize)
-        else:
-            # copy: a safetensors file refuses tensors that share memory, as the parts of a fused weight do
-            dense = weight.tensor.detach().to("cpu", torch.bfloat16, copy=True)
-            shards.add({weight.name: dense.contiguous()})
-            if weight.tensor.dim() == 2:
-                dense_modules.add(module)
-    if not bytes_before:
-        raise UserError("export got no weights; train first (halfbyte train RUN_DIR)")
-    if bool(formats) is (recipe.method is Method.bf16):
-        raise UserError(f"export got {len(formats)} quantized linears for method = {recipe.method.value}; run again")
-    return bytes_before, formats, sorted(dense_modules)
-
-
-class Shards:
-    """Safetensors files of at most `limit` bytes of tensor data (a layer that is larger gets its own)."""
-
-    def __init__(self, folder: Path, *, limit: int):
-        self.folder, self.limit = folder, limit
-        self.count = self.total_bytes = 0
-        self.file_of: dict[str, int] = {}  # tensor name -> shard number
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Append tensors that belong into one file."""
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._pending and self._pending_bytes + size > self.limit:
-            self._save()
-        for name, tensor in tensors.items():
-            if name in self.file_of:
-                raise UserError(f"{name}: exported twice; the checkpoint's tensors do not fit this model")
-            self._pending[name] = tensor
-            self.file_of[name] = self.count
-        self._pending_bytes += size
-        self.total_bytes += size
-
-    def finish(self) -> None:
-        """Write what is left, then name the files, now that their number is known."""
-        self._save()
-        names = [f"model-{i + 1:05d}-of-{self.count:05d}.safetensors" for i in range(self.count)]
-        if self.count == 1:
-            names = ["model.safetensors"]
-        for i, name in enumerate(names):
-            path = self._unnamed(i).rename(self.folder / name)
-            path.chmod(0o644)  # safetensors makes its files private; a server often runs as somebody else
-        if self.count > 1:
-            weight_map = {name: names[i] for name, i in sorted(self.file_of.items())}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            _write_json(self.folder / "model.safetensors.index.json", index)
-
-    def _save(self) -> None:
-        save_file(self._pending, self._unnamed(self.count), metadata={"format": "pt"})
-        self.count += 1
-        self._pending, self._pending_bytes = {}, 0
-
-    def _unnamed(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.partial"
-
-
-def _write_configs(
-    folder: Path, source: dict[str, Any], formats: dict[str, Format], dense_modules: list[str], cache: KVCache
-) -> None:
+def _write_configs(folder: Path, source: dict[str, Any], layout: Layout, cache: KVCache) -> None:
     """config.json and, for the formats of ModelOpt's layout, hf_quant_config.json."""
     # both spellings: transformers 5 reads `dtype`, the serving runtimes still look for `torch_dtype`
     config = source | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     config.pop("quantization_config", None)  # of a source that was quantized itself
-    if formats:
-        flat, nested = quantization_configs(formats, dense_modules, cache)
+    if layout.formats:
+        flat, nested = quantization_configs(layout.formats, layout.dense, cache)
         config["quantization_config"] = flat
         if nested is not None:
             _write_json(folder / "hf_quant_config.json", nested)

@@ -7,7 +7,7 @@ and released.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from halfbyte.export.folder import move
 from halfbyte.export.imported import with_source_bytes
 from halfbyte.export.reader import open_checkpoint
 from halfbyte.export.record import RECORD, record_verdict
+from halfbyte.export.team import Team
 from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
 from halfbyte.launch.scored import kinds, read_control, read_stages
@@ -83,8 +84,8 @@ def newest_checkpoint(folder: Path) -> Path:
     return last
 
 
-def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
-    """The newest checkpoint's tensors in Hugging Face naming.
+def trained_weights(recipe: Recipe, folder: Path, only: Collection[str] | None = None) -> Iterator[HFWeight]:
+    """The newest checkpoint's tensors in Hugging Face naming; with `only` those of these names.
 
     Raises:
         UserError: there is no checkpoint, or its files are not as they were saved.
@@ -95,7 +96,7 @@ def trained_weights(recipe: Recipe, folder: Path) -> Iterator[HFWeight]:
     reason = integrity.damage(last)
     if reason is not None:
         raise UserError(checkpoint.damaged_line(last, reason))
-    weights = saved_weights.read_weights(last, read_shape(source / "config.json"), _formats(recipe))
+    weights = saved_weights.read_weights(last, read_shape(source / "config.json"), _formats(recipe), only)
     return with_source_bytes(weights, open_checkpoint(source)) if is_quantized(source) else weights
 
 
@@ -127,14 +128,15 @@ def exported(folder: Path) -> Path | None:
     return None
 
 
-def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool) -> Path:
-    """Export the newest checkpoint as a candidate and verify it.
+def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool, team: Team = hf.ALONE) -> Path:
+    """Export the newest checkpoint as a candidate, every process its own files, and verify it.
 
     Args:
         recipe: The recipe.
         folder: The run folder.
         console: Gets a line per stage.
         resume: Keep an export of this checkpoint that was verified.
+        team: The processes that call this together.
 
     Returns:
         The exported directory.
@@ -143,18 +145,28 @@ def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool) -> 
         UserError: it does not verify; it stays a candidate, and verify.json says all that is wrong with it.
     """
     record = folder / "export" / "export.json"
-    out = exported(folder)
-    if resume and out is not None and record.exists() and read_json(record).get("verified"):
+
+    def ready() -> Path | None:
+        out = exported(folder)
+        return out if resume and out is not None and record.exists() and read_json(record).get("verified") else None
+
+    out = team.on_first(ready)
+    if out is not None:
         return out
     with console.stage("export") as notes:
-        sizes = _export(recipe, folder, record)
-        notes.append(f"{sizes['bytes_before'] / 1e6:.1f} MB -> {sizes['bytes_after'] / 1e6:.1f} MB")
+        sizes = _export(recipe, folder, record, team)
+        size = f"{sizes['bytes_before'] / 1e6:.1f} MB -> {sizes['bytes_after'] / 1e6:.1f} MB"
+        notes.append(f"{size} in {sizes['files']} file(s)")
+    team.on_first(lambda: _verify_candidate(recipe, folder, console, record))
+    return candidate(folder)
+
+
+def _verify_candidate(recipe: Recipe, folder: Path, console: Console, record: Path) -> None:
     with console.stage("verify") as notes:
         report = verify(recipe, folder, candidate(folder))
         notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
     raise_problems(report, folder)
     write_json(record, read_json(record) | {"verified": True})
-    return candidate(folder)
 
 
 def raise_problems(report: dict[str, Any], folder: Path) -> None:
@@ -163,20 +175,20 @@ def raise_problems(report: dict[str, Any], folder: Path) -> None:
         raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
 
 
-def _export(recipe: Recipe, folder: Path, record: Path) -> dict[str, Any]:
-    newest = newest_checkpoint(folder).name
-    out = candidate(folder)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"checkpoint": newest, "verified": False, "sizes": {}})
+def _export(recipe: Recipe, folder: Path, record: Path, team: Team) -> dict[str, Any]:
+    model_dir = Path(recipe.model.path)
+    started = {"checkpoint": team.on_first(lambda: newest_checkpoint(folder).name), "verified": False}
+    team.on_first(lambda: write_json(record, started | {"sizes": {}}))
     sizes = hf.write(
-        trained_weights(recipe, folder),
+        trained_weights(recipe, folder, hf.own_weights(recipe, model_dir, team)),
         recipe,
-        model_dir=Path(recipe.model.path),
-        out=out,
-        checkpoint=newest,
+        model_dir=model_dir,
+        out=candidate(folder),
+        checkpoint=started["checkpoint"],
         versions=versions(),
+        team=team,
     )
-    write_json(record, {"checkpoint": newest, "verified": False, "sizes": sizes})
+    team.on_first(lambda: write_json(record, started | {"sizes": sizes}))
     return sizes
 
 

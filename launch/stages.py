@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from halfbyte.training.files import read_json, write_json
 from halfbyte.training.interrupt import Stop
 from halfbyte.training.kv_format import KVCache
 from halfbyte.training.model_source import is_quantized
-from halfbyte.training.runtime import Runtime, on_first_rank
+from halfbyte.training.runtime import Runtime, on_every_rank, on_first_rank
 from halfbyte.training.schedule import collect
 from halfbyte.training.served import weights_as_served
 from halfbyte.training.shape import ModelShape, read_shape
@@ -135,6 +136,7 @@ class Work:
         The decoded weights take the place of the model's, so this is the last stage that needs the model.
         """
         from halfbyte.export.decode import write_decoded
+        from halfbyte.export.team import Team
         from halfbyte.launch import handover
 
         steps = 0 if self.recipe.method == Method.ptq else self.recipe.train.steps
@@ -142,12 +144,10 @@ class Work:
         if not wanted or done:
             return
 
-        def decode() -> dict[str, float]:
-            out = handover.prepare(self.recipe, self.folder, self.console, resume=self.resume)
-            return write_decoded(out, decoded)
-
-        decoded = self.folder / "cache" / "decoded"
-        scales = on_first_rank(self.runtime, decode)
+        runtime, decoded = self.runtime, self.folder / "cache" / "decoded"
+        team = Team(runtime.rank, runtime.world, partial(on_first_rank, runtime), partial(on_every_rank, runtime))
+        out = handover.prepare(self.recipe, self.folder, self.console, resume=self.resume, team=team)
+        scales = on_first_rank(runtime, lambda: write_decoded(out, decoded))
         with weights_as_served(self.gpt, self.recipe.quantize, scales):
             self._take_weights(decoded)
             self._score("exported")

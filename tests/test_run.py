@@ -19,8 +19,8 @@ def read(path: Path):
 
 def digest(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of every weight and quantization file of an export."""
-    names = ("model.safetensors", "hf_quant_config.json", "config.json")
-    return {name: hashlib.sha256((folder / "export" / "hf" / name).read_bytes()).hexdigest() for name in names}
+    files = [*(folder / "export" / "hf").glob("*.safetensors"), *(folder / "export" / "hf").glob("*config.json")]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def same_scores(run: Path, one: str, other: str) -> bool:
@@ -38,11 +38,12 @@ def place(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     further = ("export.also=[compressed_tensors,trtllm]", "export.tensor_parallel=2", "telemetry.tensorboard=true")
-    further += ("telemetry.stragglers_every_steps=2", "telemetry.quantization_every_steps=3")
+    further += ("telemetry.stragglers_every_steps=2", "telemetry.quantization_every_steps=3", "export.files=3")
     done = halfbyte("run", "tiny", *SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     run = place / "runs" / "a"
     train = read(run / "train.json")
+    assert len(list((run / "export" / "hf").glob("model-*-of-00003.safetensors"))) == 3  # by two processes
     assert train["steps"] == 3
     assert len(train["losses"]) == 3
     assert all(isinstance(loss, float) for loss in train["losses"])
@@ -89,7 +90,7 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
 
 def test_a_finished_run_is_not_done_again(halfbyte, place):
     before = digest(place / "runs" / "a")
-    further = ("export.also=[trtllm]", "export.tensor_parallel=2")
+    further = ("export.also=[trtllm]", "export.tensor_parallel=2", "export.files=3")
     again = halfbyte("run", "tiny", *SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
     assert again.returncode == 0, again.stderr
     started = ("import", "evaluate", "train", "export")
@@ -98,7 +99,7 @@ def test_a_finished_run_is_not_done_again(halfbyte, place):
 
 
 def test_a_flipped_byte_fails_verify(halfbyte, place):
-    weights = place / "runs" / "a" / "export" / "hf" / "model.safetensors"
+    weights = place / "runs" / "a" / "export" / "hf" / "model-00002-of-00003.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)

@@ -9,8 +9,10 @@ from halfbyte.training.choices import Container
 class Export:
     """The checkpoint for serving."""
 
-    shard_gb: float = 5.0
-    """Largest size of one safetensors file, gigabytes (1e9 bytes)."""
+    shard_gb: float = 2.0
+    """Largest size of one safetensors file, gigabytes (1e9 bytes). Every process writes files of its own."""
+    files: int | None = None
+    """Number of safetensors files of about the same size, in place of shard_gb; at most one per weight."""
     also: list[Container] = field(default_factory=list)
     """Further layouts that a released checkpoint is converted to, each into <run.dir>/export/<name>."""
     tensor_parallel: int = 1

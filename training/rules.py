@@ -40,6 +40,7 @@ POSITIVE = (
     "gate.perplexity_ratio",
     "gate.kl",
     "export.shard_gb",
+    "export.files",
     "export.tensor_parallel",
     "launch.gpus_per_node",
 )

@@ -141,6 +141,23 @@ def on_first_rank[T](runtime: Runtime, work: Callable[[], T]) -> T:
     return answer[0]
 
 
+def on_every_rank(runtime: Runtime, work: Callable[[], None]) -> None:
+    """Run `work` on every rank and wait for all.
+
+    Raises:
+        UserError: on every rank, when `work` raised one on some: the one of the lowest rank.
+    """
+    mine: tuple[str, int] | None = None
+    try:
+        work()
+    except UserError as error:
+        mine = str(error), error.code
+    errors: list[Any] = [None] * runtime.world
+    dist.all_gather_object(errors, mine)
+    for failed in filter(None, errors):
+        raise UserError(*failed)
+
+
 def agree(flag: bool) -> bool:
     """True on every rank as soon as one rank says True (a MAX over all ranks)."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

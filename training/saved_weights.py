@@ -15,13 +15,16 @@ from halfbyte.training.kv_format import SCALES
 from halfbyte.training.shape import ModelShape, layer_norms
 
 
-def read_weights(path: Path, shape: ModelShape, quantized: Collection[str]) -> Iterator[HFWeight]:
+def read_weights(
+    path: Path, shape: ModelShape, quantized: Collection[str], only: Collection[str] | None = None
+) -> Iterator[HFWeight]:
     """The model in Hugging Face naming, tensor by tensor, from a checkpoint of any layout; needs no process group.
 
     Args:
         path: A checkpoint folder.
         shape: The model's shape.
         quantized: Hugging Face module names of the linears that training fake-quantizes.
+        only: Names of the weights to read; none means all.
 
     Yields:
         Complete tensors in the checkpoint's dtype, layer by layer; memory holds one Megatron tensor at a time.
@@ -30,28 +33,24 @@ def read_weights(path: Path, shape: ModelShape, quantized: Collection[str]) -> I
         UserError: the folder is damaged or lacks a tensor.
     """
     reader = _Reader(path)
-    yield HFWeight("model.embed_tokens.weight", reader.tensor("embedding.word_embeddings.weight")[: shape.vocab])
+
+    def wanted(*names: str) -> bool:
+        return only is None or any(f"{name}.weight" in only or f"{name}.bias" in only for name in names)
+
+    if wanted("model.embed_tokens"):
+        yield HFWeight("model.embed_tokens.weight", reader.tensor("embedding.word_embeddings.weight")[: shape.vocab])
     for layer in range(shape.layers):
         prefix, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         for name, (target, _) in layer_norms(shape).items():
-            yield HFWeight(f"{hf}{target}.weight", reader.tensor(f"{prefix}{name}.weight"))
-        cached = {
-            part: reader.maximum(f"{prefix}self_attention.core_attention.{side}_rounding.amax")
-            for side, (part, _) in SCALES.items()
-        }
-        for name in FUSED:
-            amax = {side: reader.maximum(f"{prefix}{name}.{side}_quantizer._amax") for side in ("weight", "input")}
-            fused = reader.merged(f"{prefix}{name}")
-            scales = reader.optional(saved_as("scales", f"{prefix}{name}", "log2"))
-            learned = {} if scales is None else split_fused(name, scales.flatten(0, 1), shape)
-            for part, tensor in split_fused(name, fused, shape).items():
-                numbers = (amax["weight"], amax["input"], cached.get(part), learned.get(part))
-                yield HFWeight(f"{hf}{part}.weight", tensor, f"{hf}{part}" in quantized, *numbers)
-        if shape.qkv_bias:
-            for part, tensor in split_fused(BIASED, reader.tensor(f"{prefix}{BIASED}.bias"), shape).items():
-                yield HFWeight(f"{hf}{part}.bias", tensor)
-    yield HFWeight("model.norm.weight", reader.tensor("decoder.final_layernorm.weight"))
-    if not shape.tied:
+            if wanted(f"{hf}{target}"):
+                yield HFWeight(f"{hf}{target}.weight", reader.tensor(f"{prefix}{name}.weight"))
+        for name, parts in FUSED.items():
+            if wanted(*(f"{hf}{part}" for part in parts)):
+                own = reader.linears(layer, name, shape, quantized)
+                yield from (weight for weight in own if only is None or weight.name in only)
+    if wanted("model.norm"):
+        yield HFWeight("model.norm.weight", reader.tensor("decoder.final_layernorm.weight"))
+    if not shape.tied and wanted("lm_head"):
         yield HFWeight("lm_head.weight", reader.tensor("output_layer.weight")[: shape.vocab])
 
 
@@ -84,6 +83,25 @@ class _Reader:
     def _damaged(self, error: BaseException) -> UserError:
         why = checkpoint.why(error)
         return UserError(f"checkpoint {self.path}: cannot be read ({why}); remove it to use an older one")
+
+    def linears(self, layer: int, name: str, shape: ModelShape, quantized: Collection[str]) -> Iterator[HFWeight]:
+        """The Hugging Face linears in a Megatron linear of a layer, a key of FUSED, and their biases."""
+        prefix, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        cached = {
+            part: self.maximum(f"{prefix}self_attention.core_attention.{side}_rounding.amax")
+            for side, (part, _) in SCALES.items()
+            if part in FUSED[name]
+        }
+        amax = {side: self.maximum(f"{prefix}{name}.{side}_quantizer._amax") for side in ("weight", "input")}
+        fused = self.merged(f"{prefix}{name}")
+        scales = self.optional(saved_as("scales", f"{prefix}{name}", "log2"))
+        learned = {} if scales is None else split_fused(name, scales.flatten(0, 1), shape)
+        for part, tensor in split_fused(name, fused, shape).items():
+            numbers = (amax["weight"], amax["input"], cached.get(part), learned.get(part))
+            yield HFWeight(f"{hf}{part}.weight", tensor, f"{hf}{part}" in quantized, *numbers)
+        if shape.qkv_bias and name == BIASED:
+            for part, tensor in split_fused(name, self.tensor(f"{prefix}{name}.bias"), shape).items():
+                yield HFWeight(f"{hf}{part}.bias", tensor)
 
     def linear(self, key: str) -> torch.Tensor:
         """A linear's weight; Megatron stores the halves of a gated one, gate and up, under two keys of their own."""
