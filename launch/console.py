@@ -4,6 +4,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from halfbyte.training.logs import OWN
+
 
 @dataclass
 class Console:
@@ -12,7 +14,8 @@ class Console:
     loud: bool
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print a line, and log it on every rank."""
+        OWN.info(text)
         if self.loud:
             print(text, flush=True)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.launch.console import Console
-from halfbyte.training import environment, retention
+from halfbyte.training import environment, logs, retention
 from halfbyte.training.config import Judges, Method, Recipe
 from halfbyte.training.errors import FAILED, OK, UserError
 from halfbyte.training.files import damage, read_json, write_json
@@ -177,16 +177,24 @@ def worker(argv: Sequence[str]) -> int:
     """Entry of one process under torchrun or srun: RESOLVED_YAML STAGE... [--allow-failed-gate].
 
     A failure leaves its one line in <run.dir>/errors/rank<N>.json for the parent, and a traceback beside it when it was
-    not a UserError.
+    not a UserError. What libraries say is in <run.dir>/logs/rank<N>.log.
     """
     words, flags = [w for w in argv if not w.startswith("--")], [w for w in argv if w.startswith("--")]
     folder = Path(words[0]).parent
+    with logs.captured(folder, environment.coordinates()[0]) as in_file:
+        code = _work(folder, words, flags, in_file=in_file)
+        logs.OWN.info("ends with code %d", code)
+    return code
+
+
+def _work(folder: Path, words: Sequence[str], flags: Sequence[str], *, in_file: bool) -> int:
     stop = Stop()
     stop.install()
     try:
         try:
             environment.set_process_environment()
-            environment.quiet_libraries()
+            if not in_file:
+                environment.quiet_libraries()
             from halfbyte.training.resolve import load
 
             recipe = load(Path(words[0]), [])
@@ -220,10 +228,11 @@ def _lost(error: BaseException) -> bool:
 def _report(folder: Path, message: str, code: int, *, died: bool = False) -> Path:
     path = folder / "errors" / f"rank{environment.coordinates()[0]}.json"
     content: dict[str, Any] = {"time": time.time(), "message": message, "code": code, "died": died}
+    logs.OWN.info(message)
     try:
         write_json(path, content)
     except UserError:  # a full disk is no reason to die without a word
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        logs.tell(f"error: {message}")
     return path
 
 

@@ -87,7 +87,7 @@ def step_time(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, rea
         tensor=count * gathers,
         bubble=bubble if layout.pipeline > 1 else 0.0,
         data=data_seconds,
-        optimizer=max(_optimizer(recipe, model, layout, stage, gpu, reached) for stage in layout.stages()),
+        optimizer=max(_update(recipe, model, layout, stage, gpu, reached) for stage in layout.stages()),
         nvlink_bytes=nvlink,
         network_bytes=network,
         model_flops=step_flops(model, train.global_batch * train.sequence_length, train.sequence_length),
@@ -192,10 +192,13 @@ def _data_parallel(model: Architecture, layout: Layout, gpu: Gpu, reached: Reach
     return sent, sent / rate, over_network
 
 
-def _optimizer(recipe: Recipe, model: Architecture, layout: Layout, stage: int, gpu: Gpu, reached: Reached) -> float:
-    """Seconds of what happens once per step; bytes: zeroing 4, norm 4, clipping 8, Adam 30, rounding of linears 4."""
+def _update(recipe: Recipe, model: Architecture, layout: Layout, stage: int, gpu: Gpu, reached: Reached) -> float:
+    """Seconds of what happens once per step, on the GPU or in Python, whichever takes longer.
+
+    Bytes per parameter: zeroing of gradients 4, norm 4, clipping 8, Adam 30, rounding of linears 4.
+    """
     linears, tables = parameters_of_stage(model, layout, stage)
     own = (linears + tables) / (layout.data if recipe.train.distributed_optimizer else 1)
     traffic = 4 * (linears + tables) + (4 + 8 + 30) * own
     traffic += 4 * linears if recipe.method is not Method.bf16 else 0.0
-    return traffic / (gpu.memory * reached.memory)
+    return max(traffic / (gpu.memory * reached.memory), layout.layers(model.sizes, stage) * reached.update)

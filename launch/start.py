@@ -219,7 +219,8 @@ def explain(
         raise UserError(f"stopped by {received[0]}: finished stages are kept, the running one is not saved")
     code = failures[first[0]][0]
     if code == FAILED or code < 0:
-        raise UserError(f"rank {first[0]} ended with code {code} and left no message: its output is above")
+        log = f"logs/rank{first[0]}.log"
+        raise UserError(f"rank {first[0]} ended with code {code} and left no message: its output is above or in {log}")
     return code
 
 

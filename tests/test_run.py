@@ -84,6 +84,9 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     now = {key: layer["weight"]["error"] for key, layer in metrics[2]["layers"].items()}
     assert now == pytest.approx(train["weight_relative_rms_error"], rel=1e-5)
     assert 'halfbyte_step{run="tiny"} 3.0' in (run / "metrics.prom").read_text()
+    logs = [(run / "logs" / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert all(f"INFO halfbyte: rank {rank} starts" in text for rank, text in enumerate(logs))
+    assert all("INFO halfbyte: calibrate" in text and "Warning" in text for text in logs)
     for noise in ("Traceback", "Warning", "WARNING", "NeMo"):
         assert noise not in done.stdout + done.stderr
 

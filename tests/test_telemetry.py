@@ -25,7 +25,7 @@ def test_a_resume_keeps_each_step_once(tmp_path):
         first.write({"step": step, "loss": 1.0 / step})
     first.close()
     path = tmp_path / sinks.METRICS
-    path.write_text(path.read_text() + '{"step": 5, "lo')  # killed while it wrote
+    path.write_bytes(path.read_bytes() + b'\xff\n{"step": 5, "lo')  # killed while it wrote
     again = sinks.JsonLines(tmp_path, 2)  # the newest checkpoint is that of step 2
     again.write({"step": 3, "loss": 0.3})
     again.close()
@@ -134,6 +134,16 @@ def test_a_full_disk_stops_nothing(run, tmp_path):
     run.watched.on_train_end(run.trainer, run.module)
     assert run.said == ["  metrics cannot be written (No space left on device): training goes on without them"]
     assert [step for step, _ in run.logged] == [1, 2]
+
+
+def test_the_end_of_wandb_does_not_keep_the_checkpoint_from_being_saved(run, tmp_path):
+    def lost(metrics, step):
+        raise ConnectionResetError("Connection lost")
+
+    run.trainer.loggers[0].log_metrics = lost
+    run.watched.on_train_start(run.trainer, run.module)
+    run.step(2.0)
+    assert [record["step"] for record in sinks.read_metrics(tmp_path / sinks.METRICS)] == [1]
 
 
 def test_other_ranks_write_nothing(run, tmp_path):

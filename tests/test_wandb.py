@@ -11,9 +11,11 @@ def test_a_server_out_of_reach_is_one_line(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_SILENT", "true")  # as every run has it
     monkeypatch.setattr(experiment, "WANDB_S", 1.0)
     recipe = Recipe()
     recipe.run.dir, recipe.run.wandb = str(tmp_path), Wandb.online
+    capfd.readouterr()  # what the imports said
     assert experiment.reach_wandb(recipe) is False
     said = capfd.readouterr().err
     assert said.startswith("warning: W&B cannot be reached (")

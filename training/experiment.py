@@ -22,6 +22,7 @@ from halfbyte.training import checkpoint, retention
 from halfbyte.training.config import Recipe, Wandb
 from halfbyte.training.errors import UserError
 from halfbyte.training.interrupt import Interrupted, Stop
+from halfbyte.training.logs import OWN, tell, to_file
 from halfbyte.training.module import Training
 from halfbyte.training.runtime import Runtime, agree, collectives_begun
 from halfbyte.training.shape import ModelShape
@@ -109,7 +110,7 @@ def reach_wandb(recipe: Recipe) -> bool:
         for path in set(folder.glob("run-*")) - before:  # of a run that never was: the report would take its id
             shutil.rmtree(path, ignore_errors=True)
         remedy = f"logging offline to {folder}; `wandb sync` sends it later"
-        print(f"warning: W&B cannot be reached ({reason}): {remedy}", file=sys.stderr, flush=True)
+        tell(f"warning: W&B cannot be reached ({reason}): {remedy}")
         return False
     return True
 
@@ -210,7 +211,7 @@ def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop, shape: M
         collectives=collectives_begun,
     )
     with quiet():
-        watched = Telemetry(recipe, runtime, shape, tqdm.write)
+        watched = Telemetry(recipe, runtime, shape, _say)
         trainer = make_trainer(recipe, runtime, [bar, watched, Checkpoints(recipe, runtime, stop)])
     try:
         with stop.graceful(), quiet(), watchdog.watching():
@@ -220,10 +221,19 @@ def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop, shape: M
     return bar.seconds
 
 
+def _say(line: str) -> None:
+    """Print a line above the bar, and log it."""
+    OWN.info(line.strip())
+    tqdm.write(line)
+
+
 @contextmanager
 def quiet():
-    """Log records up to ERROR are dropped: NeMo's telemetry and Lightning comment on every start; failures raise."""
-    logging.disable(logging.ERROR)
+    """Log records up to ERROR stay off the terminal: NeMo's telemetry and Lightning comment on every start.
+
+    They are dropped where no log file takes them; failures raise.
+    """
+    logging.disable(logging.NOTSET if to_file() else logging.ERROR)
     try:
         yield
     finally:

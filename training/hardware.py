@@ -97,8 +97,9 @@ class Reached:
         memory: Of the memory bandwidth: Adam's 28 bytes a parameter took 9.8 ms for 1.13 G parameters on an H200.
         nvlink: Of NVLink's rate, in collectives of some ten MB; fitted to whole steps on two H200.
         network: Of the network's rate. An assumption: nothing was measured over a network.
-        layer: Seconds of Python per layer and micro-batch, forward and backward, on the slow cores of the machine that
-            was measured (SmolLM2's 30 layers in 109 ms); no CUDA graph, and the GPU waits when it is faster.
+        layer: Seconds of Python per layer and micro-batch, forward and backward, where no CUDA graph replays them, on
+            the slow cores of the machines that were measured; the GPU waits when it is faster. Fitted to SmolLM2.
+        update: Seconds of Python per layer and step, in the optimizer and the rounding of weights; likewise.
     """
 
     gemm: float = 0.818
@@ -106,7 +107,8 @@ class Reached:
     memory: float = 0.676
     nvlink: float = 0.40
     network: float = 0.80
-    layer: float = 3.5e-3
+    layer: float = 2.3e-3
+    update: float = 0.8e-3
 
 
 REACHED = Reached()

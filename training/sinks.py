@@ -58,15 +58,12 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, as far as they are complete: a killed run may end in half a line.
+    """The records of a metrics.jsonl, as far as they are whole: a killed run may end in half a line.
 
     Raises:
-        UserError: the file cannot be read.
+        OSError: the file cannot be read.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a run that trains") from error
+    lines = path.read_text(errors="replace").splitlines()
     return [record for line in lines if (record := parsed(line)) is not None]
 
 

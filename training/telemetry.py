@@ -3,6 +3,7 @@
 import resource
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,9 @@ class Telemetry(Callback):
 
     def _write(self, trainer: pl.Trainer, record: Mapping[str, Any]) -> None:
         more = {name: value for name, value in flat(record) if name not in IN_LIGHTNING}
-        for logger in trainer.loggers:
-            logger.log_metrics(more, step=record["step"])
+        with suppress(ConnectionError):  # Slurm's SIGTERM ends W&B's service too, and the checkpoint is yet to be saved
+            for logger in trainer.loggers:
+                logger.log_metrics(more, step=record["step"])
         try:
             for sink in self.sinks:
                 sink.write(record)

@@ -1,0 +1,58 @@
+"""Everything that libraries say goes to a process's own file; the terminal gets the run's lines."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import logging, os, sys, warnings
+from pathlib import Path
+from halfbyte.training import logs
+
+if {full}:
+    logs.log_file = lambda folder, rank: Path("/dev/full")
+with logs.captured(Path({folder!r}), 3) as in_file:
+    print(in_file, logs.to_file())
+    if not {full}:
+        os.write(2, b"from C\\n")
+    print("printed", file=sys.stderr, flush=not {full})
+    warnings.warn("a warning", UserWarning)
+    logging.getLogger("megatron").warning("a record")
+    logging.getLogger("megatron").info("too quiet")
+    logs.OWN.info("a stage")
+    logs.tell("error: said aloud")
+print(logs.to_file())
+os.write(2, b"after\\n")
+"""
+
+
+def speak(folder: Path, *, full: bool = False) -> tuple[list[str], list[str]]:
+    """Lines of the standard output and of the standard error stream of a process that logs into `folder`."""
+    code = SCRIPT.format(folder=str(folder), full=full)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines(), done.stderr.splitlines()
+
+
+def test_the_terminal_stays_clean_and_the_file_has_it_all(tmp_path):
+    assert speak(tmp_path) == (["True True", "False"], ["error: said aloud", "after"])
+    text = (tmp_path / "logs" / "rank3.log").read_text()
+    for line in ("INFO halfbyte: rank 3 starts", "from C\n", "printed\n", "UserWarning: a warning"):
+        assert line in text
+    for line in ("WARNING megatron: a record", "INFO halfbyte: a stage", "INFO halfbyte: error: said aloud"):
+        assert line in text
+    assert "too quiet" not in text
+    speak(tmp_path)
+    again = (tmp_path / "logs" / "rank3.log").read_text()
+    assert again.startswith(text)  # a second start appends
+    assert again.count("rank 3 starts") == 2
+
+
+def test_where_there_can_be_no_file_nothing_changes(tmp_path):
+    (tmp_path / "logs").write_text("in the way")
+    out, err = speak(tmp_path)
+    assert out == ["False False", "False"]
+    assert err == ["from C", "printed", "a record", "error: said aloud", "after"]
+
+
+def test_a_full_disk_ends_nothing(tmp_path):
+    assert speak(tmp_path, full=True) == (["True True", "False"], ["error: said aloud", "after"])
