@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.training.config import Format, LayerFormat, Method, Quantize, Recipe
+from halfbyte.training.config import Format, LayerFormat, Method, Quantize, Recipe, Train
+from halfbyte.training.config_train import Lora
 from halfbyte.training.data import MicroBatch
 
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
@@ -97,6 +98,22 @@ def test_only_what_a_format_has(make, number_format):
     assert quantization_stats.lines(found) == []
     assert all(torch.equal(now, was) for now, was in zip(gpt.parameters(), before, strict=True))
     assert not any(quantizer._forward_hooks for _, quantizer in quantize.enabled_quantizers(gpt))
+
+
+def test_a_weight_is_seen_with_its_adapter(make):
+    from halfbyte.training import companions, lora, quantization_stats, quantize
+
+    section = Quantize()
+    gpt = make(section)
+    bare = quantization_stats.measure(gpt, batch(1), section)
+    lora.attach(gpt, Recipe(method=Method.qat, quantize=section, train=Train(lora=Lora(rank=2))))
+    with torch.no_grad():
+        for _, adapter in companions.of(gpt).each():
+            adapter.b.fill_(0.3)
+    found = quantization_stats.measure(gpt, batch(1), section)
+    errors = {key: layer["weight"]["error"] for key, layer in found.items()}
+    assert errors == pytest.approx(quantize.weight_errors(gpt, section), rel=1e-5)
+    assert all(found[key]["weight"]["drift"] > bare[key]["weight"]["drift"] for key in found)
 
 
 def test_tensors_larger_than_a_piece(monkeypatch):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from halfbyte.training import companions
 from halfbyte.training.config import Quantize
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.fake_quant import largest
@@ -84,6 +85,13 @@ def measure(model: torch.nn.Module, batch: MicroBatch, quantize: Quantize) -> di
                 seen[name] = see(args[0].detach(), out.detach(), limit, None if limit is None else module.amax)
 
             hooks.callback(quantizer.register_forward_hook(look).remove)
+            linear, _, side = name.removesuffix("_quantizer").rpartition(".")
+            if side == "weight":  # with its adapter, if it has one
+
+                def whole(module: Any, args: Any, linear: str = linear) -> tuple[torch.Tensor]:
+                    return (companions.weight_of(model, linear),)
+
+                hooks.callback(quantizer.register_forward_pre_hook(whole).remove)
         collect(model, [batch], None)
     numbers = dict(zip(seen, _reduced(list(seen.values())), strict=True))
     mine = {}
