@@ -22,7 +22,7 @@ def memory_per_rank(recipe: Recipe, model: Architecture, layout: Layout) -> dict
     micro-batch, or the temporaries of a layer's backward pass where those are larger. What train.freeze names
     counts as the rest does; under train.lora only weights with an adapter have gradients, and none is in the optimizer.
     `beside`: FP32 adapters and learned block scales, 8 each with their gradients, and two Adam moments, 8, over the
-    data-parallel ranks as above.
+    data-parallel ranks as above. Method ptq has weights, one layer's activations and logits only.
 
     Args:
         recipe: Method, formats and batch.
@@ -71,6 +71,9 @@ def _stage(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> d
         "activations": kept,
         "logits": max(_vocabulary(recipe, shape, layout) if last else 0.0, passing),
     }
+    if recipe.method is Method.ptq:
+        logits = 2 * tokens * shape.vocab / layout.tensor if last else 0.0
+        return {"weights": 2 * held, "activations": one, "logits": logits}
     if recipe.method is Method.qad and recipe.distill.teacher is None:
         parts["teacher"] = 2 * held + (_teacher_said(recipe, shape, layout) if last else 0.0)
     return parts

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halfbyte.launch.plan_memory import memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
@@ -61,12 +61,13 @@ def best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> tuple[Cand
     refused: dict[str, str] = {}
     for tensor in _divisors(gpus):
         for pipeline in _divisors(gpus // tensor):
-            name = f"TP{tensor} PP{pipeline}"
-            problem = layout_problem(recipe, model.sizes, gpu, tensor, pipeline, gpus)
+            name, sequence = f"TP{tensor} PP{pipeline}", tensor > 1 and recipe.train.sequence_length % tensor == 0
+            plain = Layout(tensor, pipeline, gpus // (tensor * pipeline), 1, False, sequence)
+            problem = layout_problem(recipe, model.sizes, gpu, plain) or _idle(recipe, plain)
             if problem is not None:
                 refused[name] = problem
                 continue
-            tried = [judge(recipe, model, layout, gpu) for layout in _choices(recipe, tensor, pipeline, gpus)]
+            tried = [judge(recipe, model, layout, gpu) for layout in _choices(recipe, plain)]
             fitting = [candidate for candidate in tried if candidate.problem is None]
             if not fitting:
                 smallest = min(tried, key=lambda candidate: sum(candidate.memory.values()))
@@ -75,29 +76,37 @@ def best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> tuple[Cand
     return min(found, key=lambda candidate: candidate.step.seconds, default=None), refused
 
 
-def layout_problem(recipe: Recipe, shape: ModelShape, gpu: Gpu, tensor: int, pipeline: int, gpus: int) -> str | None:
-    """Why a split cannot run, whatever the micro-batch is: Megatron's divisibility, blocks of the format, NVLink."""
-    data = gpus // (tensor * pipeline)
-    if tensor > gpu.domain:
+def layout_problem(recipe: Recipe, shape: ModelShape, gpu: Gpu, layout: Layout) -> str | None:
+    """Why a layout cannot run, memory aside: NVLink, the batch, and all that model_rules.py asks of a recipe."""
+    if layout.tensor > gpu.domain:
         return f"tensor parallelism needs NVLink, which joins {gpu.domain} {gpu.name}"
-    if recipe.train.global_batch % data:
-        return f"train.global_batch = {recipe.train.global_batch} does not divide over {data} data-parallel ranks"
-    if recipe.train.global_batch // data < pipeline:
-        share = recipe.train.global_batch // data
-        return f"train.global_batch gives a rank {share} micro-batches at most, too few for {pipeline} pipeline stages"
+    if recipe.train.global_batch % (layout.micro_batch * layout.data):
+        batch = f"train.global_batch = {recipe.train.global_batch}"
+        return f"{batch} does not divide over {layout.data} data-parallel ranks"
     tried = deepcopy(recipe)
-    tried.parallel.tensor, tried.parallel.pipeline, tried.parallel.data = tensor, pipeline, data
-    tried.parallel.last_stage_layers, tried.parallel.sequence = None, tensor > 1
+    parallel = tried.parallel
+    parallel.tensor, parallel.pipeline, parallel.data = layout.tensor, layout.pipeline, layout.data
+    parallel.last_stage_layers, parallel.sequence = layout.last_stage_layers, layout.sequence
     return next(iter(model_problems(tried, shape)), None)
 
 
-def _choices(recipe: Recipe, tensor: int, pipeline: int, gpus: int) -> Iterator[Layout]:
-    data = gpus // (tensor * pipeline)
-    share = recipe.train.global_batch // data
+def _idle(recipe: Recipe, layout: Layout) -> str | None:
+    """Why a search leaves out a pipeline that its micro-batches cannot fill; such a layout does run."""
+    share = layout.micro_batches(recipe)
+    if share >= layout.pipeline:
+        return None
+    return (
+        f"train.global_batch gives a rank {share} micro-batches at most, too few for {layout.pipeline} pipeline stages"
+    )
+
+
+def _choices(recipe: Recipe, plain: Layout) -> Iterator[Layout]:
+    """The layout with every micro-batch that divides a rank's share and fills the pipeline, recomputing or not."""
+    share = plain.micro_batches(recipe)
     for micro_batch in MICRO_BATCHES:
-        if share % micro_batch == 0 and share // micro_batch >= pipeline:
+        if share % micro_batch == 0 and share // micro_batch >= plain.pipeline:
             for recompute in (False, True):
-                yield Layout(tensor, pipeline, data, micro_batch, recompute, tensor > 1)
+                yield replace(plain, micro_batch=micro_batch, recompute=recompute)
 
 
 def _divisors(number: int) -> list[int]:

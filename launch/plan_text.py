@@ -76,13 +76,15 @@ def _by_counts(model: Architecture, gpu: Gpu) -> list[str]:
 
 def _as_written(recipe: Recipe, model: Architecture, gpu: Gpu) -> list[str]:
     layout = Layout.of(recipe)
-    problem = layout_problem(recipe, model.sizes, gpu, layout.tensor, layout.pipeline, layout.world)
-    if problem is not None and layout.last_stage_layers is None:
+    problem = layout_problem(recipe, model.sizes, gpu, layout)
+    if problem is not None:
         return [layout.words(), f"cannot run: {problem}"]
     return _candidate(recipe, model, judge(recipe, model, layout, gpu), gpu)
 
 
 def _best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> list[str]:
+    if recipe.method is Method.ptq:
+        return ["nothing to search: method ptq only calibrates"]
     candidate, refused = best(recipe, model, gpu, gpus)
     nothing = ["none: no layout fits; take more GPUs (--nodes)"]
     return (nothing if candidate is None else _candidate(recipe, model, candidate, gpu)) + _refused(refused)
@@ -112,7 +114,7 @@ def _candidate(recipe: Recipe, model: Architecture, candidate: Candidate, gpu: G
         "instead of activations",
     ]
     if recipe.method is Method.ptq:
-        return [*lines, "no training: method ptq only calibrates"]
+        return lines
     train = recipe.train
     tokens = train.global_batch * train.sequence_length
     seconds = {

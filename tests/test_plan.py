@@ -99,7 +99,7 @@ def test_the_search_returns_a_legal_layout_that_fits_and_says_why_others_do_not(
     assert found is not None
     layout = found.layout
     assert layout.world == 32
-    assert layout_problem(recipe, model.sizes, gpu, layout.tensor, layout.pipeline, 32) is None
+    assert layout_problem(recipe, model.sizes, gpu, layout) is None
     assert sum(found.memory.values()) <= gpu.usable
     written = step_time(recipe, model, Layout.of(recipe), gpu)
     assert found.step.seconds < written.seconds
@@ -109,6 +109,21 @@ def test_the_search_returns_a_legal_layout_that_fits_and_says_why_others_do_not(
     nothing, reasons = best(recipe, model, gpu, 2)
     assert nothing is None
     assert set(reasons) == {"TP1 PP1", "TP1 PP2", "TP2 PP1"}
+
+
+def test_what_cannot_run_as_written_is_said(capsys):
+    assert cli.main(["plan", "smollm2_135m_nvfp4_qat", "--model", "tiny"]) == OK
+    assert "cannot run: parallel.last_stage_layers = 11: the other 1 pipeline stages" in capsys.readouterr().out
+    assert cli.main(["plan", "llama31_8b_nvfp4_qat", "--model", "smollm2_135m"]) == OK
+    assert "cannot run: parallel.tensor = 2: does not divide the model's attention heads (9)" in capsys.readouterr().out
+
+
+def test_a_pipeline_that_is_not_filled_runs_but_is_not_searched():
+    recipe = resolve("llama31_8b_nvfp4_qat", ["train.global_batch=8"])
+    model, gpu = named_model("llama31_8b"), GPUS["H200"]
+    assert layout_problem(recipe, model.sizes, gpu, Layout(1, 16, 1, 1, False, False)) is None
+    _, refused = best(recipe, model, gpu, 16)
+    assert refused["TP1 PP16"].startswith("train.global_batch gives a rank 8 micro-batches at most, too few for 16")
 
 
 def test_links_carry_what_the_layout_sends():
@@ -174,7 +189,8 @@ def test_every_part_is_printed(words, capsys):
     if "deepseek_r1" in words:
         assert "planned by its parameter counts" in out
     elif "smollm2_135m_nvfp4_ptq" in words:
-        assert "method ptq only calibrates" in out
+        assert "best       nothing to search: method ptq only calibrates" in out
+        assert "optimizer" not in out
     elif "nemotron4_340b" in words:
         assert "best       none: no layout fits" in out
     else:
