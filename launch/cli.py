@@ -1,7 +1,7 @@
 """The `halfbyte` command. Heavy imports happen inside the commands: --help answers at once.
 
-Exit codes: 0 done, 2 bad usage or recipe, 3 gate or comparison failed, 4 inconclusive, 1 anything else. Every problem
-is one line on stderr.
+Exit codes: 0 done, 2 bad usage or recipe, 3 gate or comparison failed, 4 inconclusive, 5 a process hung, 1 anything
+else. Every problem is one line on stderr.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from halfbyte.launch import cli_model, cli_plan, cli_serving, tail
+from halfbyte.training.config import Recipe
 from halfbyte.training.environment import set_process_environment
 from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 from halfbyte.training.families import TINY
@@ -103,9 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "teacher", cli_model.teacher, "the BF16 model's top-k of the training text, for distill.teacher", recipe=True
     )
     teacher.add_argument("--out", metavar="FOLDER", help="where to; none means <run.dir>_teacher")
-    submit = add("submit", _submit, "hand the very same run to Slurm", recipe=True)
-    submit.add_argument("--nodes", metavar="N", type=int, required=True, help="number of nodes")
-    submit.add_argument("--dry-run", action="store_true", help="write and print the sbatch file only")
+    _add_slurm(add)
     _add_stages(add)
     compare = add("compare", _compare, "judge one run's result against another's on the same items")
     compare.add_argument("run_a", metavar="RUN_A", help="the baseline")
@@ -114,6 +113,19 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", metavar="FILE", help="write the verdict with all numbers there")
     add("report", _report, "write report.html and report.md of what the run holds", run_dir=True)
     return parser
+
+
+def _add_slurm(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands for a run in Slurm's queue."""
+    submit = add("submit", _submit, "hand the very same run to Slurm", recipe=True)
+    submit.add_argument("--nodes", metavar="N", type=int, required=True, help="number of nodes")
+    submit.add_argument(
+        "--jobs", metavar="K", type=int, default=1, help="K jobs in a row, for more than one time limit"
+    )
+    submit.add_argument("--separate", action="store_true", help="evaluation, and gate with export, as dependent jobs")
+    submit.add_argument("--dry-run", action="store_true", help="write and print the sbatch files only")
+    status = add("status", _status, "how a run stands: its jobs, checkpoint, stages, last message", run_dir=True)
+    status.add_argument("--follow", action="store_true", help="show every change until no job is in the queue")
 
 
 def _add_stages(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -142,22 +154,37 @@ class _Version(argparse.Action):
 def _run(args: argparse.Namespace) -> int:
     from halfbyte.launch.pipeline import SCORED, STAGES
     from halfbyte.launch.start import RESOLVED, is_first, launch
-    from halfbyte.training.resolve import load, resume_problems, save
+    from halfbyte.training.resolve import save
 
     recipe = cli_model.with_weights(args)
     if args.no_export and recipe.gate.judges == "exported" and recipe.method != "bf16":
         raise UserError(
             "--no-export leaves nothing for gate.judges = exported to judge; add gate.judges=trained", USAGE
         )
-    resolved = Path(recipe.run.dir) / RESOLVED
-    if resolved.exists():
-        changes = resume_problems(load(resolved), recipe)
-        if changes:
-            raise RecipeError(changes)
-        if is_first():
-            print(f"resuming {recipe.run.dir}", flush=True)
-    save(recipe, resolved)  # by every process that srun started: each writes the same, and none has to wait
+    if _fits_its_folder(recipe) and is_first():
+        print(f"resuming {recipe.run.dir}", flush=True)
+    save(
+        recipe, Path(recipe.run.dir) / RESOLVED
+    )  # by every process that srun started: each writes the same, and none has to wait
     return launch(recipe, SCORED if args.no_export else STAGES, allow_failed_gate=args.allow_failed_gate)
+
+
+def _fits_its_folder(recipe: Recipe) -> bool:
+    """Whether run.dir holds a run that may go on under this recipe; False if it holds none.
+
+    Raises:
+        RecipeError: it holds a run of another recipe.
+    """
+    from halfbyte.launch.start import RESOLVED
+    from halfbyte.training.resolve import load, resume_problems
+
+    resolved = Path(recipe.run.dir) / RESOLVED
+    if not resolved.exists():
+        return False
+    changes = resume_problems(load(resolved), recipe)
+    if changes:
+        raise RecipeError(changes)
+    return True
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -204,7 +231,19 @@ def _submit(args: argparse.Namespace) -> int:
     from halfbyte.training.resolve import resolve
 
     recipe = resolve(args.recipe, args.overrides) if args.dry_run else cli_model.with_weights(args)
-    print(submit(recipe, args.recipe, args.overrides, args.nodes, dry_run=args.dry_run))
+    _fits_its_folder(recipe)
+    print(submit(recipe, args.nodes, array=args.jobs, separate=args.separate, dry_run=args.dry_run))
+    return OK
+
+
+def _status(args: argparse.Namespace) -> int:
+    from halfbyte.launch.status import follow, status
+
+    recipe, _ = _of_run(args, need_model=False)
+    if args.follow:
+        follow(recipe, lambda text: print(text, flush=True))
+    else:
+        print(status(recipe))
     return OK
 
 

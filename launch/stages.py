@@ -297,6 +297,9 @@ class Work:
         last = on_first_rank(self.runtime, lambda: retention.latest(self.checkpoints))
         if last is None:
             raise UserError(f"{self.checkpoints}: no checkpoint; train first (halfbyte train {self.folder})")
+        if retention.step_of(last) != self.recipe.train.steps:
+            remedy = f"go on with halfbyte train {self.folder}"
+            raise UserError(f"{last}: not the last step (train.steps = {self.recipe.train.steps}); {remedy}")
         checkpoint.check(last)
         lsq.attach(self.gpt, self.recipe)
         lora.attach(self.gpt, self.recipe)

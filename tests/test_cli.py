@@ -152,7 +152,8 @@ def test_submit_dry_run_prints_the_file(calls, capsys):
     assert cli.main(["submit", "tiny", "--nodes", "1", "--dry-run", "parallel.pipeline=2"]) == OK
     out = capsys.readouterr().out
     assert out.startswith("runs/tiny/submit.sbatch\n")
-    assert "halfbyte run tiny parallel.pipeline=2" in out
+    assert "halfbyte run runs/tiny/submit.yaml &" in out
+    assert "  pipeline: 2" in Path("runs/tiny/submit.yaml").read_text()
     assert calls == []
     assert cli.main(["submit", "tiny", "--nodes", "2", "--dry-run"]) == USAGE
     assert "--nodes = 2" in errors(capsys)[0]

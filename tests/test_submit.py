@@ -1,32 +1,66 @@
-"""The sbatch file, letter by letter, and what submitting says."""
+"""The sbatch file, letter by letter and under bash, what submitting says, and the status."""
+
+import os
+import subprocess
+import textwrap
+from pathlib import Path
 
 import pytest
 
-from halfbyte.launch.submit import sbatch_text, submit
+from halfbyte.launch import sbatch
+from halfbyte.launch.status import follow, status
+from halfbyte.launch.submit import submit
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import USAGE, RecipeError, UserError
+from halfbyte.training.files import write_json
+from halfbyte.training.resolve import load
 
 GOLDEN = """\
 #!/bin/bash
+# llama: halfbyte run 'runs/my llama/submit.yaml'
+# halfbyte at git revision 0123456789ab-dirty
 #SBATCH --job-name=llama
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --time=04:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=runs/llama/slurm-%j.log
 #SBATCH --partition=gpu
 #SBATCH --account=team
 
-set -euo pipefail
+set -uo pipefail
 export PATH=/opt/halfbyte/bin:$PATH
-export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
-srun --kill-on-bad-exit=1 --container-image=nvcr.io/pytorch:25.10 halfbyte run llama.yaml \
-parallel.data=4 'run.project=my project'
+{nccl}
+
+# SIGTERM to the processes lets them save; bash runs a trap only between commands, hence the wait.
+ending=
+save() {{ ending=$1; kill -TERM "$step" 2>/dev/null; }}
+trap 'save time' USR1
+trap 'save preempted' TERM
+
+attempt=0
+while true; do
+  srun --kill-on-bad-exit=1 --container-image=nvcr.io/pytorch:25.10 halfbyte run 'runs/my llama/submit.yaml' &
+  step=$!
+  while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+  wait "$step"
+  code=$?
+  # 5: hung; above 128: killed. Anything else would only happen again.
+  if [ "$code" -ne 5 ] && [ "$code" -le 128 ]; then break; fi
+  if [ -n "$ending" ] || [ "$attempt" -ge 3 ]; then break; fi
+  attempt=$((attempt + 1))
+  echo "restart $attempt of 3 from the newest checkpoint (srun ended with $code)" >&2
+done
+if [ "$ending" = time ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt 100 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
 """
 
 
@@ -41,18 +75,63 @@ def recipe(tensor=2, pipeline=2, data=4, per_node=8) -> Recipe:
 def test_golden():
     made = recipe()
     made.launch.partition, made.launch.account, made.launch.container = "gpu", "team", "nvcr.io/pytorch:25.10"
-    overrides = ["parallel.data=4", "run.project=my project"]
-    assert sbatch_text(made, "llama.yaml", overrides, 2, programs="/opt/halfbyte/bin") == GOLDEN
+    (job,) = sbatch.jobs(made, Path("runs/my llama/submit.yaml"), 2)
+    text = sbatch.text(made, job, programs="/opt/halfbyte/bin", revision="0123456789ab-dirty")
+    assert text == GOLDEN.format(nccl=sbatch.NCCL)
+    assert all(line.startswith("#") for line in sbatch.NCCL.splitlines())
 
 
 def test_a_small_world_takes_as_many_tasks_as_it_has_processes():
     made = recipe(data=1)
-    made.launch.port = 29500
-    text = sbatch_text(made, "llama.yaml", [], 1)
-    assert "#SBATCH --ntasks-per-node=4\n#SBATCH --gpus-per-node=4\n" in text
-    assert "export MASTER_PORT=29500\n" in text
+    made.launch.port, made.launch.gpus, made.launch.max_restarts = 29500, False, 0
+    (job,) = sbatch.jobs(made, Path("submit.yaml"), 1)
+    text = sbatch.text(made, job, programs=None, revision=None)
+    assert "#SBATCH --ntasks-per-node=4\n#SBATCH --time" in text
+    assert "MASTER_PORT=29500\n" in text
     assert "PATH=" not in text
-    assert text.endswith("srun --kill-on-bad-exit=1 halfbyte run llama.yaml\n")
+    assert "revision" not in text
+    assert '[ "$attempt" -ge 0 ]; then break' in text
+
+
+def test_jobs_in_a_row_are_an_array_that_nobody_requeues():
+    (job,) = sbatch.jobs(recipe(), Path("submit.yaml"), 2, array=5)
+    text = sbatch.text(recipe(), job, programs=None, revision=None)
+    assert "#SBATCH --array=1-5%1\n" in text
+    assert "#SBATCH --output=runs/llama/slurm-%A_%a.log\n" in text
+    assert "scontrol requeue" not in text
+    with pytest.raises(RecipeError, match="--jobs = 0: must be positive"):
+        sbatch.jobs(recipe(), Path("submit.yaml"), 2, array=0)
+
+
+def test_the_script_restarts_what_died_and_hands_signals_on(tmp_path):
+    """The file itself under bash, with small programs in the place of Slurm's."""
+    made = recipe(data=1)
+    made.run.dir, made.launch.max_restarts = str(tmp_path), 2
+    (job,) = sbatch.jobs(made, tmp_path / "submit.yaml", 1)
+    script = tmp_path / "submit.sbatch"
+    script.write_text(sbatch.text(made, job, programs=str(tmp_path), revision=None))
+    # Killed, hung, and then it works until SIGTERM comes, on which it saves.
+    srun = """
+        echo start >> $0.log
+        case $(wc -l < $0.log) in 1) kill -9 $$ ;; 2) exit 5 ;; esac
+        trap 'echo saved >> $0.log; exit 0' TERM
+        kill -USR1 $PPID
+        sleep 10 & wait
+    """
+    programs = {"srun": srun, "scontrol": 'echo "$@" >> $0.log; echo node1'}
+    for name, content in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{textwrap.dedent(content)}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = os.environ | {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "4711"}
+    done = subprocess.run(["bash", script], env=slurm, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "srun.log").read_text().split() == ["start"] * 3 + ["saved"]
+    restarts = [line for line in done.stderr.splitlines() if line.startswith("restart")]
+    assert restarts == [
+        "restart 1 of 2 from the newest checkpoint (srun ended with 137)",
+        "restart 2 of 2 from the newest checkpoint (srun ended with 5)",
+    ]
+    assert (tmp_path / "scontrol.log").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 4711"]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +146,7 @@ def test_a_small_world_takes_as_many_tasks_as_it_has_processes():
 )
 def test_nodes_that_do_not_fit(data, nodes, remedy):
     with pytest.raises(RecipeError, match=remedy) as caught:
-        sbatch_text(recipe(data=data), "llama.yaml", [], nodes)
+        sbatch.jobs(recipe(data=data), Path("submit.yaml"), nodes)
     assert caught.value.code == USAGE
     assert len(caught.value.problems) == 1
 
@@ -76,19 +155,24 @@ def test_nodes_that_do_not_fit(data, nodes, remedy):
 def made(tmp_path):
     made = recipe()
     made.run.dir = str(tmp_path / "run")
+    made.model.path = "/models/llama"
     return made
+
+
+def fake(program, script):
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
 
 
 def fake_sbatch(folder, monkeypatch, script):
     folder.mkdir()
-    (folder / "sbatch").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "sbatch").chmod(0o755)
+    fake(folder / "sbatch", script)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
 
 
 def test_dry_run_writes_and_calls_nothing(made, tmp_path, monkeypatch):
     fake_sbatch(tmp_path / "bin", monkeypatch, f"touch {tmp_path}/called")
-    said = submit(made, "llama.yaml", [], 2, dry_run=True)
+    said = submit(made, 2, dry_run=True)
     written = (tmp_path / "run/submit.sbatch").read_text()
     assert said == f"{tmp_path}/run/submit.sbatch\n\n{written}"
     assert not (tmp_path / "called").exists()
@@ -96,17 +180,65 @@ def test_dry_run_writes_and_calls_nothing(made, tmp_path, monkeypatch):
 
 def test_the_job_number_comes_back(made, tmp_path, monkeypatch):
     fake_sbatch(tmp_path / "bin", monkeypatch, f'echo "$@" > {tmp_path}/called; echo "4711;cluster"')
-    assert submit(made, "llama.yaml", [], 2, dry_run=False).endswith("submitted as job 4711")
+    assert "submit.sbatch: submitted as job 4711\n" in submit(made, 2)
     assert (tmp_path / "called").read_text() == f"--parsable {tmp_path}/run/submit.sbatch\n"
+    assert load(tmp_path / "run" / "submit.yaml") == load(tmp_path / "run" / "resolved.yaml") == made
+
+
+def test_evaluation_and_export_wait_for_what_they_need(made, tmp_path, monkeypatch):
+    count = f'echo "$@" >> {tmp_path}/called; wc -l < {tmp_path}/called'
+    fake_sbatch(tmp_path / "bin", monkeypatch, count)
+    fake(
+        tmp_path / "bin" / "squeue",
+        f'[ "$2" = --jobs=3 ] && echo "3 llama-export PENDING"; echo "$@" > {tmp_path}/asked',
+    )
+    said = submit(made, 2, separate=True)
+    folder = tmp_path / "run"
+    assert (tmp_path / "called").read_text().splitlines() == [
+        f"--parsable {folder}/submit.sbatch",
+        f"--parsable --dependency=afterok:1 {folder}/evaluate.sbatch",
+        f"--parsable --dependency=afterok:2 {folder}/export.sbatch",
+    ]
+    assert said.endswith(f"export.sbatch: submitted as job 3\nhalfbyte status {folder} follows it")
+    export = (folder / "export.sbatch").read_text()
+    assert f"bash -c 'halfbyte gate {folder} && halfbyte export {folder}' &\n" in export
+    assert "--gpus" not in export
+    assert "#SBATCH --nodes=1\n#SBATCH --ntasks-per-node=1\n" in export
+    assert status(made) == f"llama: qat, {folder}\n  job 3 llama-export PENDING\n  no checkpoint yet"
+
+
+def test_status_of_a_run_folder(made, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "step_00000040").mkdir(parents=True)
+    (folder / "errors").mkdir()
+    write_json(folder / "state.json", {"evaluate.bf16": 0, "train": 100})
+    write_json(folder / "gate.json", {"verdict": "inconclusive"})
+    for rank, when in ((0, 2.0), (1, 1.0)):
+        write_json(folder / "errors" / f"rank{rank}.json", {"time": when, "message": f"of rank {rank}"})
+    shown = []
+    follow(made, shown.append)  # ends at once: nothing is in a queue
+    assert shown == [
+        f"llama: qat, {folder}\n  no job in the queue\n  checkpoint after step 40 of 100\n"
+        "  done: evaluate.bf16, train\n  gate: inconclusive\n  last message: of rank 1"
+    ]
+    write_json(folder / "submit.json", {"jobs": [{"id": "7"}]})
+    (tmp_path / "bin").mkdir()
+    fake(tmp_path / "bin" / "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    with pytest.raises(UserError, match="squeue: slurm_load_jobs error: Unable to contact"):
+        status(made)
+    write_json(folder / "submit.json", {"jobs": [7]})
+    with pytest.raises(UserError, match=r"submit\.json: damaged"):
+        status(made)
 
 
 def test_what_sbatch_says_is_passed_on(made, tmp_path, monkeypatch):
     fake_sbatch(tmp_path / "bin", monkeypatch, "echo 'sbatch: error: invalid account' >&2; exit 1")
     with pytest.raises(UserError, match="invalid account"):
-        submit(made, "llama.yaml", [], 2, dry_run=False)
+        submit(made, 2)
 
 
 def test_no_slurm_here(made, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch: not found"):
-        submit(made, "llama.yaml", [], 2, dry_run=False)
+        submit(made, 2)

@@ -25,6 +25,9 @@ class Launch:
     hang_seconds: float = 1800.0
     """A training step without progress for so long is a hang: all processes end with code 5. 0 never says so."""
     gpus_per_node: int = 8
+    """Processes per node under Slurm."""
+    gpus: bool = True
+    """Whether Slurm gives each of them a GPU; false for a cluster of CPUs."""
     port: int = 0
     """Rendezvous port on this machine; 0 picks a free one."""
     partition: str | None = None

@@ -122,6 +122,13 @@ class Checkpoints(Callback):
         self.recipe, self.runtime, self.stop = recipe, runtime, stop
         self.folder = Path(recipe.run.dir) / "checkpoints"
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Take SIGTERM back: Lightning's handler, put in front of ours, ends training without a checkpoint.
+
+        It does so on the ranks that the signal reaches between `on_train_batch_end` and the end of the loop's body.
+        """
+        self.stop.install()
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Save if it is time to; raise Interrupted after saving if SIGINT or SIGTERM came."""
         step = len(pl_module.progress.losses)

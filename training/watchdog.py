@@ -56,6 +56,7 @@ class Watchdog:
     def watching(self):
         """Watch the calling thread within this context."""
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        (self.folder / f"stalled{self.rank}.json").unlink(missing_ok=True)  # of an earlier start
         if self.seconds:
             thread.start()
         try:

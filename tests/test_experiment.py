@@ -1,8 +1,12 @@
-"""W&B's server out of reach: one warning line, and the run is logged offline."""
+"""What surrounds the trainer: a W&B server out of reach, and who gets a stop signal."""
+
+import os
+import signal
 
 import pytest
 
 from halfbyte.training.config import Recipe, Wandb
+from halfbyte.training.interrupt import Stop
 
 
 @pytest.mark.slow
@@ -15,7 +19,7 @@ def test_a_server_out_of_reach_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(experiment, "WANDB_S", 1.0)
     recipe = Recipe()
     recipe.run.dir, recipe.run.wandb = str(tmp_path), Wandb.online
-    capfd.readouterr()  # what the imports said
+    capfd.readouterr()  # what importing says
     assert experiment.reach_wandb(recipe) is False
     said = capfd.readouterr().err
     assert said.startswith("warning: W&B cannot be reached (")
@@ -25,3 +29,21 @@ def test_a_server_out_of_reach_is_one_line(tmp_path, monkeypatch, capfd):
     run = experiment._report_run(recipe)
     assert run.offline
     run.finish()
+
+
+@pytest.mark.slow
+def test_a_stop_signal_in_training_is_ours_alone():
+    """Lightning puts a handler of its own in front, which ends training without a checkpoint."""
+    from halfbyte.training.experiment import Checkpoints
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    theirs, stop = [], Stop()
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: theirs.append("ended"))
+        Checkpoints(Recipe(), None, stop).on_train_start(None, None)
+        with stop.graceful():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (stop.requested, theirs) == ("SIGTERM", [])

@@ -1,0 +1,177 @@
+"""The text of an sbatch file: directives, what they mean, and the few lines of bash that keep a run going. Pure.
+
+Slurm tells the script two minutes before the time limit (USR1) and on preemption (TERM). The script passes SIGTERM on
+to the processes, which save and end; a preempted job starts again by itself, one that ran out of time is put back into
+the queue by the script, or the next job of the array goes on. What dies or hangs is started again within the job.
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.training.config import Recipe
+from halfbyte.training.errors import HUNG, RecipeError
+
+BASE_PORT = 20000
+PORTS = 10000
+GRACE_S = 120
+"""Seconds between Slurm's signal and the end of the job: time to save a checkpoint."""
+MOST_REQUEUES = 100
+"""A run that makes no progress within its time limit must not go round for ever."""
+NCCL = """\
+# NCCL finds NVLink and InfiniBand by itself. Tensor parallelism belongs inside a node (NVLink); pipeline and data
+# parallelism cross nodes over the network. Where that goes wrong:
+#   export NCCL_DEBUG=INFO              says which links are taken: P2P (NVLink), NET/IB, NET/Socket (Ethernet)
+#   export NCCL_SOCKET_IFNAME=ib0       the interface on which ranks meet, if the first one leads nowhere
+#   export NCCL_IB_HCA=mlx5             which InfiniBand adapters carry data
+#   export NCCL_NVLS_ENABLE=0           no NVLink multicast (NVLS), where the fabric manager does not offer it"""
+FORWARD = """\
+# SIGTERM to the processes lets them save; bash runs a trap only between commands, hence the wait.
+ending=
+save() { ending=$1; kill -TERM "$step" 2>/dev/null; }
+trap 'save time' USR1
+trap 'save preempted' TERM
+
+attempt=0
+while true; do
+  srun @SRUN@ &
+  step=$!
+  while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+  wait "$step"
+  code=$?
+  # @HUNG@: hung; above 128: killed. Anything else would only happen again.
+  if [ "$code" -ne @HUNG@ ] && [ "$code" -le 128 ]; then break; fi
+  if [ -n "$ending" ] || [ "$attempt" -ge @RESTARTS@ ]; then break; fi
+  attempt=$((attempt + 1))
+  echo "restart $attempt of @RESTARTS@ from the newest checkpoint (srun ended with $code)" >&2
+done"""
+REQUEUE = f"""\
+if [ "$ending" = time ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_REQUEUES} ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sbatch file.
+
+    Attributes:
+        name: Of the job in the queue; the file is called <kind>.sbatch.
+        kind: submit, evaluate or export.
+        command: What every task runs, as words.
+        nodes: Number of nodes.
+        tasks: Processes per node.
+        gpus: Whether each of them has one.
+        array: Jobs of which one starts when the one before has ended; 1 is a plain job.
+    """
+
+    name: str
+    kind: str
+    command: tuple[str, ...]
+    nodes: int
+    tasks: int
+    gpus: bool
+    array: int = 1
+
+
+def jobs(recipe: Recipe, copy: Path, nodes: int, *, array: int = 1, separate: bool = False) -> list[Job]:
+    """What to submit, in order; each waits until the one before has ended well.
+
+    Args:
+        recipe: Resolved recipe.
+        copy: Where its copy stands.
+        nodes: Number of nodes.
+        array: Jobs in a row that share the training.
+        separate: Evaluation, and gate with export, as jobs of their own; the last one needs no GPU.
+
+    Raises:
+        RecipeError: the nodes do not fit the layout, or array is no positive number.
+    """
+    problem = nodes_problem(recipe, nodes)
+    problem = problem or (f"--jobs = {array}: must be positive; give at least 1" if array < 1 else None)
+    if problem:
+        raise RecipeError([problem])
+    tasks, name, folder = recipe.world_size // nodes, recipe.run.name, recipe.run.dir
+    gpus = recipe.launch.gpus
+    if not separate:
+        return [Job(name, "submit", ("halfbyte", "run", str(copy)), nodes, tasks, gpus, array)]
+    judge = shlex.join(["halfbyte", "gate", folder]) + " && " + shlex.join(["halfbyte", "export", folder])
+    return [
+        Job(name, "submit", ("halfbyte", "train", folder), nodes, tasks, gpus, array),
+        Job(f"{name}-evaluate", "evaluate", ("halfbyte", "evaluate", folder), nodes, tasks, gpus),
+        Job(f"{name}-export", "export", ("bash", "-c", judge), 1, 1, False),
+    ]
+
+
+def nodes_problem(recipe: Recipe, nodes: int) -> str | None:
+    """Why `nodes` nodes cannot hold the layout, one task per GPU; None if they can."""
+    world, per_node = recipe.world_size, recipe.launch.gpus_per_node
+    if nodes < 1:
+        return f"--nodes = {nodes}: must be positive; give at least 1"
+    if world == nodes * per_node or (nodes == 1 and world < per_node):
+        return None
+    layout = recipe.parallel
+    product = f"parallel = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {world} processes"
+    fitting = (
+        f"give --nodes {-(-world // per_node)}" if world % per_node == 0 or world < per_node else "change parallel"
+    )
+    return f"--nodes = {nodes}: {product}, but {nodes} x launch.gpus_per_node = {per_node} GPUs; {fitting}"
+
+
+def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None) -> str:
+    """One sbatch file.
+
+    The port is derived from the job's number, so that two jobs that share a node do not meet.
+
+    Args:
+        recipe: Resolved recipe.
+        job: What to run.
+        programs: Folder of the `halfbyte` program, put first in PATH; none where a container brings its own.
+        revision: What `git describe` says of halfbyte's source, if it has a repository.
+    """
+    launch = recipe.launch
+    container = [f"--container-image={launch.container}"] if launch.container else []
+    srun = shlex.join(["--kill-on-bad-exit=1", *container, *job.command])
+    port = launch.port or f"$(({BASE_PORT} + SLURM_JOB_ID % {PORTS}))"
+    forward = FORWARD
+    for name, value in {"SRUN": srun, "RESTARTS": launch.max_restarts, "HUNG": HUNG}.items():
+        forward = forward.replace(f"@{name}@", str(value))
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# {job.name}: {shlex.join(job.command)}",
+            *([f"# halfbyte at git revision {revision}"] if revision else []),
+            *(f"#SBATCH {directive}" for directive in _directives(recipe, job)),
+            "",
+            "set -uo pipefail",
+            *([f"export PATH={shlex.quote(programs)}:$PATH"] if programs else []),
+            'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+            f"export MASTER_ADDR MASTER_PORT={port}",
+            "",
+            NCCL,
+            "",
+            forward,
+            *([REQUEUE] if job.array == 1 else []),
+            'exit "$code"',
+            "",
+        ]
+    )
+
+
+def _directives(recipe: Recipe, job: Job) -> list[str]:
+    launch, folder = recipe.launch, Path(recipe.run.dir)
+    optional = {"partition": launch.partition, "account": launch.account}
+    log = "%A_%a" if job.array > 1 else "%j"
+    return [
+        f"--job-name={job.name}",
+        f"--nodes={job.nodes}",
+        f"--ntasks-per-node={job.tasks}",
+        *([f"--gpus-per-node={job.tasks}"] if job.gpus else []),
+        f"--time={launch.time}",
+        *([f"--array=1-{job.array}%1"] if job.array > 1 else []),
+        f"--signal=B:USR1@{GRACE_S}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={folder}/slurm-{log}.log",
+        *(f"--{name}={value}" for name, value in optional.items() if value),
+    ]

@@ -1,0 +1,66 @@
+"""A run under a real Slurm: submitted, preempted after its first checkpoint, requeued, resumed, done.
+
+Needs root and Debian's slurm-wlm; it takes about a minute, and continuous integration does not install it.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("workers") / "one_node_slurm.sh"
+OPTIONS = (
+    *("launch.gpus=false", "launch.gpus_per_node=2", "launch.partition=low", "launch.time=10"),
+    *("parallel.pipeline=2", "method=bf16", "evaluate.tasks=[]", "run.wandb=disabled"),
+    *("train.steps=40", "checkpoint.every_steps=2", "train.dtype=float64"),
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("slurmctld") is None, reason="no Slurm here (apt-get install slurm-wlm)"),
+    pytest.mark.skipif(os.getuid() != 0, reason="a Slurm of its own needs root"),
+]
+
+
+@pytest.fixture
+def slurm(tmp_path_factory):
+    """Environment of commands that talk to a Slurm on this machine."""
+    folder = tmp_path_factory.mktemp("slurm")
+    folder.parent.chmod(0o755)
+    subprocess.run([PROGRAM, "start", folder], check=True, timeout=60)
+    yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run([PROGRAM, "stop", folder], check=True, timeout=60)
+
+
+def wait_for(found, what: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.1)
+
+
+def test_preempted_requeued_resumed_done(halfbyte, slurm, tmp_path):
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    done = halfbyte("submit", "tiny", "--nodes", "1", *OPTIONS, f"run.dir={run}", env=slurm)
+    assert done.returncode == 0, done.stderr
+    number = re.search(r"submitted as job (\d+)", done.stdout)[1]
+    wait_for((run / "checkpoints" / "step_00000002").exists, "checkpoint")
+    urgent = ["sbatch", "--parsable", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(urgent, check=True, env=os.environ | slurm, capture_output=True)
+    wait_for(lambda: "stopped by SIGTERM after step" in (run / f"slurm-{number}.log").read_text(), "saving")
+    assert re.search(rf"job {number} tiny (RUN|COMPL|PEND)", halfbyte("status", str(run), env=slurm).stdout)
+    followed = halfbyte("status", str(run), "--follow", env=slurm)
+    assert followed.returncode == 0, followed.stderr
+    assert "  no job in the queue\n  checkpoint after step 40 of 40\n  done: train\n" in followed.stdout
+    log = (run / f"slurm-{number}.log").read_text()
+    saved = re.search(r"stopped by SIGTERM after step (\d+) of 40: checkpoint saved", log)
+    assert f"40 steps (from {saved[1]})" in log
+    assert "Traceback" not in log
+    done = halfbyte("run", "tiny", *OPTIONS, f"run.dir={straight}")
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads((folder / "train.json").read_text())["losses"] for folder in (run, straight)]
+    assert losses[0] == losses[1]  # exactly
