@@ -163,9 +163,8 @@ def _run(args: argparse.Namespace) -> int:
         )
     if _fits_its_folder(recipe) and is_first():
         print(f"resuming {recipe.run.dir}", flush=True)
-    save(
-        recipe, Path(recipe.run.dir) / RESOLVED
-    )  # by every process that srun started: each writes the same, and none has to wait
+    # By every process that srun started: each writes the same, and none has to wait.
+    save(recipe, Path(recipe.run.dir) / RESOLVED)
     return launch(recipe, SCORED if args.no_export else STAGES, allow_failed_gate=args.allow_failed_gate)
 
 

@@ -88,16 +88,25 @@ def trained_weights(recipe: Recipe, folder: Path, only: Collection[str] | None =
     """The newest checkpoint's tensors in Hugging Face naming; with `only` those of these names.
 
     Raises:
-        UserError: there is no checkpoint, or its files are not as they were saved.
+        UserError: there is no checkpoint.
     """
-    from halfbyte.training import checkpoint, saved_weights
+    from halfbyte.training import saved_weights
 
     last, source = newest_checkpoint(folder), Path(recipe.model.path)
-    reason = integrity.damage(last)
-    if reason is not None:
-        raise UserError(checkpoint.damaged_line(last, reason))
     weights = saved_weights.read_weights(last, read_shape(source / "config.json"), _formats(recipe), only)
     return with_source_bytes(weights, open_checkpoint(source)) if is_quantized(source) else weights
+
+
+def _check_newest(folder: Path, team: Team) -> None:
+    """Compare the newest checkpoint's files with their checksums, each process a share.
+
+    Raises:
+        UserError: they are not as they were saved.
+    """
+    last = newest_checkpoint(folder)
+    reason = integrity.damage(last, rank=team.rank, world=team.size)
+    if reason is not None:
+        raise UserError(integrity.damaged_line(last, reason))
 
 
 def _formats(recipe: Recipe) -> dict[str, Format]:
@@ -177,6 +186,7 @@ def raise_problems(report: dict[str, Any], folder: Path) -> None:
 
 def _export(recipe: Recipe, folder: Path, record: Path, team: Team) -> dict[str, Any]:
     model_dir = Path(recipe.model.path)
+    team.on_every(lambda: _check_newest(folder, team))
     started = {"checkpoint": team.on_first(lambda: newest_checkpoint(folder).name), "verified": False}
     team.on_first(lambda: write_json(record, started | {"sizes": {}}))
     sizes = hf.write(

@@ -10,6 +10,8 @@ from halfbyte.export.reader import open_checkpoint
 
 pytestmark = pytest.mark.slow
 FUSED = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
+SECRET = "0123456789c0ffee" * 2 + "deadbeef"
+"""Planted in the environment; as long as a key of W&B."""
 SHORT = ("train.steps=3", "evaluate.tasks.lambada.limit=4", "evaluate.tasks.english.limit=4", "verify.items=2")
 
 
@@ -39,9 +41,14 @@ def place(tmp_path_factory) -> Path:
 def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     further = ("export.also=[compressed_tensors,trtllm]", "export.tensor_parallel=2", "telemetry.tensorboard=true")
     further += ("telemetry.stragglers_every_steps=2", "telemetry.quantization_every_steps=3", "export.files=3")
-    done = halfbyte("run", "tiny", *SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
+    secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), SECRET)
+    two = ("run.dir=runs/a", "parallel.pipeline=2")
+    done = halfbyte("run", "tiny", *SHORT, *further, *two, cwd=place, env=secrets)
     assert done.returncode == 0, done.stdout + done.stderr
     run = place / "runs" / "a"
+    written = [path for path in run.rglob("*") if path.is_file()]
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
+    assert SECRET not in done.stdout + done.stderr
     train = read(run / "train.json")
     assert len(list((run / "export" / "hf").glob("model-*-of-00003.safetensors"))) == 3  # by two processes
     assert train["steps"] == 3

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from halfbyte.training import gradients, integrity, retention
+from halfbyte.training import gradients, integrity, retention, untrusted
 from halfbyte.training.environment import serve_parent, starting_helpers
 from halfbyte.training.errors import UserError
 
@@ -207,6 +207,7 @@ def load(trainable: Trainable, path: Path) -> dict[str, Any]:
     if trainable.optimizer is not None:
         _give_state(trainable.optimizer)
     try:
+        untrusted.check_index(path)
         loaded = dist_checkpointing.load(_state(trainable, loading=True), str(path))
     except DAMAGED as error:
         raise UserError(f"checkpoint {path}: cannot be loaded ({why(error)}); remove it to use an older one") from error

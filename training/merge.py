@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from halfbyte.training.config import Recipe, Task
 from halfbyte.training.errors import RecipeError
+from halfbyte.training.resolvers import resolver_in
 
 BASE = "base"
 """The key of a recipe file that names the recipe it differs from."""
@@ -222,6 +223,8 @@ def _place(value: Any, folder: Path) -> Any:
         if match[1] == "recipe":
             return str(folder / match[2])
         package, _, inside = match[2].partition("/")
+        if not package.isidentifier():  # looking for a.b imports a
+            raise _Wrong("${package:...} takes the name of a top-level Python package, then /, then a path in it")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             pip = PIP_NAMES.get(package, package)
@@ -240,6 +243,10 @@ def _apply(config: Any, key: str, value: Any) -> None:
     task_key, hint = TASK_KEY.fullmatch(key), _hint(key)
     if hint is None:
         raise _Wrong(_unknown(key))
+    if resolver_in(value) is not None:
+        raise _Wrong(
+            "a recipe may not call a resolver of OmegaConf; use ${group.key}, ${recipe:PATH} or ${package:PATH}"
+        )
     if task_key:
         key = f"{TASKS}.{_task_index(config.evaluate.tasks, task_key[1])}.{task_key[2]}"
     try:

@@ -13,6 +13,7 @@ from halfbyte.training.export_rules import export_problems
 from halfbyte.training.families import TINY
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.model_source import is_quantized
+from halfbyte.training.run_rules import run_problems
 from halfbyte.training.shape import ModelShape, read_shape
 from halfbyte.training.task_rules import task_file_problems
 
@@ -83,6 +84,7 @@ def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
     """
     shape, found = find_shape(recipe)
     found += _reference(recipe, shape)
+    found += run_problems(recipe)
     found += [*_numbers(recipe), *_steps(recipe), *_teacher(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
     if shape is not None:
         found += [*model_problems(recipe, shape), *export_problems(recipe, shape)]

@@ -7,7 +7,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from halfbyte.training import checkpoint, low_rank
+from halfbyte.training import checkpoint, low_rank, untrusted
 from halfbyte.training.companions import saved_as
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import BIASED, FUSED, HFWeight, split_fused
@@ -60,6 +60,7 @@ class _Reader:
     def __init__(self, path: Path):
         self.path = path
         try:
+            untrusted.check_index(path)
             self.reader = dcp.FileSystemReader(str(path))
             self.sizes = {
                 key: entry
