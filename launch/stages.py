@@ -24,6 +24,7 @@ from halfbyte.training import (
     model,
     ptq,
     quantize,
+    recovery,
     retention,
 )
 from halfbyte.training.config import Method, Recipe
@@ -190,7 +191,7 @@ class Work:
     def _restore_weights(self) -> None:
         if not on_first_rank(self.runtime, self.calibrated.exists):
             raise UserError(f"{self.calibrated}: the calibrated weights are missing; calibrate again on a new run.dir")
-        checkpoint.check(self.calibrated)
+        recovery.check(self.calibrated)
         checkpoint.load(checkpoint.Trainable(self.gpt), self.calibrated)
         quantize.refresh_scales(self.gpt, self.recipe.quantize)
 
@@ -241,7 +242,7 @@ class Work:
 
         assert self.recipe.data.train is not None  # resolve.py has checked it
         packed = self.packed(Path(self.recipe.data.train), self.recipe.train.sequence_length)
-        last, said = checkpoint.newest_good(self.checkpoints)
+        last, said = recovery.newest_good(self.checkpoints)
         done = retention.step_of(last) if last else 0
         for line in said:
             self.console.say(f"  {line}, going on from {last.name if last else 'the start'}")
@@ -300,7 +301,7 @@ class Work:
         if retention.step_of(last) != self.recipe.train.steps:
             remedy = f"go on with halfbyte train {self.folder}"
             raise UserError(f"{last}: not the last step (train.steps = {self.recipe.train.steps}); {remedy}")
-        checkpoint.check(last)
+        recovery.check(last)
         lsq.attach(self.gpt, self.recipe)
         lora.attach(self.gpt, self.recipe)
         checkpoint.load(checkpoint.Trainable(self.gpt), last)

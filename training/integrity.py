@@ -78,6 +78,11 @@ def damage(folder: Path, *, rank: int = 0, world: int = 1) -> str | None:
     return None
 
 
+def damaged_line(path: Path, reason: str) -> str:
+    """What to tell the user about a damaged checkpoint that nothing can take the place of."""
+    return f"checkpoint {path}: damaged ({reason}); remove it, and halfbyte run goes on from an older one"
+
+
 def complete(folder: Path) -> bool:
     """Whether all files are there with their sizes; reads none of them."""
     try:
