@@ -9,7 +9,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def make_trainer(recipe: Recipe, runtime: Runtime, callbacks: list[Callback]) ->
     )
     for logger in trainer.loggers:
         logger._wandb_init.pop("anonymous", None)  # Lightning 2.4 passes it, W&B 0.31 warns about it
+        _outlive_service(logger)
     return trainer
 
 
@@ -113,6 +114,20 @@ def reach_wandb(recipe: Recipe) -> bool:
         tell(f"warning: W&B cannot be reached ({reason}): {remedy}")
         return False
     return True
+
+
+def _outlive_service(logger: Any) -> None:
+    """W&B's own process gets the SIGTERM that Slurm sends to a whole job, and ends: training has yet to save."""
+
+    def without_service(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with suppress(ConnectionError):
+                return method(*args, **kwargs)
+
+        return call
+
+    for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
+        setattr(logger, name, without_service(getattr(logger, name)))
 
 
 class Checkpoints(Callback):
