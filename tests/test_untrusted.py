@@ -89,8 +89,8 @@ def test_an_index_s_own_names(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_would_run_something_is_one_line(tmp_path):
-    from halfbyte.training.saved_weights import read_weights
     from halfbyte.training.errors import UserError
+    from halfbyte.training.saved_weights import read_weights
 
     (tmp_path / untrusted.INDEX).write_bytes(pickle.dumps(Evil(tmp_path / "run")))
     with pytest.raises(UserError, match=r"cannot be read \(UnpicklingError: \.metadata names") as caught:
