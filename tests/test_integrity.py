@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.training import integrity, retention
@@ -102,6 +102,7 @@ def test_leftovers_go_with_the_next_good_checkpoint_only(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step_00000004"]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 9), unique=True, min_size=1), st.sets(st.integers(1, 9)), st.integers(1, 3))
 def test_the_only_good_checkpoint_is_never_deleted(tmp_path_factory, steps, broken, keep):
     place = checkpoints(tmp_path_factory.mktemp("kept"), sorted(steps))
