@@ -32,7 +32,7 @@ def test_a_server_out_of_reach_is_one_line(tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 def test_a_stop_signal_in_training_is_ours_alone():
     """Lightning puts a handler of its own in front, which ends training without a checkpoint."""
-    from halfbyte.training.experiment import Checkpoints
+    from halfbyte.training.saving import Checkpoints
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     theirs, stop = [], Stop()
