@@ -24,6 +24,7 @@ FAST = (
     "quantize.kv_cache=nvfp4",
     "train.block_scale_lr_mult=50",
     "gate.perplexity_ratio=1e100",  # a few items of random weights
+    "telemetry.quantization_every_steps=3",
 )
 LAYOUTS = {
     "tp2_sp": ("parallel.tensor=2", "parallel.sequence=true"),
@@ -31,6 +32,13 @@ LAYOUTS = {
     "pp2_uneven": ("parallel.pipeline=2", "parallel.last_stage_layers=1"),
     "dp2": ("parallel.data=2",),
 }
+
+
+def statistics(run: Path, *sides: str) -> dict[str, float]:
+    """What the last step of a run recorded about every quantized layer."""
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    layers = last["layers"].items()
+    return {f"{k}.{s}.{name}": x for k, layer in layers for s in sides for name, x in layer[s].items()}
 
 
 def losses(run: Path) -> list[float]:
@@ -78,6 +86,9 @@ def test_every_layout_gives_the_same_losses_and_scales(finished, reference, layo
     mine, one = (json.loads((folder / "quantize.json").read_text()) for folder in (run, reference))
     scales = [{key: layer["scale_2"] for key, layer in content["layers"].items()} for content in (mine, one)]
     assert scales[0] == scales[1]
+    sides = ("weight",) if layout == "dp2" else ("weight", "input")  # a data-parallel rank looks at its own micro-batch
+    assert len(statistics(reference, *sides)) == 16 * 3 * len(sides)
+    assert statistics(run, *sides) == pytest.approx(statistics(reference, *sides), rel=1e-5)
     assert len(one["caches"]) == 4
     assert mine["caches"] == one["caches"]
 

@@ -71,3 +71,24 @@ def test_what_is_said(group, monkeypatch):
     monkeypatch.setattr(stragglers.socket, "gethostname", lambda: "node7")
     _, lines = compare(0.5, torch.device("cpu"), 1.2)
     assert lines == ["rank 0 on node7 takes 0.5 s without waiting, 1.50 x the median of its pipeline stage"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_its_own_kernels_do_not_count_as_waiting():
+    device = torch.device("cuda")
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        dist.all_reduce(x[:1].clone())  # opens the communicator
+        torch.cuda.synchronize()
+        clock, started = WaitClock(device), time.perf_counter()
+        clock.start()
+        for _ in range(50):
+            x @ x
+        dist.all_reduce(x[:1].clone())
+        dist.all_reduce(x[:1].clone(), async_op=True).wait()
+        torch.cuda.synchronize()
+        own = time.perf_counter() - started - clock.stop()
+        assert 0 < clock.seconds < own / 2
+    finally:
+        dist.destroy_process_group()
