@@ -61,7 +61,7 @@ def _share(recipe: Recipe, model: Architecture) -> float:
 def smallest_slice(model: Served, gpu: Gpu) -> str | None:
     """The smallest MIG instance that holds the weights and one sequence of CONTEXT tokens; None if none does."""
     for slices, share in MIG_SLICES.items():
-        if model.tokens(gpu.usable * share) >= CONTEXT:
+        if model.tokens(gpu.usable_share(share)) >= CONTEXT:
             return mig_name(gpu, slices)
     return None
 
