@@ -60,3 +60,8 @@ def test_it_goes_on_bit_for_bit_with_the_distributed_optimizer(found, variant):
     straight, resumed = found["dp2"][f"{variant}, float32"], found["dp2"][f"{variant}, float32, resumed"]
     assert straight[1:] == resumed
     assert straight == pytest.approx(found["dp2"][variant], rel=1e-2)
+
+
+def test_inner_layers_are_compared_under_sequence_parallelism(found):
+    assert found["tp2_sp"]["inner"] == pytest.approx(found["dp2"]["inner"], rel=1e-6)
+    assert "inner" not in found["pp2"]

@@ -291,31 +291,39 @@ def test_batch_by_batch_one_micro_batch_of_the_teacher_is_alive(world, monkeypat
     assert most == [1, 1, 1, 1]
 
 
-def test_the_mixed_loss_is_its_parts(world):
+@pytest.mark.parametrize("layers", [[], [1], [0, 1]])
+def test_the_mixed_loss_is_its_parts(world, layers):
     recipe, parts = make_recipe(), batches(11, 3)
-    recipe.method, recipe.distill = Method.qad, Distill(cross_entropy=0.25, hidden=3.0)
+    recipe.method = Method.qad
+    recipe.distill = Distill(cross_entropy=0.25, hidden=3.0, hidden_layers=layers)
     bench = Bench(world, recipe, teacher_seed=1)
     bench.step(parts)
     total = 0.0
     models = [world[0](recipe, seed) for seed in (0, 1)]
     for part in parts:
         positions = torch.arange(part.tokens.shape[1]).expand_as(part.tokens)
-        hidden, logits = [], []
-        for gpt in models:
-            gpt.decoder.register_forward_hook(lambda module, args, out, into=hidden: into.append(out.detach().double()))
+        hidden, logits = ([], []), []
+        for gpt, into in zip(models, hidden, strict=True):
+            watched = [gpt.decoder.layers[number] for number in layers] or [gpt.decoder]
+            for place in watched:
+                place.register_forward_hook(lambda module, args, out, into=into: into.append(out))
             logits.append(gpt(part.tokens, positions, None).detach().double().log_softmax(-1))
-            gpt.decoder._forward_hooks.clear()
+            for place in watched:
+                place._forward_hooks.clear()
         kl = functional.kl_div(*logits, log_target=True, reduction="none").sum(-1)
         ce = -logits[0].gather(-1, part.labels.unsqueeze(-1)).squeeze(-1)
-        mse = (hidden[0] - hidden[1]).square().mean(-1).T
+        both = zip(*hidden, strict=True)
+        pairs = [[(x[0] if layers else x).detach().double() for x in pair] for pair in both]
+        mse = sum((student - teacher).square().mean(-1).T for student, teacher in pairs) / len(pairs)
         total += float(((kl + 0.25 * ce + 3 * mse) * part.loss_mask).sum())
     assert bench.module.progress.losses == pytest.approx([total / bench.module.progress.tokens[0]], rel=1e-5)
 
 
-def test_hidden_states_teach(world):
+@pytest.mark.parametrize("layers", [[], [0, 1]])
+def test_hidden_states_teach(world, layers):
     """With a weight that drowns the divergence, the error of the hidden states falls."""
     recipe, part = make_recipe(learning_rate=3e-3, steps=1000), batches(12, 1)
-    recipe.method, recipe.distill = Method.qad, Distill(hidden=1e4)
+    recipe.method, recipe.distill = Method.qad, Distill(hidden=1e4, hidden_layers=layers)
     bench = Bench(world, recipe, teacher_seed=1)
     for _ in range(30):
         bench.step(part)

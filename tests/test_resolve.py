@@ -517,3 +517,21 @@ def test_a_bad_base_is_one_line(tmp_path, base, says):
     (line,) = problems(recipe=str(tmp_path / "a.yaml"))
     assert f"base = {base} (b.yaml line 2)" in line
     assert says in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["distill.hidden_layers=[0]"], "is read by method qad with a weight; set distill.hidden, or leave it out"),
+        (["distill.hidden=1", "distill.hidden_layers=[0,4]"], "the model's layers are 0 to 3; name each at most once"),
+        (["distill.hidden=1", "distill.hidden_layers=[1,1]"], "the model's layers are 0 to 3; name each at most once"),
+        (["distill.hidden=1", "distill.hidden_layers=[1]", "parallel.pipeline=2"], "set parallel.pipeline=1, or"),
+        (["distill.hidden=1", "distill.hidden_layers=[1]", "train.recompute=true"], "set train.recompute=false, or"),
+        (["distill.hidden=1", "distill.hidden_layers=first"], "must be a list of whole numbers, [0,1]"),
+    ],
+)
+def test_hidden_layers_that_cannot_be_compared(overrides, says):
+    (line,) = problems("method=qad", *overrides)
+    assert line.startswith("distill.hidden_layers = ")
+    assert says in line
+    resolve("tiny", ["method=qad", "distill.hidden=1", "distill.hidden_layers=[0,3]", "parallel.tensor=2"])

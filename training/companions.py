@@ -20,6 +20,8 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 
 NAME = "companions"
 """Of the module that holds them in a model."""
+SCALES, ADAPTERS = "scales", "adapters"
+"""The kinds: lsq.LearnedScale and lora.Adapter."""
 
 
 def saved_as(kind: str, key: str, parameter: str) -> str:
@@ -53,10 +55,6 @@ class Companion(torch.nn.Module):
             weight: Gives this rank's part of the weight that was quantized, [N, K].
         """
         raise NotImplementedError
-
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """What is quantized in the place of a weight [N, K]: the weight itself, where a companion changes none."""
-        return weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """For Megatron's checkpoint, in which layers are numbered over the whole model."""
@@ -131,16 +129,13 @@ def collected(linear: Any) -> torch.Tensor:
 
 
 def weight_of(model: torch.nn.Module, module: str) -> torch.Tensor:
-    """This rank's part of the weight [N, K] that is quantized: the parameter's, and what is beside it added."""
+    """This rank's part of the weight [N, K] that is quantized: the parameter's own, an adapter's change added."""
     companions, linear = of(model), model.get_submodule(module)
     weight: torch.Tensor = linear.weight.data  # type: ignore[union-attr]
     if companions is None:
         return weight
-    weight = companions.base.get(module, weight)
-    for place, companion in companions.each():
-        if place == module:
-            weight = companion.merged(weight)
-    return weight
+    weight, adapter = companions.base.get(module, weight), companions.of(ADAPTERS, module)
+    return weight if adapter is None else adapter.merged(weight)
 
 
 def take_gradients(model: torch.nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The recipe's section `distill`: how QAD compares the student with its teacher. Torch-free, as config.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -17,7 +17,7 @@ class Divergence(StrEnum):
 
 @dataclass
 class Distill:
-    """QAD: loss per token = divergence + cross_entropy x CE to the labels + hidden x MSE of the final hidden states."""
+    """QAD: loss per token = divergence + cross_entropy x CE to the labels + hidden x MSE of hidden states."""
 
     loss: Divergence = Divergence.forward_kl
     beta: float = 0.5
@@ -30,5 +30,8 @@ class Distill:
     """Weight of the cross-entropy to the labels, nats."""
     hidden: float = 0.0
     """Weight of the mean squared difference of student and teacher after the last norm, over the hidden size."""
+    hidden_layers: list[int] = field(default_factory=list)
+    """Numbers of layers, from 0, whose outputs are compared instead: the mean over them. Not with pipeline stages or
+    recomputation."""
     teacher: str | None = None
     """Folder that `halfbyte teacher` wrote: the top-k is read from there, and no teacher is loaded."""

@@ -29,11 +29,11 @@ class Said:
 
     Attributes:
         logits: [B, S, V/tp], or its likeliest tokens.
-        hidden: [S, B, H] after the last norm (this rank's part of S under sequence parallelism); None if not compared.
+        hidden: [S, B, H] at every place that is compared (this rank's part of S under sequence parallelism).
     """
 
     logits: torch.Tensor | TopK
-    hidden: torch.Tensor | None
+    hidden: tuple[torch.Tensor, ...] = ()
 
 
 class Distillation:
@@ -50,9 +50,10 @@ class Distillation:
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.sequence_parallel = student.config.sequence_parallel
         watched = bool(distill.hidden) and parallel_state.is_pipeline_last_stage()
-        self.hidden = None
+        self.watched: dict[str, list[Caught]] = {"student": [], "teacher": []}
         if watched and not isinstance(teacher, TeacherFiles):
-            self.hidden = [FinalHidden(model) for model in (student, teacher)]
+            for name, model in (("student", student), ("teacher", teacher)):
+                self.watched[name] = [Caught(place) for place in places(model, distill.hidden_layers)]
 
     def loss(self, batches: Sequence[MicroBatch]) -> Loss:
         """The loss per token of one global batch; collective, to be called right before schedule.train_batch."""
@@ -63,7 +64,7 @@ class Distillation:
 
     def _from_files(self, files: TeacherFiles) -> Loss:
         return lambda student, batch, index: self._compare(
-            student, batch, Said(files.read(batch.windows, student.device), None)
+            student, batch, Said(files.read(batch.windows, student.device))
         )
 
     def batch_by_batch(self, teacher: GPTModel) -> Loss:
@@ -77,7 +78,7 @@ class Distillation:
         return lambda student, batch, index: self._compare(student, batch, kept.pop(index))
 
     def _keep(self, logits: torch.Tensor) -> Said:
-        hidden = self.hidden[1].take() if self.hidden else None
+        hidden = tuple(caught.take() for caught in self.watched["teacher"])
         k = self.distill.top_k
         return Said(logits if k is None else top_k(logits, k, self.distill.temperature, self.group), hidden)
 
@@ -90,21 +91,26 @@ class Distillation:
         loss = compare(student, said.logits, self.group, distill.temperature, distill.loss, distill.beta)
         if distill.cross_entropy:
             loss = loss + distill.cross_entropy * label_cross_entropy(student, batch.labels, self.group)
-        if self.hidden and said.hidden is not None:
-            error = hidden_error(self.hidden[0].take(), said.hidden, sequence_parallel=self.sequence_parallel)
-            loss = loss + distill.hidden * error
+        for caught, teacher in zip(self.watched["student"], said.hidden, strict=True):
+            error = hidden_error(caught.take(), teacher, sequence_parallel=self.sequence_parallel)
+            loss = loss + distill.hidden / len(said.hidden) * error
         return loss
 
 
-class FinalHidden:
-    """Catches what the last norm of a model gives in every forward pass."""
+def places(model: GPTModel, layers: Sequence[int]) -> list[torch.nn.Module]:
+    """The modules whose outputs are compared: layers by their number, or the last norm; of a pipeline's last stage."""
+    return [model.decoder.layers[number] for number in layers] or [model.decoder.final_layernorm]
 
-    def __init__(self, model: GPTModel):
+
+class Caught:
+    """Catches what a module gives in every forward pass."""
+
+    def __init__(self, module: torch.nn.Module):
         self._caught: torch.Tensor | None = None
-        model.decoder.final_layernorm.register_forward_hook(self._catch)
+        module.register_forward_hook(self._catch)
 
-    def _catch(self, module: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
-        self._caught = out
+    def _catch(self, module: torch.nn.Module, args: Any, out: Any) -> None:
+        self._caught = out[0] if isinstance(out, tuple) else out  # a layer's second output is about cross-attention
 
     def take(self) -> torch.Tensor:
         """[S, B, H] of the newest forward pass; it is not held any longer."""

@@ -29,7 +29,7 @@ class Adapter(Companion):
     Tensor parallelism splits what belongs to the split side of the weight; the other factor is whole on every rank.
     """
 
-    kind = "adapters"
+    kind = companions.ADAPTERS
 
     def __init__(self, key: str, a_rK: torch.Tensor, b_Nr: torch.Tensor, factor: float, *, row_parallel: bool):
         super().__init__(key)
@@ -42,7 +42,7 @@ class Adapter(Companion):
         self.axes["factor"] = None
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """See Companion: the sum of the frozen weight and its change, in the factors' dtype."""
+        """The frozen weight [N, K] and its change, in the factors' dtype."""
         return low_rank.merge(weight, self.b.flatten(0, 1), self.a, float(self.factor))
 
     def take_gradient(self, linear: Any, weight: Callable[[], torch.Tensor]) -> None:

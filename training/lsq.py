@@ -24,7 +24,7 @@ from halfbyte.training.shape import excluded
 class LearnedScale(Companion):
     """The logarithms of one weight's block scales: `log2`, [P, R, G], FP32 (FP64 in float64 runs)."""
 
-    kind = "scales"
+    kind = companions.SCALES
 
     def __init__(self, key: str, log2_NG: torch.Tensor, *, row_parallel: bool):
         super().__init__(key)

@@ -313,7 +313,11 @@ def _unknown(key: str) -> str:
 def _expected(hint: Any) -> str:
     inner = [part for part in get_args(hint) if part is not NoneType] if NoneType in get_args(hint) else [hint]
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    words |= {list[str]: "a list of texts, [a,b]", list[Task]: "a list of tasks"}
+    words |= {
+        list[str]: "a list of texts, [a,b]",
+        list[int]: "a list of whole numbers, [0,1]",
+        list[Task]: "a list of tasks",
+    }
     if get_origin(hint) is list and issubclass(get_args(hint)[0], Enum):
         return f"a list, [a,b], of {', '.join(str(member) for member in get_args(hint)[0])}"
     if get_origin(hint) is dict:

@@ -9,7 +9,7 @@ from halfbyte.training.shape import ModelShape, excluded, planned_linears
 
 
 def method_problems(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
-    """What is trained beside the weights (block scales, adapters) needs a method that trains, and layers to stand at.
+    """What is trained beside the weights, or compared inside of a model, needs a method and layers that allow it.
 
     Args:
         recipe: A type-correct recipe.
@@ -19,6 +19,8 @@ def method_problems(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         yield from _learned_scales(recipe, shape)
     if recipe.train.lora.rank > 0:
         yield from _lora(recipe, shape)
+    if recipe.distill.hidden_layers:
+        yield from _hidden_layers(recipe, shape)
 
 
 def _beside(key: str, recipe: Recipe) -> Iterator[str]:
@@ -53,3 +55,18 @@ def _lora(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         which = f"pipeline stage {some(idle)} (counted from 0)" if len(held) > 1 else "the model"
         targets = ", ".join(lora.targets)
         yield f"train.lora.targets = [{targets}]: no adapter in {which}, which has nothing to train then; name more"
+
+
+def _hidden_layers(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    numbers = recipe.distill.hidden_layers
+    key = f"distill.hidden_layers = {numbers}"
+    if recipe.method is not Method.qad or not recipe.distill.hidden:
+        yield f"{key}: is read by method qad with a weight; set distill.hidden, or leave it out"
+    if len(set(numbers)) < len(numbers) or not all(0 <= number < shape.layers for number in numbers):
+        yield f"{key}: the model's layers are 0 to {shape.layers - 1}; name each at most once"
+    for name, wrong, remedy in (
+        ("parallel.pipeline", recipe.parallel.pipeline > 1, "1"),
+        ("train.recompute", recipe.train.recompute, "false"),
+    ):
+        if wrong:
+            yield f"{key}: inner layers are compared without it; set {name}={remedy}, or leave the key out"

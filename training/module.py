@@ -72,7 +72,7 @@ def _groups(config: OptimizerConfig, train: Train) -> dict[ParamKey, ParamGroupO
     """Megatron's parameter groups, and one for learned block scales: a rate of their own, no decay towards 2^0."""
     overrides = get_standard_config_overrides(config)
     if train.block_scale_lr_mult:
-        scales = ParamKey(name=f"*{companions.NAME}.{lsq.LearnedScale.kind}:*")
+        scales = ParamKey(name=f"*{companions.NAME}.{companions.SCALES}:*")
         rate = train.learning_rate * train.block_scale_lr_mult
         overrides[scales] = ParamGroupOverride(max_lr=rate, wd_mult=0.0)
     return overrides

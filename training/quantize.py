@@ -247,7 +247,7 @@ def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
             found = "nothing" if amax is None else amax.item()
             raise UserError(f"quantize: {name} was calibrated to {found}; check the weights and the calibration data")
         module, _, side = name.removesuffix("_quantizer").rpartition(".")
-        scales = None if learned is None or side == "input" else learned.of("scales", module)
+        scales = None if learned is None or side == "input" else learned.of(companions.SCALES, module)
         log2 = None if scales is None else scales.log2
         quantizer._quantizer_cache = Arithmetic.of(side, roundings[name], amax, quantize, log2)
     kv_cache.refresh_scales(model)

@@ -8,10 +8,10 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from halfbyte.training import checkpoint, low_rank, untrusted
-from halfbyte.training.companions import saved_as
+from halfbyte.training.companions import ADAPTERS, SCALES, saved_as
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import BIASED, FUSED, HFWeight, split_fused
-from halfbyte.training.kv_format import SCALES
+from halfbyte.training.kv_format import SCALES as CACHE_SCALES
 from halfbyte.training.shape import ModelShape, layer_norms
 
 
@@ -90,12 +90,12 @@ class _Reader:
         prefix, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         cached = {
             part: self.maximum(f"{prefix}self_attention.core_attention.{side}_rounding.amax")
-            for side, (part, _) in SCALES.items()
+            for side, (part, _) in CACHE_SCALES.items()
             if part in FUSED[name]
         }
         amax = {side: self.maximum(f"{prefix}{name}.{side}_quantizer._amax") for side in ("weight", "input")}
         fused = self.merged(f"{prefix}{name}")
-        scales = self.optional(saved_as("scales", f"{prefix}{name}", "log2"))
+        scales = self.optional(saved_as(SCALES, f"{prefix}{name}", "log2"))
         learned = {} if scales is None else split_fused(name, scales.flatten(0, 1), shape)
         for part, tensor in split_fused(name, fused, shape).items():
             numbers = (amax["weight"], amax["input"], cached.get(part), learned.get(part))
@@ -113,7 +113,7 @@ class _Reader:
     def merged(self, key: str) -> torch.Tensor:
         """A linear's weight with its adapter (lora.py), if it has one, added."""
         weight = self.linear(f"{key}.weight")
-        names = {name: saved_as("adapters", key, name) for name in ("a", "b", "factor")}
+        names = {name: saved_as(ADAPTERS, key, name) for name in ("a", "b", "factor")}
         if names["a"] not in self.sizes:
             return weight
         a_rK, b_PRr, factor = (self.tensor(name) for name in names.values())

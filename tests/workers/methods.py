@@ -41,6 +41,7 @@ VARIANTS = {
     "everything": (Method.qad, {}, {}, EVERYTHING),
     "top_k": (Method.qad, {}, {}, Distill(top_k=8)),
     "files": (Method.qad, {}, {}, Distill(top_k=8, teacher="what halfbyte teacher would write")),
+    "inner": (Method.qad, {}, {}, Distill(hidden=2.0, hidden_layers=[0, 2])),
     "lsq": (Method.qat, {"block_scale_lr_mult": 20.0}, {}, Distill()),
     "lora": (Method.qad, {"block_scale_lr_mult": 20.0, "lora": Lora(rank=4, targets=["*.[02].*"])}, {}, Distill()),
 }
@@ -157,7 +158,9 @@ def main(folder: Path, out: Path) -> None:
             parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
         found[layout] = {
-            name: losses(folder, recipe, runtime, out.parent / "files") for name, recipe in recipes.items()
+            name: losses(folder, recipe, runtime, out.parent / "files")
+            for name, recipe in recipes.items()
+            if not (parallel.pipeline > 1 and recipe.distill.hidden_layers)
         }
         for name in BESIDE:
             place = out.parent / name
