@@ -16,7 +16,7 @@ from halfbyte.export.decode import decode_into
 from halfbyte.export.folder import disk_errors, replacing
 from halfbyte.export.hf import side_files
 from halfbyte.export.reader import Checkpoint, open_checkpoint
-from halfbyte.export.record import RECORD, broken_hashes, file_hash
+from halfbyte.export.record import CARD, RECORD, broken_hashes, file_hash
 from halfbyte.export.source import cache_of, formats_of
 from halfbyte.training.choices import Container
 from halfbyte.training.errors import UserError
@@ -60,7 +60,7 @@ def convert(source: Path, container: Container, out: Path, *, ranks: int) -> dic
     with disk_errors(out), replacing(out) as folder:
         _write(checkpoint, container, folder, ranks)
         tensors = converted.check(checkpoint, container, folder)
-        for path in side_files(source):
+        for path in [*side_files(source), *source.glob(CARD)]:
             shutil.copyfile(path, folder / path.name)
         _write_record(checkpoint, container, folder, ranks)
         size = sum(path.stat().st_size for path in folder.iterdir())

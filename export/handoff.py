@@ -88,8 +88,8 @@ def write_handoff(
     used = sorted(count)
     sections = [
         f"# Serving {recipe.run.name}\n",
-        _what(count),
-        f"Trained with method `{recipe.method.value}` from `{recipe.model.path}`. {_size_line(sizes)}\n",
+        what_it_is(count),
+        f"Trained with method `{recipe.method.value}` from `{recipe.model.path}`. {size_line(sizes)}\n",
         "## Accuracy gate\n",
         _gate_text(verdict),
         "## Commands\n",
@@ -108,7 +108,8 @@ def write_handoff(
     return path
 
 
-def _what(count: Counter[Format]) -> str:
+def what_it_is(count: Counter[Format]) -> str:
+    """The formats of a checkpoint in words, from how many linears have each."""
     if not count:
         return "BF16, not quantized."
     if len(count) == 1:
@@ -126,7 +127,8 @@ def _hardware(used: list[Format]) -> str:
     return "\n".join([_MIXED, *parts]) + "\n"
 
 
-def _size_line(sizes: dict[str, Any]) -> str:
+def size_line(sizes: dict[str, Any]) -> str:
+    """What export.hf.write returned, as a sentence."""
     before, after = sizes["bytes_before"], sizes["bytes_after"]
     return (
         f"{before / 1e6:.1f} MB in BF16, {after / 1e6:.1f} MB here ({before / after:.2f} times smaller): "

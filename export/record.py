@@ -6,11 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from halfbyte.export.folder import disk_errors
 from halfbyte.training.config import Format, Recipe
-from halfbyte.training.files import read_json, write_json
+from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.formats import SPECS
 
 RECORD = "halfbyte.json"
+CARD = "README.md"
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -45,23 +47,33 @@ def write_record(
         "gate": None,
         "checkpoint": checkpoint,
         "recipe_sha256": recipe_hash(recipe),
+        "recipe": asdict(recipe),
         "versions": versions,
         "files": files,
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def record_verdict(out: Path, verdict: dict[str, Any] | None) -> None:
+def record_verdict(out: Path, verdict: dict[str, Any] | None, card: str | None = None) -> None:
     """Write the gate's verdict into the halfbyte.json of a finished export, at once or not at all.
 
     Args:
         out: The exported directory.
         verdict: Content of gate.json; None takes one back.
+        card: Text of the model card that goes with it; None removes one.
 
     Raises:
         UserError: halfbyte.json is missing, damaged or cannot be written.
     """
-    write_json(out / RECORD, read_json(out / RECORD) | {"gate": verdict})
+    record, path = read_json(out / RECORD), out / CARD
+    with damage(out / RECORD):
+        files = {name: entry for name, entry in record["files"].items() if name != CARD}
+    with disk_errors(out):
+        path.unlink(missing_ok=True)
+        if card is not None:
+            path.write_text(card)
+            files[CARD] = {"sha256": file_hash(path), "bytes": path.stat().st_size}
+    write_json(out / RECORD, record | {"gate": verdict, "files": files})
 
 
 def broken_hashes(out: Path) -> list[str]:

@@ -7,12 +7,14 @@ and released.
 """
 
 import shutil
+import subprocess
 from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from halfbyte.export import handoff, hf
+from halfbyte.export.card import card_text
 from halfbyte.export.folder import move
 from halfbyte.export.imported import with_source_bytes
 from halfbyte.export.reader import open_checkpoint
@@ -35,8 +37,21 @@ PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "nemo-toolkit", "lightn
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made the files."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    """Versions of what made the files, and the git revision of this package where it is a checkout."""
+    return {name: metadata.version(name) for name in PACKAGES} | _revision()
+
+
+def _revision() -> dict[str, str]:
+    """`halfbyte revision`: commit, and whether files differ from it; nothing outside a checkout or without git."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:  # an installed copy may lie inside somebody else's repository, which does not track this file
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True, timeout=60)
+        asked = [*git, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"halfbyte revision": done.stdout.strip()}
 
 
 def judge(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -215,10 +230,11 @@ def release(recipe: Recipe, folder: Path, verdict: dict[str, Any]) -> Path:
     out, record = exported(folder), read_json(folder / "export" / "export.json")
     if out is None or not record["verified"]:
         raise UserError(f"{folder}: no verified export of the newest checkpoint; export it first (halfbyte export)")
-    record_verdict(out, verdict)
+    formats = _formats(recipe).values()
+    licensed = any(out.glob("LICENSE*"))
+    record_verdict(out, verdict, card_text(recipe, formats, verdict, record["sizes"], licensed=licensed))
     if out != released(folder):
         move(out, released(folder))
-    formats = _formats(recipe).values()
     handoff.write_handoff(released(folder), recipe, formats, verdict, record["sizes"], versions())
     return released(folder)
 

@@ -199,6 +199,7 @@ def test_record_names_every_file_with_its_hash(model_dir: Path, tmp_path: Path):
     record_verdict(out, {"verdict": "pass"})
     assert json.loads((out / "halfbyte.json").read_text()) == record | {"gate": {"verdict": "pass"}}
     assert record["versions"] == {"a": "1"}
+    assert record["recipe"]["quantize"]["format"] == "nvfp4"
     assert (record["method"], record["format"], record["scale_2"]) == ("qat", "nvfp4", "pow2")
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
     del hashes["halfbyte.json"]

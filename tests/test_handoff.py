@@ -1,11 +1,38 @@
 """The hand-off page names this very directory."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from halfbyte.export import handoff
 from halfbyte.training.config import Format, Recipe
+
+
+def test_the_card_shows_what_the_gate_measured(tmp_path: Path):
+    from halfbyte.export.card import card_text
+    from halfbyte.export.record import record_verdict
+
+    numbers = {"unit": "pp", "candidate": 34.0, "baseline": 36.5, "delta": -2.5, "interval": [-4.0, -1.0]}
+    task = {"n": 200, "measures": {"accuracy": "fail"}, "numbers": {"accuracy": numbers}}
+    verdict = {"verdict": "fail", "reasons": ["lambada: accuracy -2.50 pp"], "tasks": {"lambada": task}}
+    run, sizes = Recipe(), {"bytes_before": 4e6, "bytes_after": 1e6, "files": 1, "tensors": 3, "quantized": 2}
+    run.model.path = "/home/you/models/SmolLM2"
+    text = card_text(run, [Format.nvfp4] * 2, verdict, sizes, licensed=True)
+    front, body = text.removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(front) == {"base_model": "SmolLM2", "tags": ["halfbyte", "nvfp4"]}
+    assert "| lambada (200) | accuracy | 36.5 | 34 | -2.5 pp [-4, -1] | fail |" in body
+    assert "## Accuracy gate: fail" in body
+    assert "/home" not in text  # a card is published
+    (tmp_path / "halfbyte.json").write_text('{"files": {"a": {}}, "gate": null}')
+    record_verdict(tmp_path, verdict, text)
+    listed = json.loads((tmp_path / "halfbyte.json").read_text())["files"]
+    assert listed["README.md"]["sha256"] == hashlib.sha256((tmp_path / "README.md").read_bytes()).hexdigest()
+    record_verdict(tmp_path, None)
+    assert json.loads((tmp_path / "halfbyte.json").read_text()) == {"files": {"a": {}}, "gate": None}
+    assert not (tmp_path / "README.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     assert verified["tensors"] == 39
     assert all(abs(task["nats_per_token_difference"]) < 1e-3 for task in verified["rescored"].values())
     assert (run / "export" / "hf" / "tokenizer.json").exists()
+    assert "## Accuracy gate: pass" in (run / "export" / "hf" / "README.md").read_text()
+    assert (run / "export" / "trtllm" / "README.md").exists()
     assert (run / "export" / "hf" / "generation_config.json").exists()
     folders = {path.name for path in (run / "export").iterdir() if path.is_dir()}
     assert folders == {"hf", "compressed_tensors", "trtllm"}
