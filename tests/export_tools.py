@@ -39,13 +39,8 @@ def recipe(number_format: Format = Format.nvfp4, cache: KVCache = KVCache.none) 
     return result
 
 
-def export(folder: Path, config: dict, run: Recipe) -> Path:
-    """A model with random weights, exported."""
-    source = folder / "source"
-    source.mkdir(parents=True)
-    (source / "config.json").write_text(json.dumps(config))
-    (source / "tokenizer.json").write_text("{}")
-    (source / "LICENSE").write_text("yours")
+def random_weights(source: Path, run: Recipe) -> list[HFWeight]:
+    """Training-time weights of the model of source/config.json, as the recipe quantizes them."""
     generator, weights = torch.Generator().manual_seed(5), []
     for name, shape in expected_shapes(read_shape(source / "config.json")).items():
         tensor = torch.randn(*shape, generator=generator) * 0.1 + (len(shape) == 1)
@@ -56,7 +51,17 @@ def export(folder: Path, config: dict, run: Recipe) -> Path:
         if run.quantize.kv_cache is not KVCache.none and name.endswith(("k_proj.weight", "v_proj.weight")):
             weight = replace(weight, cache_amax=torch.tensor(3.0 if "k_proj" in name else 0.25))
         weights.append(weight)
-    out = folder / "hf"
+    return weights
+
+
+def export(folder: Path, config: dict, run: Recipe) -> Path:
+    """A model with random weights, exported."""
+    source = folder / "source"
+    source.mkdir(parents=True)
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "tokenizer.json").write_text("{}")
+    (source / "LICENSE").write_text("yours")
+    out, weights = folder / "hf", random_weights(source, run)
     hf.write(weights, run, model_dir=source, out=out, checkpoint="step_00000001", versions={"torch": "2"})
     record_verdict(out, {"verdict": "pass"})
     return out

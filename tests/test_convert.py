@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_tools import LLAMA, QWEN3, UNTIED, export, recipe
+from export_tools import LLAMA, QWEN3, UNTIED, export, random_weights, recipe
 from safetensors.torch import load_file, save_file
 
 from halfbyte.export.container import TensorFile
@@ -16,7 +16,7 @@ from halfbyte.export.converted import check
 from halfbyte.export.reader import open_checkpoint
 from halfbyte.export.record import file_hash
 from halfbyte.export.source import cache_of, formats_of
-from halfbyte.export.verify import decoded_model
+from halfbyte.export.verify import decoded_model, verify
 from halfbyte.launch.export import export_as
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Format, LayerFormat, SecondScale
@@ -132,6 +132,29 @@ def test_the_record_carries_the_verdict_and_every_hash(exported: Path, tmp_path:
         name: file_hash(out / name) for name in record["files"]
     }
     assert (out / "LICENSE").read_text() == "yours"
+
+
+ODD = LLAMA | {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 1}
+ODD |= {"head_dim": 32, "vocab_size": 51, "num_hidden_layers": 1}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}  # its heads are hidden / heads wide
+
+
+@pytest.mark.parametrize("number_format", list(Format))
+@pytest.mark.parametrize("config", [LLAMA, UNTIED, QWEN2, QWEN3, ODD], ids=["tied", "untied", "qwen2", "qwen3", "odd"])
+def test_every_format_of_every_model_comes_back(tmp_path: Path, config: dict, number_format: Format):
+    """Written, verified against the trained weights, decoded into plain files, and these read by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    run = recipe(number_format)
+    out = export(tmp_path, config, run)
+    report = verify(out, random_weights(tmp_path / "source", run), run)
+    assert report["problems"] == []
+    assert set(formats_of(open_checkpoint(out)).values()) == {number_format}
+    convert(out, Container.dequantized, tmp_path / "plain", ranks=1)
+    plain, decoded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32), decoded_model(out)
+    theirs, ours = plain.state_dict(), decoded.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
 # ---- refusals

@@ -40,6 +40,19 @@ def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+def check_export(export: Path) -> None:
+    """The release and its conversions, written by two processes."""
+    folders = {path.name for path in export.iterdir() if path.is_dir()}
+    assert folders == {"hf", "compressed_tensors", "trtllm"}
+    assert len(list((export / "hf").glob("model-*-of-00003.safetensors"))) == 3
+    assert {"tokenizer.json", "generation_config.json"} < {path.name for path in (export / "hf").iterdir()}
+    assert "## Accuracy gate: pass" in (export / "hf" / "README.md").read_text()
+    assert (export / "trtllm" / "README.md").exists()
+    assert (export / "trtllm" / "rank1.safetensors").exists()
+    assert read(export / "trtllm" / "halfbyte.json")["gate"]["verdict"] == "pass"
+    assert str((export / "hf").resolve()) in (export / "HANDOFF.md").read_text()
+
+
 def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     further = ("export.also=[compressed_tensors,trtllm]", "export.tensor_parallel=2", "telemetry.tensorboard=true")
     further += ("telemetry.stragglers_every_steps=2", "telemetry.quantization_every_steps=3", "export.files=3")
@@ -47,7 +60,6 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     assert done.returncode == 0, done.stdout + done.stderr
     run = place / "runs" / "a"
     train = read(run / "train.json")
-    assert len(list((run / "export" / "hf").glob("model-*-of-00003.safetensors"))) == 3  # by two processes
     assert train["steps"] == 3
     assert len(train["losses"]) == 3
     assert all(isinstance(loss, float) for loss in train["losses"])
@@ -69,15 +81,7 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     assert verified["mismatches"] == 0
     assert verified["tensors"] == 39
     assert all(abs(task["nats_per_token_difference"]) < 1e-3 for task in verified["rescored"].values())
-    assert (run / "export" / "hf" / "tokenizer.json").exists()
-    assert "## Accuracy gate: pass" in (run / "export" / "hf" / "README.md").read_text()
-    assert (run / "export" / "trtllm" / "README.md").exists()
-    assert (run / "export" / "hf" / "generation_config.json").exists()
-    folders = {path.name for path in (run / "export").iterdir() if path.is_dir()}
-    assert folders == {"hf", "compressed_tensors", "trtllm"}
-    assert (run / "export" / "trtllm" / "rank1.safetensors").exists()
-    assert read(run / "export" / "trtllm" / "halfbyte.json")["gate"]["verdict"] == "pass"
-    assert str((run / "export" / "hf").resolve()) in (run / "export" / "HANDOFF.md").read_text()
+    check_export(run / "export")
     assert "trtllm-serve" in done.stdout
     assert list((run / "wandb").glob("offline-run-*"))
     assert list((run / "tensorboard").glob("events.*"))

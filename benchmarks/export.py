@@ -1,0 +1,228 @@
+"""`python -m halfbyte.bench.export FOLDER`: what the evidence about exports says, measured again. On the CPU.
+
+agreement   SmolLM2-135M, calibrated: its training-time model and the files decoded in transformers, token by token
+conversions the same files in every other layout: bytes, seconds to convert and to read back
+size        an 8B-shaped model with random weights, written by two processes: seconds, bytes, peak memory
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from halfbyte.export import hf
+from halfbyte.export.convert import convert
+from halfbyte.export.team import Team
+from halfbyte.training.choices import Container
+from halfbyte.training.config import Format, Recipe
+from halfbyte.training.hf_map import HFWeight, expected_shapes
+from halfbyte.training.resolve import resolve
+from halfbyte.training.runtime import Runtime, on_every_rank, on_first_rank, open_runtime
+from halfbyte.training.shape import planned_linears, read_shape
+
+WINDOW = 512
+"""Tokens that are scored in one pass."""
+SHAPE = "llama31_8b.json"
+LINEAR_AMAX, INPUT_AMAX = 0.2, 8.0
+"""Any maxima: the time to write does not depend on them."""
+
+
+def agreement(folder: Path, tokens: int, number_format: str) -> dict[str, Any]:
+    """Top-1 agreement of the training-time model with its exported files, teacher-forced on held-out text.
+
+    Args:
+        folder: Gets the model, the export and the checkpoint.
+        tokens: Positions to compare.
+        number_format: The value of quantize.format.
+    """
+    from halfbyte.export.verify import decoded_model, verify
+    from halfbyte.training import checkpoint, model, quantize
+    from halfbyte.training.fast_path import weights_once
+    from halfbyte.training.fetch import fetch, load_tokenizer
+    from halfbyte.training.saved_weights import read_weights
+
+    source = folder / "smollm2"
+    if not source.exists():
+        fetch("smollm2", source)
+    options = ["method=ptq", f"model.path={source}", f"quantize.format={number_format}", "quantize.block_scale=amax"]
+    options += ["quantize.smoothing=none", "quantize.weights=round", f"run.dir={folder / 'run'}", "train.dtype=float32"]
+    recipe = resolve("smollm2_135m_nvfp4_ptq", [*options, "parallel.pipeline=1", "parallel.last_stage_layers=null"])
+    runtime, shape = open_runtime(recipe), read_shape(source / "config.json")
+    windows = _windows(recipe, load_tokenizer(source), tokens)
+    gpt = model.build(shape, recipe, runtime)
+    model.import_hf(gpt, source, shape, runtime)
+    positions = torch.arange(WINDOW).expand(1, -1)
+
+    def run(stage: torch.nn.Module, rows: torch.Tensor = windows[-4:]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [stage(row[None], positions, None)[0].argmax(-1) for row in rows]
+
+    quantize.quantize(gpt, recipe, runtime, run)
+    saved = folder / "run" / "checkpoints" / "step_00000000"
+    checkpoint.save(checkpoint.Trainable(gpt), {}, saved)
+    with weights_once(gpt):
+        trained = torch.stack(run(gpt.eval(), windows))
+
+    def weights() -> Iterator[HFWeight]:
+        return read_weights(saved, shape, planned_linears(shape, recipe))
+
+    out, started = folder / f"hf_{number_format}", time.perf_counter()
+    sizes = hf.write(weights(), recipe, model_dir=source, out=out, checkpoint=saved.name, versions={})
+    seconds = time.perf_counter() - started
+    mismatches = verify(out, weights(), recipe)["mismatches"]
+    decoded = decoded_model(out)
+    with torch.no_grad():
+        served = torch.stack([decoded(row[None]).logits[0].argmax(-1) for row in windows])
+    same = int((served == trained).sum())
+    return {
+        "format": number_format,
+        "tokens": trained.numel(),
+        "top1_equal": same,
+        "agreement": same / trained.numel(),
+        "mismatches": mismatches,
+        "seconds": round(seconds, 1),
+        **sizes,
+    }
+
+
+def _windows(recipe: Recipe, tokenizer: Any, tokens: int) -> torch.Tensor:
+    """int64 [n, WINDOW]: the held-out texts of the recipe, one after the other."""
+    import gzip
+
+    task = next(task for task in recipe.evaluate.tasks if task.name == "english")
+    with gzip.open(task.data, "rt") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    ids = torch.tensor([token for text in texts for token in tokenizer(text)["input_ids"]])
+    count = -(-tokens // WINDOW)
+    return ids.repeat(-(-count * WINDOW // len(ids)))[: count * WINDOW].view(count, WINDOW)
+
+
+def conversions(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """Convert the NVFP4 export of `agreement`: seconds, reading back included, and bytes of all files."""
+    rows = []
+    for container in Container:
+        started = time.perf_counter()
+        made = convert(folder / "hf_nvfp4", container, folder / container.value, ranks=ranks)
+        rows.append({"container": container.value, "seconds": round(time.perf_counter() - started, 1), **made})
+    return rows
+
+
+def size(folder: Path, processes: int, files: int) -> dict[str, Any]:
+    """Write an 8B-shaped model in NVFP4 from several processes; seconds and peak memory of each."""
+    from importlib.resources import files as resources
+
+    source = folder / "shape_8b"
+    source.mkdir(parents=True, exist_ok=True)
+    (source / "config.json").write_text((resources("halfbyte.recipes") / "shapes" / SHAPE).read_text())
+    (source / "tokenizer.json").write_text("{}")
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    members = [
+        context.Process(target=_member, args=(rank, processes, files, folder, answers)) for rank in range(processes)
+    ]
+    for member in members:
+        member.start()
+    found = [answers.get() for _ in members]
+    for member in members:
+        member.join()
+    slowest = max(one["seconds"] for one in found)
+    written = found[0]["bytes_after"]
+    return {
+        **{key: found[0][key] for key in ("bytes_before", "bytes_after", "files", "quantized")},
+        "processes": processes,
+        "seconds": round(slowest, 1),
+        "MB_per_s": round(written / slowest / 1e6),
+        "peak_MB_per_process": [round(one["peak"] / 1e6) for one in found],
+        "before_MB_per_process": [round(one["before"] / 1e6) for one in found],
+        "disk_MB_per_s": _disk(folder / "zeros", 2_000_000_000),
+    }
+
+
+def _member(rank: int, world: int, files: int, folder: Path, answers: Any) -> None:
+    """One process of `size`."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+    runtime = Runtime(rank, world, rank, world, torch.device("cpu"), torch.float32)
+    team = Team(rank, world, partial(on_first_rank, runtime), partial(on_every_rank, runtime))
+    recipe = Recipe()
+    recipe.quantize.format, recipe.export.files = Format.nvfp4, files
+    own = hf.own_weights(recipe, folder / "shape_8b", team)
+    before, started = _peak(), time.perf_counter()
+    sizes = hf.write(
+        _random(folder / "shape_8b", recipe, own),
+        recipe,
+        model_dir=folder / "shape_8b",
+        out=folder / "hf_8b",
+        checkpoint="step_00000000",
+        versions={},
+        team=team,
+    )
+    answers.put({"seconds": time.perf_counter() - started, "peak": _peak(), "before": before, **sizes})
+    dist.destroy_process_group()
+
+
+def _random(source: Path, recipe: Recipe, own: set[str]) -> Iterator[HFWeight]:
+    """Weights of a model that nobody trained, in BF16, one at a time."""
+    shape = read_shape(source / "config.json")
+    formats, noise = planned_linears(shape, recipe), torch.randn(1 << 20).mul_(0.02).bfloat16()
+    amax = torch.tensor(LINEAR_AMAX), torch.tensor(INPUT_AMAX)
+    for name, extent in expected_shapes(shape).items():
+        if name in own:
+            count = torch.Size(extent).numel()
+            tensor = noise.repeat(-(-count // len(noise)))[:count].view(extent)
+            quantized = name.removesuffix(".weight") in formats
+            yield HFWeight(name, tensor, quantized, *(amax if quantized else ()))
+
+
+def _peak() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _disk(path: Path, count: int) -> int:
+    """Sequential write speed with fsync, MB/s."""
+    block, started = bytes(16_000_000), time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(count // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return round(count / seconds / 1e6)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print JSON, a line per measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="scratch folder; 12 GB for `size`")
+    parser.add_argument("--what", nargs="+", default=["agreement", "conversions", "size"])
+    parser.add_argument("--tokens", type=int, default=10_000)
+    parser.add_argument("--format", default="nvfp4", help="quantize.format of the agreement")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--files", type=int, default=8)
+    args = parser.parse_args(argv)
+    folder = args.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "compressed-tensors", "safetensors")
+    print(json.dumps({name: metadata.version(name) for name in packages}), flush=True)
+    if "agreement" in args.what:
+        print(json.dumps(agreement(folder, args.tokens, args.format)), flush=True)
+    if "conversions" in args.what:
+        for row in conversions(folder, ranks=1):
+            print(json.dumps(row), flush=True)
+    if "size" in args.what:
+        print(json.dumps(size(folder, args.processes, args.files)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
