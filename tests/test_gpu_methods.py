@@ -45,6 +45,7 @@ def test_a_gpu_learns_what_a_cpu_learns(found, case, dtype):
     gpu, cpu = found["gpu"][dtype][case], found["cpu"]["float32"][case]
     assert gpu["losses"] == pytest.approx(cpu["losses"], rel=TOLERANCE[dtype])
     assert gpu["error"] == pytest.approx(cpu["error"], rel=TOLERANCE[dtype])
+    assert gpu["seen"] == pytest.approx(gpu["error"], rel=TOLERANCE[dtype])
     assert len(set(cpu["losses"])) == 4
 
 

@@ -89,7 +89,7 @@ def measure(model: torch.nn.Module, batch: MicroBatch, quantize: Quantize) -> di
             if side == "weight":  # with its adapter, if it has one
 
                 def whole(module: Any, args: Any, linear: str = linear) -> tuple[torch.Tensor]:
-                    return (companions.weight_of(model, linear),)
+                    return (companions.weight_of(model, linear).to(args[0].dtype),)
 
                 hooks.callback(quantizer.register_forward_pre_hook(whole).remove)
         collect(model, [batch], None)

@@ -1,8 +1,9 @@
 """A few training steps of every method on this machine's device, from the same weights and on the same tokens.
 
 Usage: gpu_methods.py OUT.json DTYPE..., alone; on the GPU, or without one on the CPU. Judges nothing: it writes
-{dtype: {case: {"losses": [...], "error": relative RMS error of all quantized weights, "exact": whether what a
-checkpoint's reader makes of the trained tensors on the CPU is what the device computed with, bit for bit}}}.
+{dtype: {case: {"losses": [...], "error": relative RMS error of all quantized weights, "seen": the same from the
+statistics that training writes, "exact": whether what a checkpoint's reader makes of the trained tensors on the CPU is
+what the device computed with, bit for bit}}}.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.export.pack import fake
-from halfbyte.training import companions, environment, low_rank, module, quantize
+from halfbyte.training import companions, environment, low_rank, module, quantization_stats, quantize
 from halfbyte.training.choices import BlockScale
 from halfbyte.training.config import Format, Method, Model, Quantize, Recipe, Train
 from halfbyte.training.config_distill import Distill
@@ -105,9 +106,11 @@ def train(case: str, dtype: str, runtime: Runtime) -> dict:
     for step in range(STEPS):
         trained.training_step(batches(step, runtime), step)
     errors = quantize.weight_errors(gpt, recipe.quantize)
+    seen = quantization_stats.measure(gpt, batches(99, runtime)[0], recipe.quantize)
     return {
         "losses": trained.progress.losses,
         "error": sum(errors.values()) / len(errors),
+        "seen": quantization_stats.summary(seen)["weight"]["mean_error"],
         "exact": exact(gpt, recipe),
     }
 
