@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from halfbyte.export import serving
+from halfbyte.export.record import RECORD
 from halfbyte.training import metrics
-from halfbyte.training.config import Recipe
+from halfbyte.training.config import Format, Recipe
 from halfbyte.training.files import damage, read_json
 from halfbyte.training.kv_format import KVCache
 
@@ -99,6 +101,14 @@ def _beside(verdict: dict[str, Any]) -> list[str]:
     return lines + [f"  note: the BF16 control was trained otherwise: {line}" for line in control["differs"]]
 
 
+def _served(out: Path) -> str:
+    """The command of the first server that reads the release."""
+    record = read_json(out / RECORD)
+    used = [Format(name) for name in record["format"].split("+") if name != "bf16"]
+    commands = serving.commands(out, used, KVCache(record["kv_cache"]), serving.Load(), None)
+    return next(iter(commands.values()))
+
+
 def _shipped(folder: Path) -> list[str]:
     record, out = folder / "export" / "export.json", folder / "export" / "hf"
     if not record.exists() or not out.exists():
@@ -114,6 +124,6 @@ def _shipped(folder: Path) -> list[str]:
     return [
         *lines,
         f"  checkpoint: {out.resolve()}",
-        f"  serve it:   trtllm-serve {out.resolve()}",
+        f"  serve it:   {_served(out)}",
         f"  more:       {folder / 'export' / 'HANDOFF.md'}",
     ]

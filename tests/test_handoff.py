@@ -36,6 +36,20 @@ def test_the_card_shows_what_the_gate_measured(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("number_format", "command"),
+    [("mxfp4", "vllm serve"), ("nvfp4+fp8", "trtllm-serve"), ("bf16", "trtllm-serve")],
+)
+def test_the_summary_names_a_server_that_reads_it(tmp_path: Path, number_format: str, command: str):
+    from halfbyte.launch.summary import _shipped
+
+    out = tmp_path / "export" / "hf"
+    out.mkdir(parents=True)
+    (out / "halfbyte.json").write_text(json.dumps({"format": number_format, "kv_cache": "none"}))
+    (out.parent / "export.json").write_text('{"sizes": {"bytes_before": 4, "bytes_after": 1}}')
+    assert f"  serve it:   {command} {out}" in _shipped(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("formats", "commands", "words"),
     [
         ([], ["trtllm-serve", "vllm serve", "sglang.launch_server"], ["BF16, not quantized"]),
