@@ -1,7 +1,7 @@
 # make demo: sets everything up, then one recipe from BF16 to a verified FP4 checkpoint
 # make test: sets everything up, then passes the tests
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
-RECIPE ?= recipes/smollm2_135m_nvfp4_qat.yaml
+RECIPE ?= recipes/smollm2_135m_nvfp4_qad.yaml
 STAMP  := .venv/.halfbyte-installed
 
 # The sharp edges of CPU runs: BF16 matmul needs an instruction that some virtual machines advertise and lack,
