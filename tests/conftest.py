@@ -1,8 +1,13 @@
 """What several test files share: the command line in a subprocess, and a tiny model."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -50,11 +55,73 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))} | THREADS
 
 
+class Forks:
+    """Command lines in forks of a process that has imported everything already (workers/forks.py)."""
+
+    def __init__(self, environment: dict[str, str]):
+        self.environment = environment
+        self.server: subprocess.Popen[str] | None = None
+
+    def halfbyte(self, args: Sequence[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+        """As subprocess.run(["halfbyte", *args], capture_output=True, text=True, check=False)."""
+        return self._run(args, None, 1, cwd, timeout)
+
+    def script(self, path: Path, *args: object, ranks: int = 1) -> None:
+        """Run a file of workers/ with its arguments, in one process or under a process group; it must succeed."""
+        done = self._run([*map(str, args)], path, ranks, path.parent, 300)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def _run(
+        self, args: Sequence[str], script: Path | None, ranks: int, cwd: Path, timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        server = self.server or self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "stdout", Path(folder) / "stderr"
+            request = {"argv": args, "script": script and str(script), "ranks": ranks, "cwd": str(cwd)}
+            request |= {"env": self.environment, "stdout": str(out), "stderr": str(err)}
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            pid = int(server.stdout.readline())
+            late = threading.Timer(timeout, os.killpg, (pid, signal.SIGKILL))
+            late.start()
+            code = int(server.stdout.readline())
+            late.cancel()
+            if code == -signal.SIGKILL:
+                raise subprocess.TimeoutExpired(args, timeout, out.read_text(), err.read_text())
+            return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
+
+    def _start(self) -> subprocess.Popen[str]:
+        path = Path(__file__).parent / "workers" / "forks.py"
+        line, pipe = [sys.executable, "-W", "ignore", str(path)], subprocess.PIPE
+        self.server = subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True, env=self.environment)
+        assert self.server.stdout.readline() == "ready\n"
+        return self.server
+
+    def close(self) -> None:
+        """End the server, if it was needed."""
+        if self.server is not None:
+            self.server.stdin.close()
+            self.server.wait(10)
+
+
+@pytest.fixture(scope="session")
+def forks(environment):
+    """One Forks for all tests of this pytest process."""
+    made = Forks(environment | {"CUDA_VISIBLE_DEVICES": ""})
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def halfbyte(command, environment, tmp_path):
-    """Run the command line to its end: halfbyte("run", "tiny", ...) -> CompletedProcess with text output."""
+def halfbyte(command, environment, forks, tmp_path):
+    """Run the command line to its end: halfbyte("run", "tiny", ...) -> CompletedProcess with text output.
+
+    In a fork, unless the test asks for something that only a process of its own can have.
+    """
 
     def run(*args: str, cwd: Path = tmp_path, timeout: float = 240, env: dict | None = None, preexec_fn=None):
+        if env is None and preexec_fn is None:
+            return forks.halfbyte([*map(str, args)], cwd, timeout)
         return subprocess.run(
             [*command, *map(str, args)],
             cwd=cwd,
@@ -78,18 +145,11 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reported_run(command, environment, tmp_path_factory) -> Path:
+def reported_run(forks, tmp_path_factory) -> Path:
     """A finished run of the tiny recipe with its report; copy it before changing it."""
     place = tmp_path_factory.mktemp("reported")
     options = ("train.steps=3", "evaluate.tasks.english.limit=8", "verify.items=2", "gate.judges=trained")
-    done = subprocess.run(
-        [*command, "run", "tiny", *options, "run.wandb=disabled", "run.dir=run", "--allow-failed-gate"],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    fixed = ("run.wandb=disabled", "run.dir=run", "--allow-failed-gate")
+    done = forks.halfbyte(["run", "tiny", *options, *fixed], place, 300)
     assert done.returncode == 0, done.stdout + done.stderr
     return place / "run"

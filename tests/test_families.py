@@ -4,8 +4,6 @@ Logits against transformers are test_model.py's. Float64 where layouts are compa
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +31,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def place(environment, tmp_path_factory) -> Path:
+def place(forks, tmp_path_factory) -> Path:
     """A folder with the models, and what the worker left of every case and layout."""
     folder = tmp_path_factory.mktemp("families")
     cases = {
@@ -42,17 +40,8 @@ def place(environment, tmp_path_factory) -> Path:
     }
     cases["tiny_qwen3"]["layouts"] = (*LAYOUTS, "tp2")  # without SP the norms of q and k are reduced by another rule
     (folder / "cases.json").write_text(json.dumps(cases))
-    torchrun = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    for start in ([], [*torchrun, "--nproc-per-node", "2"]):
-        done = subprocess.run(
-            [sys.executable, *start, str(WORKER.with_name("start.py")), str(WORKER), str(folder)],
-            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+    for ranks in (1, 2):
+        forks.script(WORKER.with_name("start.py"), WORKER, folder, ranks=ranks)
     return folder
 
 

@@ -2,8 +2,6 @@
 
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,19 +54,9 @@ def reference(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def together(reference, environment, tmp_path_factory):
+def together(reference, forks, tmp_path_factory):
     out = tmp_path_factory.mktemp("measured") / "found.json"
-    torchrun = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    worker = [str(WORKERS / "harness.py"), str(reference[0]), str(out)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "--nproc-per-node", "2", *worker],
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    forks.script(WORKERS / "harness.py", reference[0], out, ranks=2)
     return json.loads(out.read_text())
 
 

@@ -4,32 +4,21 @@ Data-parallel ranks compute as one process does, and that is held against plain 
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("workers") / "methods.py"
-TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 BESIDE = ("lsq", "lora")
 VARIANTS = ("forward_kl", "everything", "top_k", "files", *BESIDE)
 
 
 @pytest.fixture(scope="module")
-def found(tiny_model, environment, tmp_path_factory) -> dict[str, dict[str, list[float]]]:
+def found(tiny_model, forks, tmp_path_factory) -> dict[str, dict[str, list[float]]]:
     """Layout -> variant -> losses."""
     out = tmp_path_factory.mktemp("methods") / "found.json"
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, "--nproc-per-node", "2", str(WORKER), str(tiny_model), str(out)],
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    forks.script(WORKER, tiny_model, out, ranks=2)
     return json.loads(out.read_text())
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -120,30 +118,20 @@ def _without_extras(reference):
     return plain
 
 
-def _measure(references, environment, tmp_path_factory, processes: int) -> dict:
+def _measure(references, forks, tmp_path_factory, processes: int) -> dict:
     out = tmp_path_factory.mktemp("measured") / "found.json"
-    torchrun = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    start = [*torchrun, "--nproc-per-node", str(processes)] if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *start, str(WORKER), str(references[0]), str(out)],
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    forks.script(WORKER, references[0], out, ranks=processes)
     return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
-def alone(references, environment, tmp_path_factory):
-    return _measure(references, environment, tmp_path_factory, 1)
+def alone(references, forks, tmp_path_factory):
+    return _measure(references, forks, tmp_path_factory, 1)
 
 
 @pytest.fixture(scope="module")
-def together(references, environment, tmp_path_factory):
-    return _measure(references, environment, tmp_path_factory, 2)
+def together(references, forks, tmp_path_factory):
+    return _measure(references, forks, tmp_path_factory, 2)
 
 
 @pytest.mark.slow

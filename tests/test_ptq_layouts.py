@@ -1,8 +1,6 @@
 """Calibration gives the same scales and the same quantized model under every layout: float64, one and two processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,29 +10,19 @@ WORKER = Path(__file__).with_name("workers") / "ptq.py"
 VARIANTS = ("clipped", "searched")
 
 
-def measure(model: Path, out: Path, environment, processes: int) -> dict:
-    torchrun = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    start = [*torchrun, "--nproc-per-node", str(processes)] if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *start, str(WORKER), str(model), str(out)],
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def measure(model: Path, out: Path, forks, processes: int) -> dict:
+    forks.script(WORKER, model, out, ranks=processes)
     return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model, environment, tmp_path_factory) -> dict:
-    return measure(tiny_model, tmp_path_factory.mktemp("ptq") / "one.json", environment, 1)["one"]
+def alone(tiny_model, forks, tmp_path_factory) -> dict:
+    return measure(tiny_model, tmp_path_factory.mktemp("ptq") / "one.json", forks, 1)["one"]
 
 
 @pytest.fixture(scope="module")
-def together(tiny_model, environment, tmp_path_factory) -> dict:
-    return measure(tiny_model, tmp_path_factory.mktemp("ptq") / "two.json", environment, 2)
+def together(tiny_model, forks, tmp_path_factory) -> dict:
+    return measure(tiny_model, tmp_path_factory.mktemp("ptq") / "two.json", forks, 2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
