@@ -15,11 +15,23 @@ VARIANTS = ("forward_kl", "everything", "top_k", "files", *BESIDE)
 
 
 @pytest.fixture(scope="module")
-def found(tiny_model, forks, tmp_path_factory) -> dict[str, dict[str, list[float]]]:
+def place(tmp_path_factory) -> Path:
+    """Where the runs leave checkpoints for each other."""
+    return tmp_path_factory.mktemp("methods")
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model, forks, place) -> dict[str, dict[str, list[float]]]:
     """Layout -> variant -> losses."""
-    out = tmp_path_factory.mktemp("methods") / "found.json"
-    forks.script(WORKER, tiny_model, out, ranks=2)
-    return json.loads(out.read_text())
+    forks.script(WORKER, tiny_model, place / "two.json", ranks=2)
+    return json.loads((place / "two.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def four(tiny_model, forks, place, found) -> dict[str, dict[str, list[float]]]:
+    """The same of four processes, which find the checkpoints of two."""
+    forks.script(WORKER, tiny_model, place / "four.json", ranks=4)
+    return json.loads((place / "four.json").read_text())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -54,3 +66,13 @@ def test_it_goes_on_bit_for_bit_with_the_distributed_optimizer(found, variant):
 def test_inner_layers_are_compared_under_sequence_parallelism(found):
     assert found["tp2_sp"]["inner"] == pytest.approx(found["dp2"]["inner"], rel=1e-6)
     assert "inner" not in found["pp2"]
+
+
+@pytest.mark.parametrize("layout", ["tp2_pp2_sp", "tp2_dp2_sp", "pp4", "dp4"])
+def test_four_processes_give_what_two_give(found, four, layout):
+    """Also from the checkpoint of a pipeline of two."""
+    assert len(four[layout]) == (3 if layout == "pp4" else 5)
+    for variant, values in four[layout].items():
+        assert values == pytest.approx(found["dp2"][variant.removesuffix(", resumed")][-len(values) :], rel=1e-6), (
+            variant
+        )

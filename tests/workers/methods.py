@@ -1,6 +1,6 @@
 """Losses of a few training steps under several layouts, one recipe after another, in float64.
 
-Usage: methods.py MODEL OUT.json under torchrun with two processes. MODEL is a Hugging Face directory. Judges
+Usage: methods.py MODEL OUT.json in two or four ranks. MODEL is a Hugging Face directory. Judges
 nothing: rank 0 writes {layout: {variant: [loss of every step]}}. What is trained beside the weights adds a number made
 of all of it; "<variant>, resumed" is the same from the first layout's checkpoint after one step on, and "<variant>,
 float32" and "<variant>, float32, resumed" are what they say, in FP32 with Megatron's distributed optimizer.
@@ -31,10 +31,15 @@ from halfbyte.training.shape import read_shape
 from halfbyte.training.teacher_files import TeacherFiles, ask, begin, fingerprint, needed_windows, write_file
 
 LAYOUTS = {
-    "pp2": Parallel(pipeline=2),
-    "tp2_sp": Parallel(tensor=2, sequence=True),
-    "dp2": Parallel(data=2),
+    2: {"pp2": Parallel(pipeline=2), "tp2_sp": Parallel(tensor=2, sequence=True), "dp2": Parallel(data=2)},
+    4: {
+        "tp2_pp2_sp": Parallel(tensor=2, pipeline=2, sequence=True),
+        "tp2_dp2_sp": Parallel(tensor=2, data=2, sequence=True),
+        "pp4": Parallel(pipeline=4),
+        "dp4": Parallel(data=4),
+    },
 }
+"""By the number of processes."""
 EVERYTHING = Distill(loss=Divergence.jensen_shannon, beta=0.3, temperature=2.0, top_k=8, cross_entropy=0.5, hidden=2.0)
 VARIANTS = {
     "forward_kl": (Method.qad, {}, {}, Distill()),
@@ -51,6 +56,8 @@ STEPS, WINDOWS, LENGTH = 2, 8, 16
 
 BESIDE = ("lsq", "lora")
 """Variants with parameters beside the weights."""
+AMONG_FOUR = ("forward_kl", *BESIDE)
+"""Variants of four processes."""
 
 
 def recipe_of(variant: str, parallel: Parallel, dtype: str = "float64") -> Recipe:
@@ -145,24 +152,34 @@ def beside_weights(gpt: torch.nn.Module) -> list[float]:
     return [float(total) / parallel_state.get_data_parallel_world_size()]
 
 
+def variants_of(parallel: Parallel, ranks: int) -> list[str]:
+    """What a layout is tried with; LoRA trains two of four layers, and every stage needs something to train."""
+    names = list(VARIANTS if ranks == 2 else AMONG_FOUR)
+    if parallel.pipeline > 1 and "inner" in names:
+        names.remove("inner")
+    if parallel.pipeline == 4:
+        names.remove("lora")
+    return names
+
+
 def main(folder: Path, out: Path) -> None:
-    """Train every variant under every layout."""
+    """Train every variant under every layout of so many processes."""
     found: dict[str, dict[str, list[float]]] = {}
     runtime = None
     checkpoint.tolerate_plain_adam()
-    for layout, parallel in LAYOUTS.items():
-        recipes = {name: recipe_of(name, copy.deepcopy(parallel)) for name in VARIANTS}
+    ranks = environment.coordinates()[1]
+    for layout, parallel in LAYOUTS[ranks].items():
+        names = variants_of(parallel, ranks)
+        recipes = {name: recipe_of(name, copy.deepcopy(parallel)) for name in names}
         if runtime is None:
             runtime = open_runtime(recipes["forward_kl"])
         else:  # other groups of the same processes
             parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
         found[layout] = {
-            name: losses(folder, recipe, runtime, out.parent / "files")
-            for name, recipe in recipes.items()
-            if not (parallel.pipeline > 1 and recipe.distill.hidden_layers)
+            name: losses(folder, recipe, runtime, out.parent / "files") for name, recipe in recipes.items()
         }
-        for name in BESIDE:
+        for name in (name for name in BESIDE if name in names):
             place = out.parent / name
             if not on_first_rank(runtime, place.exists):
                 losses(folder, recipes[name], runtime, out.parent, save=place)
