@@ -280,6 +280,7 @@ def killed(work: Callable[[], Any]) -> None:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # the parent's threads did not come along
             work()
         finally:
             os._exit(0)

@@ -112,7 +112,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 RESTARTS = (
     r"rank 1 was killed by SIGKILL \(out of memory\?\): restart 1 of 3 from the newest checkpoint",  # in an update
     r"rank 0 was killed by SIGKILL .*: restart 2 of 3",  # in the middle of saving step 4
-    r"no progress for 4 s \(launch.hang_seconds\): rank 1 has not reached collective \d+ of group \d+ "
+    r"no progress for 12 s \(launch.hang_seconds\): rank 1 has not reached collective \d+ of group \d+ "
     r"\(PIPELINE_MODEL_PARALLEL_GROUP, ranks 0, 1\) in step 4, forward and backward, at training/module.py:\d+ "
     r"\(training_step\); rank 0 waits in send_forward .*: restart 3 of 3",
 )
@@ -121,7 +121,7 @@ RESTARTS = (
 def test_a_run_that_is_killed_and_hangs_needs_nobody_and_is_bit_for_bit(place, finished, environment):
     straight, broken = finished("pp2"), place / "broken"
     options = ("train.steps=6", "train.dtype=float64", "checkpoint.every_steps=2", *LAYOUTS["pp2"])
-    faults = ("launch.max_restarts=3", "launch.hang_seconds=4")
+    faults = ("launch.max_restarts=3", "launch.hang_seconds=12")
     program = f"""
 import sys
 from halfbyte.launch import pipeline, start
