@@ -5,6 +5,7 @@ else. Every problem is one line on stderr.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:  # key=value after an option: argparse stops at the option
         args.overrides += rest
     try:
-        return args.command(args)
+        code = args.command(args)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -58,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: stopped by SIGINT", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:  # whoever read the output has seen enough (| head); nothing may be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
 
 
 def _parser() -> argparse.ArgumentParser:

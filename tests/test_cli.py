@@ -1,5 +1,6 @@
 """The command as a user meets it: exit codes, one line per problem, what `run` and the stage commands hand on."""
 
+import os
 import subprocess
 import sys
 import time
@@ -75,6 +76,14 @@ def test_recipes_are_listed_with_a_description(capsys):
     assert cli.main(["recipes"]) == OK
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines.keys() == shipped().keys()
+
+
+def test_a_reader_that_leaves_is_no_error(command, environment):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*command, "recipes"], stdout=write, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (OK, b"")
 
 
 def test_run_fetches_saves_and_launches_all_stages(calls, tmp_path, capsys):
