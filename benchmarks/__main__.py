@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfbyte.bench.common import about, torchrun
+from halfbyte.bench.common import about, torchrun, unknown
 from halfbyte.bench.plan import ARMS, LAYOUTS, Size
 from halfbyte.training.errors import OK, USAGE
 
@@ -35,11 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     args = parser().parse_args(argv)
     layouts, arms = args.layouts.split(","), args.arms.split(",")
-    for key, names, known in (("--layouts", layouts, LAYOUTS), ("--arms", arms, ARMS)):
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            print(f"error: {key} {unknown[0]}: not known; use some of {', '.join(known)}", file=sys.stderr)
-            return USAGE
+    if unknown("--layouts", layouts, LAYOUTS) or unknown("--arms", arms, ARMS):
+        return USAGE
     import torch
 
     if not torch.cuda.is_available():

@@ -6,7 +6,6 @@ soon as it is done, so a run that is stopped keeps what it has, and the same com
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -15,11 +14,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from halfbyte.bench.accuracy_table import table
 from halfbyte.bench.arms import RECIPE, ROWS, Row
 from halfbyte.training.errors import OK, USAGE
+from halfbyte.training.files import read_json, write_json
 
 JUDGED = (0, 3, 4)
 """Exit codes of a run that reached its gate."""
@@ -55,9 +56,9 @@ def jobs(names: list[str], seeds: list[int], done: set[str], *, export: bool = T
 
 def result(job: Job, folder: Path, command: list[str]) -> dict[str, Any]:
     """What a finished run's folder says."""
-    scores = json.loads((folder / "evaluate.json").read_text())
+    scores = read_json(folder / "evaluate.json")
     stage = next(name for name in ("qad", "qat", "bf16_trained", "ptq") if name in scores)
-    verify = json.loads((folder / "verify.json").read_text()) if (folder / "verify.json").exists() else {}
+    verify = _read(folder / "verify.json")
     found = {
         "row": job.row.name,
         "seed": job.seed,
@@ -67,8 +68,8 @@ def result(job: Job, folder: Path, command: list[str]) -> dict[str, Any]:
         "mismatches": verify.get("mismatches"),
     }
     if (folder / "train.json").exists():
-        train = json.loads((folder / "train.json").read_text())
-        steady = sorted(train["seconds_per_step"])[len(train["seconds_per_step"]) // 2]
+        train = read_json(folder / "train.json")
+        steady = median_high(train["seconds_per_step"])
         found |= {
             "steps": train["steps"],
             "tokens": train["steps"] * train["tokens_per_step"],
@@ -89,9 +90,9 @@ def run(left: list[Job], *, text: Path, work: Path, gpus: int, per_gpu: int, sec
     started, problems = time.monotonic(), []
     running: dict[int, tuple[Job, subprocess.Popen[bytes], list[str]]] = {}
     left = list(left)
+    common = work / "common"
     while left or running:
         over = time.monotonic() - started > seconds
-        common = work / "common"
         for lane in range(gpus * per_gpu):
             # The first run alone scores BF16; the others take its scores, which are the same for every row.
             if lane not in running and left and not over and (share(running, work, common) or not running):
@@ -115,7 +116,7 @@ def run(left: list[Job], *, text: Path, work: Path, gpus: int, per_gpu: int, sec
                 process.wait()
                 problems.append(f"{job.key}: stopped, time is up")
             elif process.returncode in JUDGED:
-                _append(out, job.key, result(job, work / job.key, command))
+                write_json(out, _read(out) | {job.key: result(job, work / job.key, command)})
                 print(f"{time.monotonic() - started:5.0f} s  {job.key}", flush=True)
                 shutil.rmtree(work / job.key)
             else:
@@ -141,16 +142,15 @@ def share(running: Mapping[int, tuple[Job, Any, Any]], work: Path, common: Path)
         return True
     for job, *_ in running.values():
         folder = work / job.key
-        marks = json.loads((folder / "state.json").read_text()) if (folder / "state.json").exists() else {}
+        marks = _read(folder / "state.json")
         if "evaluate.bf16" not in marks or not (folder / "quantize.json").exists():
             continue
         temporary = common.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(folder / "cache", temporary / "cache")
         shutil.copytree(folder / "evaluate", temporary / "evaluate")
-        scores = json.loads((folder / "evaluate.json").read_text())
-        (temporary / "evaluate.json").write_text(json.dumps({"bf16": scores["bf16"]}))
-        (temporary / "state.json").write_text(json.dumps({"evaluate.bf16": marks["evaluate.bf16"]}))
+        write_json(temporary / "evaluate.json", {"bf16": read_json(folder / "evaluate.json")["bf16"]})
+        write_json(temporary / "state.json", {"evaluate.bf16": marks["evaluate.bf16"]})
         temporary.rename(common)
         return True
     return False
@@ -162,11 +162,9 @@ def _visible(index: int) -> str:
     return named.split(",")[index] if named else str(index)
 
 
-def _append(out: Path, key: str, found: dict[str, Any]) -> None:
-    results = json.loads(out.read_text()) if out.exists() else {}
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results | {key: found}, indent=1) + "\n")
-    temporary.replace(out)
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file that may not be there yet."""
+    return read_json(path) if path.exists() else {}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -195,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.text.is_file():
         print(f"error: --text {args.text}: no such file; make it with python -m halfbyte.bench.text", file=sys.stderr)
         return USAGE
-    done = set(json.loads(args.out.read_text())) if args.out.exists() else set()
+    done = set(_read(args.out))
     problems = run(
         jobs(names, [int(seed) for seed in args.seeds.split(",")], done, export=not args.no_export),
         text=args.text.absolute(),
@@ -206,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         out=args.out,
     )
     if args.out.exists():
-        text = table(json.loads(args.out.read_text()))
+        text = table(read_json(args.out))
         args.out.with_suffix(".md").write_text(text)
         print(text)
     for problem in problems:

@@ -3,10 +3,20 @@
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 
 PACKAGES = ("torch", "triton", "megatron-core", "nvidia-modelopt", "halfbyte")
+
+
+def unknown(option: str, names: Sequence[str], known: Iterable[str]) -> bool:
+    """Whether a list on the command line holds a name that there is not; says which, and which there are."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            print(f"error: {option} {name}: not known; use some of {', '.join(known)}", file=sys.stderr)
+            return True
+    return False
 
 
 def torchrun(processes: int, module: str, words: Sequence[str]) -> None:

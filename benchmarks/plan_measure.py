@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from halfbyte.bench.common import about, torchrun
+from halfbyte.bench.common import about, torchrun, unknown
 from halfbyte.bench.plan_cases import CASES, Case
 from halfbyte.training.config import Method
 from halfbyte.training.errors import OK, USAGE
@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--out", type=Path, default=Path("plan_measured.json"), help="JSON to write")
     args = options.parse_args(argv)
     known = {case.name: case for case in CASES}
-    unknown = [name for name in args.cases.split(",") if name not in known]
-    if unknown:
-        print(f"error: --cases {unknown[0]}: not known; use some of {', '.join(known)}", file=sys.stderr)
+    if unknown("--cases", args.cases.split(","), known):
         return USAGE
     import torch
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.export.folder import write_plain_json
+
 STORAGE = {"U8": np.uint8, "F8_E4M3": np.uint8, "BF16": np.uint16, "F32": np.float32}
 """Safetensors dtype -> numpy dtype of the bits that are written."""
 INDEX = "model.safetensors.index.json"
@@ -132,7 +134,7 @@ def write_index(folder: Path, places: Mapping[str, str], total: int) -> None:
         total: Bytes of all tensors.
     """
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+    write_plain_json(folder / INDEX, content)
 
 
 def share_out(sizes: Mapping[str, int], *, count: int | None, limit: int) -> list[list[str]]:

@@ -5,7 +5,6 @@ that shares nothing with what wrote it (export/converted.py) before it takes its
 checked.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 from halfbyte.export import compressed, converted, trtllm
 from halfbyte.export.container import write_file, write_shards
 from halfbyte.export.decode import decode_into
-from halfbyte.export.folder import disk_errors, replacing
+from halfbyte.export.folder import disk_errors, replacing, write_plain_json
 from halfbyte.export.hf import side_files
 from halfbyte.export.reader import Checkpoint, open_checkpoint
-from halfbyte.export.record import CARD, RECORD, broken_hashes, file_hash
+from halfbyte.export.record import CARD, RECORD, broken_hashes, file_entry, file_hash
 from halfbyte.export.source import cache_of, formats_of
 from halfbyte.training.choices import Container
 from halfbyte.training.errors import UserError
@@ -72,12 +71,12 @@ def _write(checkpoint: Checkpoint, container: Container, folder: Path, ranks: in
     if container is Container.trtllm:
         for rank in range(ranks):
             write_file(folder / f"rank{rank}.safetensors", trtllm.tensors(checkpoint, rank, ranks))
-        _write_json(folder / "config.json", trtllm.config(checkpoint, ranks))
+        write_plain_json(folder / "config.json", trtllm.config(checkpoint, ranks))
     elif container is Container.compressed_tensors:
         count = len({entry.file for entry in checkpoint.entries.values()})  # as many as the source has
         write_shards(folder, compressed.tensors(checkpoint), count=count, limit=0)
         section = compressed.quantization_config(checkpoint)
-        _write_json(folder / "config.json", checkpoint.config | {"quantization_config": section})
+        write_plain_json(folder / "config.json", checkpoint.config | {"quantization_config": section})
     else:
         decode_into(checkpoint, folder)
 
@@ -93,11 +92,7 @@ def _write_record(checkpoint: Checkpoint, container: Container, folder: Path, ra
     """halfbyte.json: what the source's says about its origin, and the hashes of these files."""
     path = checkpoint.folder / RECORD
     source = read_json(path) if path.exists() else {}
-    files = {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
     record = {key: source[key] for key in CARRIED if key in source}
     record |= origin(checkpoint.folder, container, ranks) | {"files": files}
-    _write_json(folder / RECORD, record)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_plain_json(folder / RECORD, record)

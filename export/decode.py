@@ -3,13 +3,12 @@
 Only the exported files are read (export/reader.py). The gate scores the model that comes out of this.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from halfbyte.export.container import Planned, write_shards
-from halfbyte.export.folder import disk_errors, replacing
+from halfbyte.export.folder import disk_errors, replacing, write_plain_json
 from halfbyte.export.reader import Checkpoint, open_checkpoint
 from halfbyte.training.errors import UserError
 
@@ -59,7 +58,7 @@ def decode_into(checkpoint: Checkpoint, folder: Path) -> None:
     dtype = "float32" if any(tensor.dtype == "F32" for tensor in planned.values()) else "bfloat16"
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config |= {"dtype": dtype, "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_plain_json(folder / "config.json", config)
 
 
 def _weight(checkpoint: Checkpoint, module: str) -> Planned:

@@ -1,10 +1,12 @@
 """A folder that appears whole or not at all."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -118,3 +120,12 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_plain_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file of a folder that is not at its place yet, as Hugging Face writes them.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    path.write_text(json.dumps(content, indent=2) + "\n")

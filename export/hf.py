@@ -21,7 +21,7 @@ import torch
 
 from halfbyte.export import folder
 from halfbyte.export.container import TensorFile, file_names, write_index
-from halfbyte.export.folder import disk_errors
+from halfbyte.export.folder import disk_errors, write_plain_json
 from halfbyte.export.layout import Layout, plan_layout
 from halfbyte.export.pack import cache_scale, module_name, pack
 from halfbyte.export.quantization_config import quantization_configs
@@ -181,8 +181,8 @@ def _write_configs(folder: Path, source: dict[str, Any], layout: Layout, cache: 
         flat, nested = quantization_configs(layout.formats, layout.dense, cache)
         config["quantization_config"] = flat
         if nested is not None:
-            _write_json(folder / "hf_quant_config.json", nested)
-    _write_json(folder / "config.json", config)
+            write_plain_json(folder / "hf_quant_config.json", nested)
+    write_plain_json(folder / "config.json", config)
 
 
 def _copy_side_files(model_dir: Path, folder: Path, source: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ def _copy_side_files(model_dir: Path, folder: Path, source: dict[str, Any]) -> N
     generation = folder / GENERATION
     if not generation.exists():
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-        _write_json(generation, {name: source[name] for name in tokens if source.get(name) is not None})
+        write_plain_json(generation, {name: source[name] for name in tokens if source.get(name) is not None})
 
 
 def side_files(model_dir: Path) -> list[Path]:
@@ -219,7 +219,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object; copy the model's config.json again")
     return config
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfbyte.export.folder import disk_errors
+from halfbyte.export.folder import disk_errors, write_plain_json
 from halfbyte.training.config import Format, Recipe
 from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.formats import SPECS
@@ -28,6 +28,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_entry(path: Path) -> dict[str, Any]:
+    """What halfbyte.json says of a file: its SHA-256 and its bytes."""
+    return {"sha256": file_hash(path), "bytes": path.stat().st_size}
+
+
 def write_record(
     folder: Path,
     recipe: Recipe,
@@ -36,7 +41,7 @@ def write_record(
     versions: dict[str, str],
 ) -> None:
     """halfbyte.json: where the files come from, and their hashes. No gate has judged them yet."""
-    files = {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
     distinct = sorted(set(formats.values()))
     two_level = any(SPECS[number_format].two_level for number_format in distinct)
     record = {
@@ -51,7 +56,7 @@ def write_record(
         "versions": versions,
         "files": files,
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_plain_json(folder / RECORD, record)
 
 
 def record_verdict(out: Path, verdict: dict[str, Any] | None, card: str | None = None) -> None:
@@ -72,7 +77,7 @@ def record_verdict(out: Path, verdict: dict[str, Any] | None, card: str | None =
         path.unlink(missing_ok=True)
         if card is not None:
             path.write_text(card)
-            files[CARD] = {"sha256": file_hash(path), "bytes": path.stat().st_size}
+            files[CARD] = file_entry(path)
     write_json(out / RECORD, record | {"gate": verdict, "files": files})
 
 

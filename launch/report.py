@@ -17,7 +17,7 @@ from halfbyte.launch.report_run import RunFiles, guarded
 from halfbyte.launch.report_scores import head, score_blocks
 from halfbyte.training.config import Method, Recipe, Wandb
 from halfbyte.training.errors import UserError
-from halfbyte.training.files import read_json, write_json
+from halfbyte.training.files import read_json, replace_file, write_json
 from halfbyte.training.kv_format import KVCache
 
 PARTS = (
@@ -57,11 +57,11 @@ def write(recipe: Recipe, folder: Path, *, to_wandb: bool = True) -> list[Missin
     try:
         pictures.mkdir(parents=True, exist_ok=True)
         for figure in report.figures():
-            _replace(pictures / f"{figure.name}.png", figure.png)
+            replace_file(pictures / f"{figure.name}.png", figure.png)
         for old in set(pictures.glob("*.png")) - {pictures / f"{figure.name}.png" for figure in report.figures()}:
             old.unlink()
-        _replace(folder / "report.html", html(report).encode())
-        _replace(folder / "report.md", markdown(report, pictures.name).encode())
+        replace_file(folder / "report.html", html(report).encode())
+        replace_file(folder / "report.md", markdown(report, pictures.name).encode())
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written ({error.strerror}); free space") from error
     if to_wandb and recipe.run.wandb is not Wandb.disabled:
@@ -89,12 +89,6 @@ def build(files: RunFiles) -> Report:
         method = "BF16 control"
     subtitle = f"{method} from {Path(recipe.model.path).name}"
     return Report(recipe.run.name, subtitle, head(files), list(sections.values()))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _log(recipe: Recipe, folder: Path, report: Report) -> None:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from halfbyte.launch.start import RESOLVED
 from halfbyte.training.config import Method, Parallel, Recipe, Train
-from halfbyte.training.data import MicroBatch
 from halfbyte.training.errors import UserError
 from halfbyte.training.pattern_rules import freeze_problems
 from halfbyte.training.resolve import resolve, save
@@ -21,6 +20,7 @@ from halfbyte.training.shape import ModelShape, read_shape
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+batches = WORLD["batches"]
 SHAPE: ModelShape = WORLD["SHAPE"]
 
 
@@ -30,23 +30,9 @@ def opened():
         yield opened
 
 
-def batches() -> list[MicroBatch]:
-    windows = torch.randint(0, 64, (2, 2, 13), generator=torch.Generator().manual_seed(3))
-    return [MicroBatch(w[:, :-1], w[:, 1:], torch.ones(2, 12), None) for w in windows]
-
-
 def training(opened, patterns: list[str], *, shape: ModelShape = SHAPE, **settings):
-    from halfbyte.training import quantize
-    from halfbyte.training.module import Training
-
     train = Train(steps=10, learning_rate=1e-2, weight_decay=0.1, freeze=patterns, **settings)
-    recipe = Recipe(method=Method.qat, train=train)
-    gpt = WORLD["random_model"](opened, recipe, shape=shape)
-    run = batches()[0].tokens
-    quantize.quantize(gpt, recipe, opened, lambda stage: stage(run, torch.arange(12).expand_as(run), None))
-    module = Training(gpt, teacher=None, recipe=recipe, runtime=opened, data=None)
-    module.optimizers, module.log_dict = lambda: module.optimizer, lambda values, **_: None
-    return module
+    return WORLD["training"](opened, Recipe(method=Method.qat, train=train), shape=shape)
 
 
 def gradients(module) -> dict[str, torch.Tensor]:

@@ -10,11 +10,11 @@ import torch
 from halfbyte.training import low_rank
 from halfbyte.training.config import Format, Method, Parallel, Quantize, Recipe, Train
 from halfbyte.training.config_train import Lora
-from halfbyte.training.data import MicroBatch
 from halfbyte.training.method_rules import method_problems
 from halfbyte.training.model_rules import model_problems
 
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+batches, training = WORLD["batches"], WORLD["training"]
 SHAPE = WORLD["SHAPE"]
 
 
@@ -62,28 +62,11 @@ def test_the_gradients_are_those_of_the_product():
 # ---- training
 
 
-def batches(seed: int = 3) -> list[MicroBatch]:
-    windows = torch.randint(0, 64, (2, 2, 13), generator=torch.Generator().manual_seed(seed))
-    return [MicroBatch(w[:, :-1], w[:, 1:], torch.ones(2, 12), None) for w in windows]
-
-
 def recipe_of(targets: tuple[str, ...] = ("*",), *, clip: bool = False, **train) -> Recipe:
     lora = Lora(rank=3, alpha=6.0, targets=list(targets))
     values = {"steps": 100, "learning_rate": 1e-2, "clip_grad": 0.0, "lora": lora} | train
     quantize = Quantize(format=Format.w4a16_nvfp4, clip_gradient=clip)
     return Recipe(method=Method.qat, quantize=quantize, train=Train(**values))
-
-
-def training(opened, recipe: Recipe):
-    from halfbyte.training import quantize
-    from halfbyte.training.module import Training
-
-    gpt = WORLD["random_model"](opened, recipe)
-    run = batches()[0].tokens
-    quantize.quantize(gpt, recipe, opened, lambda stage: stage(run, torch.arange(12).expand_as(run), None))
-    module = Training(gpt, teacher=None, recipe=recipe, runtime=opened, data=None)
-    module.optimizers, module.log_dict = lambda: module.optimizer, lambda values, **_: None
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from halfbyte.export.pack import fake, pack
 from halfbyte.export.verify import verify
 from halfbyte.training import codec, learned_scales, numerics
 from halfbyte.training.config import BlockScale, Format, Method, Quantize, Recipe, Train
-from halfbyte.training.data import MicroBatch
 from halfbyte.training.formats import GRIDS, SPECS, Rounding
 from halfbyte.training.hf_map import HFWeight, expected_shapes
 from halfbyte.training.method_rules import method_problems
@@ -22,6 +21,7 @@ from halfbyte.training.rounding import E2M1
 from halfbyte.training.shape import read_shape
 
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+batches, training = WORLD["batches"], WORLD["training"]
 RULES = [
     (Rounding.nvfp4, BlockScale.amax),
     (Rounding.nvfp4, BlockScale.four_over_six),
@@ -184,23 +184,6 @@ def test_codes_times_given_scales_are_the_trained_weight():
 
 
 # ---- training
-
-
-def batches(seed: int = 3) -> list[MicroBatch]:
-    windows = torch.randint(0, 64, (2, 2, 13), generator=torch.Generator().manual_seed(seed))
-    return [MicroBatch(w[:, :-1], w[:, 1:], torch.ones(2, 12), None) for w in windows]
-
-
-def training(opened, recipe: Recipe):
-    from halfbyte.training import quantize
-    from halfbyte.training.module import Training
-
-    gpt = WORLD["random_model"](opened, recipe)
-    run = batches()[0].tokens
-    quantize.quantize(gpt, recipe, opened, lambda stage: stage(run, torch.arange(12).expand_as(run), None))
-    module = Training(gpt, teacher=None, recipe=recipe, runtime=opened, data=None)
-    module.optimizers, module.log_dict = lambda: module.optimizer, lambda values, **_: None
-    return module
 
 
 def recipe_of(**train) -> Recipe:

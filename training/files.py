@@ -33,6 +33,17 @@ def write_json(path: Path, content: Any) -> None:
         ) from error
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that a reader sees whole or as it was before.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of the run folder; all of them hold an object.
 

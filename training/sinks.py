@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from halfbyte.training.errors import UserError
+from halfbyte.training.files import replace_file
 
 METRICS = "metrics.jsonl"
 PROMETHEUS = "metrics.prom"
@@ -87,9 +88,7 @@ class JsonLines:
     def __init__(self, folder: Path, done: int):
         path = folder / METRICS
         kept = [record for record in read_metrics(path) if record["step"] <= done] if path.exists() else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(path)
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("a", buffering=1)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -125,9 +124,7 @@ class Prometheus:
             self._replace()
 
     def _replace(self) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(prometheus_text(self._last, self._label))
-        temporary.replace(self._path)
+        replace_file(self._path, prometheus_text(self._last, self._label).encode())
         self._written = time.monotonic()
 
 

@@ -3,12 +3,14 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from halfbyte.training import environment, model, runtime
 from halfbyte.training.config import Recipe
+from halfbyte.training.data import MicroBatch
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.shape import ModelShape
 
@@ -55,6 +57,25 @@ def world_of_one() -> Iterator[Runtime]:
             host.__exit__(None, None, None)
             for name in set(os.environ) - set(before):
                 del os.environ[name]
+
+
+def batches(seed: int = 3) -> list[MicroBatch]:
+    """Two micro-batches of two random rows of twelve tokens, all with loss."""
+    windows = torch.randint(0, 64, (2, 2, 13), generator=torch.Generator().manual_seed(seed))
+    return [MicroBatch(w[:, :-1], w[:, 1:], torch.ones(2, 12), None) for w in windows]
+
+
+def training(opened: Runtime, recipe: Recipe, *, shape: ModelShape = SHAPE) -> Any:
+    """A Training module of a random model, calibrated on one micro-batch, with what Lightning's trainer would give."""
+    from halfbyte.training import quantize
+    from halfbyte.training.module import Training
+
+    gpt = random_model(opened, recipe, shape=shape)
+    run = batches()[0].tokens
+    quantize.quantize(gpt, recipe, opened, lambda stage: stage(run, torch.arange(12).expand_as(run), None))
+    module = Training(gpt, teacher=None, recipe=recipe, runtime=opened, data=None)
+    module.optimizers, module.log_dict = lambda: module.optimizer, lambda values, **_: None
+    return module
 
 
 def random_model(opened: Runtime, recipe: Recipe, *, seed: int = 0, shape: ModelShape = SHAPE) -> torch.nn.Module:
