@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--micro-batches", type=int, default=8, help="micro-batches of 4096 tokens per step")
     options.add_argument("--steps", type=int, default=10, help="timed steps per arm and round")
     options.add_argument("--rounds", type=int, default=2, help="how often every arm has its turn")
+    options.add_argument("--profile", action="store_true", help="trace one step more of every arm: where time goes")
     options.add_argument(
         "--out", type=Path, default=Path("bench.md"), help="Markdown file; the figures go beside it as JSON"
     )
@@ -70,6 +71,7 @@ def _layout(name: str, arms: list[str], size: Size, args: argparse.Namespace) ->
         out, shape = Path(folder) / "out.json", Path(folder) / "size.json"
         shape.write_text(json.dumps(asdict(size)))
         words = [name, ",".join(arms), str(out), str(shape), str(args.steps), str(args.rounds)]
+        words += ["profile"] if args.profile else []
         torchrun(LAYOUTS[name].gpus, "halfbyte.bench.worker", words)
         return json.loads(out.read_text())
 

@@ -34,6 +34,7 @@ def document(
         "",
         *_steps(size, measured, kernels["gemm_flops"]),
         "",
+        *_profiles(measured),
         *_kernels(kernels),
     ]
     return "\n".join(lines) + "\n"
@@ -63,6 +64,22 @@ def _steps(size: Size, measured: Mapping[str, Any], gemm_flops: float) -> list[s
             ]
             rows.append("| " + " | ".join(cells) + " |")
     return [*rows, "", "Utilisation: model FLOPs per second over what the 8192^3 BF16 GEMM reaches on the same GPUs."]
+
+
+def _profiles(measured: Mapping[str, Any]) -> list[str]:
+    """Where one step's time went, for what was traced; nothing where nothing was."""
+    rows = []
+    for layout, arms in measured.items():
+        for name, arm in arms.items():
+            if "profile" in arm:
+                found = arm["profile"]
+                shares = [found[key] for key in ("extent_ms", "computing_ms", "exposed_ms", "idle_ms")]
+                cells = [layout, name, *(f"{share:.1f}" for share in shares), str(found["launches"])]
+                rows.append("| " + " | ".join(cells) + " |")
+    if not rows:
+        return []
+    head = ["layout", "arm", "one step ms", "computing ms", "collectives alone ms", "idle ms", "launches"]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows, ""]
 
 
 def _kernels(kernels: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """One process of one layout: every arm's steps, in turn, a few rounds; rank 0 writes what it measured as JSON.
 
-Run by __main__.py under torchrun: LAYOUT ARM,ARM,... OUT.json SIZE.json STEPS ROUNDS.
+Run by __main__.py under torchrun: LAYOUT ARM,ARM,... OUT.json SIZE.json STEPS ROUNDS, and `profile` if one step more of
+every arm is to be traced.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import layers
 
 from halfbyte.bench.plan import ARMS, LAYOUTS, Arm, Layout, Size, recipe, shape_of
+from halfbyte.bench.profile import profile
 from halfbyte.training import environment, model, module, quantize
 from halfbyte.training.config import Recipe
 from halfbyte.training.data import MicroBatch
@@ -110,13 +112,14 @@ def _synchronize(runtime: Runtime) -> None:
 
 
 def measure(
-    size: Size, layout: Layout, arms: list[Arm], runtime: Runtime, *, steps: int, rounds: int
+    size: Size, layout: Layout, arms: list[Arm], runtime: Runtime, *, steps: int, rounds: int, traced: bool = False
 ) -> dict[str, Any]:
     """Every arm in turn, `rounds` times over.
 
     Returns:
         Arm name -> seconds (of all timed steps), first_step (seconds, compilation included), peak_bytes (of this
-        rank), loss (of the last step), median; an arm of ModelOpt that does not run: failed (the reason).
+        rank), loss (of the last step), median, and profile (of the last round) where `traced`; an arm of ModelOpt that
+        does not run: failed (the reason).
     """
     parts = batches(size.vocab, size.sequence, 1, size.micro_batches, runtime)
     found: dict[str, Any] = {arm.name: {"seconds": [], "first_step": None} for arm in arms}
@@ -126,7 +129,7 @@ def measure(
             if "failed" in entry:
                 continue
             try:
-                _one_turn(entry, size, layout, arm, runtime, parts, steps)
+                _one_turn(entry, size, layout, arm, runtime, parts, steps, traced=traced)
             except FAILURES as error:
                 if arm.modelopt is None:
                     raise
@@ -146,7 +149,15 @@ def _said(entry: dict[str, Any]) -> str:
 
 
 def _one_turn(
-    entry: dict[str, Any], size: Size, layout: Layout, arm: Arm, runtime: Runtime, parts: list[MicroBatch], steps: int
+    entry: dict[str, Any],
+    size: Size,
+    layout: Layout,
+    arm: Arm,
+    runtime: Runtime,
+    parts: list[MicroBatch],
+    steps: int,
+    *,
+    traced: bool,
 ) -> None:
     with training(size, layout, arm, runtime, parts) as trained:
         warm = time_steps(trained, parts, WARM_UP, runtime)
@@ -156,20 +167,21 @@ def _one_turn(
         entry["seconds"] += time_steps(trained, parts, steps, runtime)
         entry["peak_bytes"] = torch.cuda.max_memory_reserved() if runtime.device.type == "cuda" else None
         entry["loss"] = trained.progress.losses[-1]
+        if traced:
+            entry["profile"] = profile(lambda: trained.training_step(parts, steps))
 
 
 def main(argv: list[str]) -> None:
     """Measure one layout and write its JSON."""
-    layout, arms, out, size_file, steps, rounds = argv
+    layout, arms, out, size_file, steps, rounds, *traced = argv
     environment.die_with_parent()  # torchrun stopped by force must not leave the GPUs busy
     environment.set_process_environment()
     environment.quiet_libraries()
     size = Size(**json.loads(Path(size_file).read_text()))
     chosen = LAYOUTS[layout]
     runtime = open_runtime(recipe(size, chosen, ARMS["bf16"]))
-    found = measure(
-        size, chosen, [ARMS[name] for name in arms.split(",")], runtime, steps=int(steps), rounds=int(rounds)
-    )
+    wanted = [ARMS[name] for name in arms.split(",")]
+    found = measure(size, chosen, wanted, runtime, steps=int(steps), rounds=int(rounds), traced=bool(traced))
     if runtime.first:
         Path(out).write_text(json.dumps(found))
     close_runtime()

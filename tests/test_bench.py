@@ -10,6 +10,7 @@ import torch
 
 from halfbyte.bench.plan import ARMS, LAYOUTS, Size
 from halfbyte.bench.plan_cases import Case
+from halfbyte.bench.profile import summary
 from halfbyte.bench.table import document
 from halfbyte.training.config import Method
 
@@ -101,3 +102,16 @@ def test_every_arm_of_ours_takes_its_steps():
     losses = [entry["loss"] for entry in found.values()]
     assert len(set(losses)) == 3  # the same weights and tokens, three arithmetics
     assert max(losses) - min(losses) < 0.1
+
+
+def test_a_profile_separates_computing_waiting_for_others_and_waiting_for_python():
+    spans = [
+        ("gemm", 0, 4_000_000),
+        ("ncclDevKernel_AllGather", 2_000_000, 6_000_000),  # 2 ms behind the GEMM, 2 ms alone
+        ("norm", 7_000_000, 8_000_000),  # after 1 ms of nothing
+        ("gemm", 7_500_000, 9_000_000),
+    ]
+    found = summary(reversed(spans))
+    assert (found["extent_ms"], found["computing_ms"], found["exposed_ms"], found["idle_ms"]) == (9.0, 6.0, 2.0, 1.0)
+    assert found["launches"] == 4
+    assert found["kernels"]["gemm"] == [2, 5.5]
