@@ -9,7 +9,6 @@
 The directory appears whole or not at all: it is written beside its destination, flushed to disk and renamed.
 """
 
-import json
 import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight
 from halfbyte.training.kv_format import KVCache
+from halfbyte.training.model_config import read_config
 from halfbyte.training.shape import read_shape
 
 ALONE = Team()
@@ -167,7 +167,7 @@ def _write_rest(partial: Path, model_dir: Path, recipe: Recipe, layout: Layout) 
     if len(names) > 1:
         places = {name: names[i] for i in range(len(names)) for name in layout.file(i)}
         write_index(partial, places, layout.bytes_after)
-    source = _read_config(model_dir / "config.json")
+    source = read_config(model_dir / "config.json")
     _write_configs(partial, source, layout, recipe.quantize.kv_cache)
     _copy_side_files(model_dir, partial, source)
 
@@ -205,17 +205,3 @@ def side_files(model_dir: Path) -> list[Path]:
     if not any(path.name.startswith(("tokenizer", "vocab")) for path in found):
         raise UserError(f"{model_dir}: no tokenizer files there; a server needs them: copy them into the directory")
     return sorted(found)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give model.path a Hugging Face directory"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy the model's config.json again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object; copy the model's config.json again")
-    return config

@@ -1,14 +1,14 @@
 """What planning knows of a model and of a layout; some models can be planned only. Torch-free."""
 
 import importlib.resources
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.families import FAMILIES
-from halfbyte.training.shape import ModelShape, linear_sizes, read_shape
+from halfbyte.training.model_config import read_config
+from halfbyte.training.shape import ModelShape, linear_sizes, shape_of
 
 NEMOTRON, DEEPSEEK = "NemotronForCausalLM", "DeepseekV3ForCausalLM"
 ONLY_PLANNED = {
@@ -79,21 +79,19 @@ def read_architecture(path: Path, name: str) -> Architecture:
     Raises:
         RecipeError: the file cannot be read, lacks a key or describes another model.
     """
+    config = read_config(path)
     try:
-        config = json.loads(path.read_text())
         kind = config["architectures"][0]
         if kind == NEMOTRON:
             return Architecture.dense(name, _nemotron(config), gated=False, note=ONLY_PLANNED[kind])
         if kind == DEEPSEEK:
             return _deepseek(config, name)
-    except (OSError, ValueError) as error:
-        raise RecipeError([f"{path}: cannot be read ({error}); give a model's config.json"]) from error
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RecipeError([f"{path}: lacks {error}; take the model's own config.json"]) from error
     if kind not in FAMILIES:
         known = ", ".join((*FAMILIES, *ONLY_PLANNED))
         raise RecipeError([f"{path}: architectures = {kind}: only {known} can be planned"])
-    return Architecture.dense(name, read_shape(path))
+    return Architecture.dense(name, shape_of(config, str(path)))
 
 
 def _nemotron(config: dict) -> ModelShape:

@@ -157,7 +157,7 @@ def test_bad_words_are_named(capsys):
 def test_a_config_that_nobody_knows_is_refused(tmp_path):
     path = tmp_path / "config.json"
     for text, reason in (
-        ("{", "cannot be read"),
+        ("{", "not valid JSON"),
         ("{}", "lacks 'architectures'"),
         ('{"architectures": []}', "lacks"),
         ('{"architectures": ["MambaForCausalLM"]}', "architectures = MambaForCausalLM: only LlamaForCausalLM"),

@@ -317,6 +317,9 @@ def test_formats_methods_and_gate_combinations(with_shape):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}, "low_freq_factor = 2.0"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"architectures": 5}, "another kind than models have"),
+        ({"rope_parameters": "none"}, "another kind than models have"),
+        ({"head_dim": [64]}, "head_dim is missing or no positive number"),
     ],
 )
 def test_models_that_cannot_be_trained_are_named(with_shape, changes, says):

@@ -1,6 +1,5 @@
 """The facts of a model that planning needs, read from its Hugging Face config.json. Torch-free."""
 
-import json
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from halfbyte.training.config import Format, LayerFormat, Method, Quantize, Reci
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.families import FAMILIES, Family
 from halfbyte.training.formats import BITS
+from halfbyte.training.model_config import read_config
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -172,15 +172,28 @@ def read_shape(config_json: str | Path) -> ModelShape:
         RecipeError: the file is missing, is not JSON, lacks a key, or describes a model that halfbyte cannot train;
             one line per reason.
     """
-    config = _load(Path(config_json))
+    return shape_of(read_config(Path(config_json)), str(config_json))
+
+
+def shape_of(config: dict[str, Any], where: str) -> ModelShape:
+    """The sizes in the content of a config.json; `where` names it in messages. Returns and raises as read_shape."""
+    try:
+        return _shape_of(config, where)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        reason = f"a value is of another kind than models have ({error})"
+        raise RecipeError([f"{where}: {reason}; take the model's own file"]) from error
+
+
+def _shape_of(config: dict[str, Any], where: str) -> ModelShape:
     rope = _rope(config)
     architecture = (config.get("architectures") or ["none"])[0]
     family = FAMILIES.get(architecture, Family())
-    missing = [key for key in (*_REQUIRED, *family.required) if not _is_size(config.get(key))]
-    problems = [f"{config_json}: {key} is missing or no positive number; take the model's own file" for key in missing]
+    given = [key for key in ("head_dim", "num_key_value_heads") if config.get(key)]
+    missing = [key for key in (*_REQUIRED, *family.required, *given) if not _is_size(config.get(key))]
+    problems = [f"{where}: {key} is missing or no positive number; take the model's own file" for key in missing]
     if not missing and config["num_hidden_layers"] > MOST_LAYERS:
-        problems.append(f"{config_json}: num_hidden_layers = {config['num_hidden_layers']}: more than {MOST_LAYERS}")
-    problems += [f"{config_json}: {reason}" for reason in _unsupported(config, rope)]
+        problems.append(f"{where}: num_hidden_layers = {config['num_hidden_layers']}: more than {MOST_LAYERS}")
+    problems += [f"{where}: {reason}" for reason in _unsupported(config, rope)]
     if problems:
         raise RecipeError(problems)
     heads, window = config["num_attention_heads"], family.window(config)
@@ -219,18 +232,6 @@ MOST_LAYERS = 10_000
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and value > 0
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise RecipeError([f"{path}: cannot be read ({error.strerror}); give a Hugging Face directory"]) from error
-    except (ValueError, RecursionError) as error:
-        raise RecipeError([f"{path}: not valid JSON ({error}); copy the model's config.json again"]) from error
-    if not isinstance(config, dict):
-        raise RecipeError([f"{path}: not a JSON object; copy the model's config.json again"])
-    return config
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
