@@ -22,10 +22,9 @@ PTQ = ("method=ptq", "evaluate.ptq=true")
 TOP_K = ("distill.top_k=64",)
 LONG = (
     "train.global_batch=64",
-    "train.micro_batch=32",
-    "train.steps=520",
     "train.warmup_steps=40",
     "train.learning_rate=7e-4",
+    "distill.cross_entropy=0.2",
 )
 MXFP4 = ("quantize.format=mxfp4",)
 AWQ = ("quantize.smoothing=awq_lite",)
@@ -69,8 +68,12 @@ ROWS = (
     Row("mxfp4_qad_lsq", "MXFP4 QAD, full KL, learned scales, from AWQ-lite", (*MXFP4, *AWQ, *SCALES)),
     Row(
         "nvfp4_qad_long",
-        "NVFP4 QAD, full KL + 0.1 CE, from AWQ-lite and Four-Over-Six, long",
-        (*LONG, *AWQ, *FOUR_OVER_SIX, *MIX),
+        "NVFP4 QAD, full KL + 0.2 CE, from AWQ-lite and Four-Over-Six, 52 M tokens",
+        (*LONG, *AWQ, *FOUR_OVER_SIX, "train.steps=800"),
     ),
-    Row("mxfp4_qad_long", "MXFP4 QAD, full KL + 0.1 CE, from AWQ-lite, long", (*LONG, *MXFP4, *AWQ, *MIX)),
+    Row(
+        "mxfp4_qad_long",
+        "MXFP4 QAD, full KL + 0.2 CE, from AWQ-lite, 26 M tokens",
+        (*LONG, *MXFP4, *AWQ, "train.steps=400"),
+    ),
 )
