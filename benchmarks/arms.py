@@ -68,8 +68,8 @@ ROWS = (
     Row("mxfp4_qad_lsq", "MXFP4 QAD, full KL, learned scales, from AWQ-lite", (*MXFP4, *AWQ, *SCALES)),
     Row(
         "nvfp4_qad_long",
-        "NVFP4 QAD, full KL + 0.2 CE, from AWQ-lite and Four-Over-Six, 52 M tokens",
-        (*LONG, *AWQ, *FOUR_OVER_SIX, "train.steps=800"),
+        "NVFP4 QAD, full KL + 0.2 CE, from AWQ-lite and Four-Over-Six, 79 M tokens",
+        (*LONG, *AWQ, *FOUR_OVER_SIX, "train.steps=1200"),
     ),
     Row(
         "mxfp4_qad_long",
