@@ -1,10 +1,12 @@
 """What the benchmarks share: processes of their own, and what they ran on."""
 
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
+from pathlib import Path
 
 PACKAGES = ("torch", "triton", "megatron-core", "nvidia-modelopt", "halfbyte")
 
@@ -31,12 +33,22 @@ def torchrun(processes: int, module: str, words: Sequence[str]) -> None:
 
 
 def about(program: str) -> dict[str, str]:
-    """The command that is running, its GPUs and the versions of PACKAGES."""
+    """The command that is running, its GPUs (or its CPU, without one) and the versions of PACKAGES."""
     import torch
 
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    if torch.cuda.is_available():
+        device = {"GPU": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"}
+    else:
+        device = {"CPU": f"{os.cpu_count()} x {_processor()}"}
     return {
         "command": " ".join([program, *sys.argv[1:]]),
-        "GPU": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}",
+        **device,
         "versions": f"Python {platform.python_version()}, {versions}",
     }
+
+
+def _processor() -> str:
+    """The processor's name as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
