@@ -5,6 +5,7 @@ Writes a Markdown table with versions. Without CUDA it says so and measures noth
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.bench.common import about, torchrun, unknown
-from halfbyte.bench.plan import ARMS, LAYOUTS, Size
-from halfbyte.training.errors import OK, USAGE
+from halfbyte.bench.plan import ARMS, LAYOUTS, Size, problems
+from halfbyte.training.errors import FAILED, OK, USAGE
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(prog="python -m halfbyte.bench", description="Time training steps in FP4.")
-    options.add_argument("--layouts", default=",".join(LAYOUTS), help=f"of {', '.join(LAYOUTS)}")
+    options.add_argument("--layouts", default="tp1,tp2,pp2", help=f"of {', '.join(LAYOUTS)}")
     options.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)}; bf16 is always measured")
     options.add_argument("--layers", type=int, default=8, help="number of layers")
     options.add_argument("--micro-batches", type=int, default=8, help="micro-batches of 4096 tokens per step")
@@ -33,36 +34,54 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark; returns the exit code: 1 where a layout failed, the others being measured all the same."""
     args = parser().parse_args(argv)
     layouts, arms = args.layouts.split(","), args.arms.split(",")
     if unknown("--layouts", layouts, LAYOUTS) or unknown("--arms", arms, ARMS):
+        return USAGE
+    size = Size(layers=args.layers, micro_batches=args.micro_batches)
+    wrong = problems(size, [LAYOUTS[name] for name in layouts])
+    if wrong:
+        print("\n".join(f"error: {line}" for line in wrong), file=sys.stderr)
         return USAGE
     import torch
 
     if not torch.cuda.is_available():
         print("skipped: needs CUDA")
         return OK
-    size = Size(layers=args.layers, micro_batches=args.micro_batches)
+    from halfbyte.bench import kernels
+
+    bandwidth = kernels.measure()
+    torch.cuda.empty_cache()  # the layouts' processes use the same GPU
     arms = ["bf16", *(name for name in arms if name != "bf16")]
-    gpus = torch.cuda.device_count()
-    skipped = [
+    gpus, measured, failed = torch.cuda.device_count(), {}, False
+    missing = [
         f"{name} skipped: needs {LAYOUTS[name].gpus} GPUs, {gpus} found"
         for name in layouts
         if LAYOUTS[name].gpus > gpus
     ]
-    measured = {name: _layout(name, arms, size, args) for name in layouts if LAYOUTS[name].gpus <= gpus}
-    from halfbyte.bench import kernels
+    _write(args.out, size, measured, bandwidth, missing)
+    for name in layouts:
+        if LAYOUTS[name].gpus > gpus:
+            continue
+        try:
+            measured[name] = _layout(name, arms, size, args)
+        except subprocess.CalledProcessError as error:  # what it said stands above
+            missing.append(f"{name} failed: exit code {error.returncode}")
+            failed = True
+        _write(args.out, size, measured, bandwidth, missing)  # what is there stays, whatever the next layout does
+    print(args.out.read_text())
+    return FAILED if failed else OK
+
+
+def _write(out: Path, size: Size, measured: dict[str, Any], bandwidth: dict[str, Any], missing: list[str]) -> None:
+    """The table, and the figures beside it."""
     from halfbyte.bench.table import document
 
-    bandwidth = kernels.measure()
-    text = document(size, measured, bandwidth, about("python -m halfbyte.bench"), skipped)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(document(size, measured, bandwidth, about("python -m halfbyte.bench"), missing))
     figures = {"size": asdict(size), "steps": measured, "kernels": bandwidth}
-    args.out.with_suffix(".json").write_text(json.dumps(figures) + "\n")
-    print(text)
-    return OK
+    out.with_suffix(".json").write_text(json.dumps(figures) + "\n")
 
 
 def _layout(name: str, arms: list[str], size: Size, args: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ import torch.distributed as dist
 
 from halfbyte.export import hf
 from halfbyte.export.convert import convert
-from halfbyte.export.team import Team
+from halfbyte.export.team import team_of
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Format, Recipe
 from halfbyte.training.hf_map import HFWeight, expected_shapes
 from halfbyte.training.resolve import resolve
-from halfbyte.training.runtime import Runtime, on_every_rank, on_first_rank, open_runtime
+from halfbyte.training.runtime import Runtime, open_runtime
 from halfbyte.training.shape import planned_linears, read_shape
 
 WINDOW = 512
@@ -152,7 +151,7 @@ def _member(rank: int, world: int, files: int, folder: Path, answers: Any) -> No
     """One process of `size`."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     runtime = Runtime(rank, world, rank, world, torch.device("cpu"), torch.float32)
-    team = Team(rank, world, partial(on_first_rank, runtime), partial(on_every_rank, runtime))
+    team = team_of(runtime)
     recipe = Recipe()
     recipe.quantize.format, recipe.export.files = Format.nvfp4, files
     own = hf.own_weights(recipe, folder / "shape_8b", team)

@@ -1,5 +1,6 @@
 """What is measured: the model, the layouts, the arms. Torch-free, so that `--help` and a skip are quick."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from halfbyte.training.choices import CudaGraphs
@@ -19,24 +20,41 @@ from halfbyte.training.shape import ModelShape
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to split the model: one process per GPU."""
+    """A way to split the work of one global batch: one process per GPU."""
 
     name: str
     tensor: int = 1
     pipeline: int = 1
+    data: int = 1
 
     @property
     def gpus(self) -> int:
         """Processes it needs."""
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.data
+
+    def limit(self, micro_batches: int) -> float:
+        """How many times as fast as one GPU a step can be at most, communication being free.
+
+        A pipeline of p stages does m micro-batches in the time of m + p - 1 (arXiv 2104.04473, 2.2.1).
+
+        Args:
+            micro_batches: Of the global batch; each data-parallel rank takes its share of them, m.
+        """
+        own = micro_batches / self.data
+        return self.gpus * own / (own + self.pipeline - 1)
 
 
 LAYOUTS = {
     "tp1": Layout("tp1"),
     "tp2": Layout("tp2", tensor=2),
     "pp2": Layout("pp2", pipeline=2),
+    "dp2": Layout("dp2", data=2),
+    "tp4": Layout("tp4", tensor=4),
+    "tp2pp2": Layout("tp2pp2", tensor=2, pipeline=2),
+    "pp4": Layout("pp4", pipeline=4),
+    "dp4": Layout("dp4", data=4),
 }
-"""tp2 runs with sequence parallelism."""
+"""All take the same global batch; tensor parallelism runs with sequence parallelism."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,17 @@ class Size:
         return linears + 6 * self.layers * self.sequence**2 * self.hidden * self.micro_batches
 
 
+def problems(size: Size, layouts: Iterable[Layout]) -> list[str]:
+    """What of a size does not divide over a layout, a line each."""
+    found = []
+    for layout in layouts:
+        if size.layers % layout.pipeline:
+            found.append(f"--layers {size.layers}: {layout.name} needs a multiple of {layout.pipeline}")
+        if size.micro_batches % layout.data:
+            found.append(f"--micro-batches {size.micro_batches}: {layout.name} needs a multiple of {layout.data}")
+    return found
+
+
 def shape_of(size: Size) -> ModelShape:
     """The model's shape."""
     return ModelShape(
@@ -123,13 +152,13 @@ def recipe(size: Size, layout: Layout, arm: Arm) -> Recipe:
         method=Method.bf16 if arm.format is None else Method.qat,
         model=Model(path="none"),
         quantize=Quantize(format=arm.format or Format.nvfp4, block_scale=arm.block_scale),
-        parallel=Parallel(tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.tensor > 1),
+        parallel=Parallel(tensor=layout.tensor, pipeline=layout.pipeline, data=layout.data, sequence=layout.tensor > 1),
         train=Train(
             steps=1000,
             global_batch=size.micro_batches,
             micro_batch=1,
             sequence_length=size.sequence,
-            learning_rate=1e-6,
+            learning_rate=1e-4,  # enough for the loss to fall within a few steps of the same batch
             cuda_graphs=arm.graphs if arm.modelopt is None else CudaGraphs.never,
         ),
     )

@@ -122,34 +122,26 @@ def measure(case: Case, runtime: Any, steps: int) -> dict[str, Any]:
             "peak_reserved": torch.cuda.max_memory_reserved(),
             "outside": total - free - torch.cuda.memory_reserved(),
         }
-        found |= dict(zip(peaks, _fullest(list(peaks.values()), runtime), strict=True))
+        found |= dict(zip(peaks, worker.fullest(list(peaks.values()), runtime), strict=True))
     return found
 
 
 def _prepare(case: Case, runtime: Any) -> tuple[Any, list[Any]]:
     """A Training module, and the micro-batches of one step."""
     from halfbyte.bench import worker
+    from halfbyte.bench.random_model import random_model
     from halfbyte.training import quantize
     from halfbyte.training.schedule import collect
 
     recipe, shape = case.recipe(), case.shape
     parts = worker.batches(shape.vocab, case.sequence, case.rows, case.count, runtime)
-    gpt, teacher = worker.random_model(shape, recipe, runtime), None
+    gpt, teacher = random_model(shape, recipe, runtime), None
     if case.method is Method.qad:
-        teacher = worker.random_model(shape, recipe, runtime)
+        teacher = random_model(shape, recipe, runtime)
         teacher.requires_grad_(False)
     if case.method is not Method.bf16:
         quantize.quantize(gpt, recipe, runtime, lambda stage: collect(stage, parts[:1], None))
     return worker.without_trainer(gpt, teacher, recipe, runtime), parts
-
-
-def _fullest(values: list[int], runtime: Any) -> list[int]:
-    import torch
-    import torch.distributed as dist
-
-    together = torch.tensor(values, dtype=torch.int64, device=runtime.device)
-    dist.all_reduce(together, op=dist.ReduceOp.MAX)
-    return together.tolist()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from halfbyte.bench.plan import Size
+from halfbyte.bench.plan import LAYOUTS, Layout, Size
+
+HEAD = (
+    *("layout", "arm", "step ms", "/ BF16", "spread", "first step s", "peak GB", "+ GB", "utilisation"),
+    *("of one GPU", "at most", "loss, from one GPU"),
+)
+NOTE = (
+    "Peak: of the fullest GPU. Utilisation: model FLOPs per second over what the 8192^3 BF16 GEMM reaches on as many "
+    "of these GPUs. At most: the number of GPUs, less what a pipeline's bubble takes. Loss: the largest relative "
+    "difference at any step from the same arm on one GPU, with the same weights and tokens; the curves are in the JSON "
+    "beside this file."
+)
 
 
 def document(
@@ -41,29 +52,45 @@ def document(
 
 
 def _steps(size: Size, measured: Mapping[str, Any], gemm_flops: float) -> list[str]:
-    head = ["layout", "arm", "step ms", "/ BF16", "spread", "first step s", "peak GB", "+ GB", "utilisation"]
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for layout, arms in measured.items():
-        base = arms["bf16"]
         for name, arm in arms.items():
             if "failed" in arm:
-                rows.append(f"| {layout} | {name} | failed | {arm['failed']} | | | | | |")
+                rows.append(f"| {layout} | {name} | failed | {arm['failed']} |" + " |" * (len(HEAD) - 4))
                 continue
+            one = measured.get("tp1", {}).get(name, {}) if layout != "tp1" else {}
             spread = (max(arm["seconds"]) - min(arm["seconds"])) / arm["median"]
-            used = size.step_flops / arm["median"] / (gemm_flops * (1 if layout == "tp1" else 2))
+            used = size.step_flops / arm["median"] / (gemm_flops * LAYOUTS[layout].gpus)
             cells = [
                 layout,
                 name,
                 f"{arm['median'] * 1000:.1f}",
-                f"{arm['median'] / base['median']:.3f}",
+                f"{arm['median'] / arms['bf16']['median']:.3f}",
                 f"{100 * spread:.1f} %",
                 f"{arm['first_step']:.1f}",
                 f"{arm['peak_bytes'] / 1e9:.2f}",
-                f"{(arm['peak_bytes'] - base['peak_bytes']) / 1e9:+.2f}",
+                f"{(arm['peak_bytes'] - arms['bf16']['peak_bytes']) / 1e9:+.2f}",
                 f"{100 * used:.1f} %",
+                *_against_one_gpu(LAYOUTS[layout], size, arm, one),
             ]
             rows.append("| " + " | ".join(cells) + " |")
-    return [*rows, "", "Utilisation: model FLOPs per second over what the 8192^3 BF16 GEMM reaches on the same GPUs."]
+    return [*rows, "", NOTE]
+
+
+def _against_one_gpu(layout: Layout, size: Size, arm: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
+    """Speed-up, its limit, and how far the loss curve is from that of the same arm on one GPU; empty without one."""
+    if one.get("median") is None:
+        return ["", "", ""]
+    return [
+        f"{one['median'] / arm['median']:.2f}x",
+        f"{layout.limit(size.micro_batches):.2f}x",
+        f"{largest_difference(arm['losses'], one['losses']):.1e}",
+    ]
+
+
+def largest_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
+    """Of two loss curves: the largest relative difference at any step."""
+    return max(abs(mine - other) / abs(other) for mine, other in zip(losses, reference, strict=True))
 
 
 def _profiles(measured: Mapping[str, Any]) -> list[str]:

@@ -16,12 +16,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import layers
 
 from halfbyte.bench.plan import ARMS, LAYOUTS, Arm, Layout, Size, recipe, shape_of
 from halfbyte.bench.profile import profile
-from halfbyte.training import environment, model, module, quantize
+from halfbyte.bench.random_model import random_model
+from halfbyte.training import environment, module, quantize
 from halfbyte.training.config import Recipe
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.runtime import Runtime, close_runtime, open_runtime
@@ -43,11 +46,15 @@ def batches(vocab: int, sequence: int, rows: int, count: int, runtime: Runtime) 
     return [MicroBatch(w[:, :-1].contiguous(), w[:, 1:].contiguous(), mask, None).to(runtime.device) for w in windows]
 
 
+def own_share(parts: list[MicroBatch], layout: Layout) -> list[MicroBatch]:
+    """This data-parallel rank's part of a global batch."""
+    return parts[parallel_state.get_data_parallel_rank() :: layout.data]
+
+
 @contextlib.contextmanager
-def training(size: Size, layout: Layout, arm: Arm, runtime: Runtime, parts: list[MicroBatch]) -> Iterator[Any]:
-    """A Training module of an arm, with the two things that Lightning's trainer would give it."""
-    plan: Recipe = recipe(size, layout, arm)
-    gpt = random_model(shape_of(size), plan, runtime)
+def training(plan: Recipe, shape: ModelShape, arm: Arm, runtime: Runtime, parts: list[MicroBatch]) -> Iterator[Any]:
+    """A Training module of an arm, calibrated on the first of the batch's parts."""
+    gpt = random_model(shape, plan, runtime)
     with _modelopt_as_it_is(arm):
         if arm.format is not None:
             quantize.quantize(gpt, plan, runtime, lambda stage: collect(stage, parts[:1], None))
@@ -57,16 +64,6 @@ def training(size: Size, layout: Layout, arm: Arm, runtime: Runtime, parts: list
             with contextlib.redirect_stdout(None):
                 mtq.quantize(gpt, getattr(mtq, arm.modelopt), lambda stage: collect(stage, parts[:1], None))
         yield without_trainer(gpt, None, plan, runtime)
-
-
-def random_model(shape: ModelShape, plan: Recipe, runtime: Runtime) -> GPTModel:
-    """This rank's part of a model with random matrices and norms of one."""
-    gpt = model.build(shape, plan, runtime)
-    generator = torch.Generator(runtime.device).manual_seed(2)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.normal_(0.0, 0.02, generator=generator) if parameter.dim() == 2 else parameter.fill_(1.0)
-    return gpt
 
 
 def without_trainer(gpt: GPTModel, teacher: GPTModel | None, plan: Recipe, runtime: Runtime) -> Any:
@@ -106,6 +103,13 @@ def time_steps(trained: Any, parts: list[MicroBatch], count: int, runtime: Runti
     return seconds
 
 
+def fullest(values: list[int], runtime: Runtime) -> list[int]:
+    """The largest of every rank's values, place by place; collective."""
+    together = torch.tensor(values, dtype=torch.int64, device=runtime.device)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX)
+    return together.tolist()
+
+
 def _synchronize(runtime: Runtime) -> None:
     if runtime.device.type == "cuda":
         torch.cuda.synchronize()
@@ -117,9 +121,9 @@ def measure(
     """Every arm in turn, `rounds` times over.
 
     Returns:
-        Arm name -> seconds (of all timed steps), first_step (seconds, compilation included), peak_bytes (of this
-        rank), loss (of the last step), median, and profile (of the last round) where `traced`; an arm of ModelOpt that
-        does not run: failed (the reason).
+        Arm name -> seconds (of all timed steps), first_step (seconds, compilation included), peak_bytes (of the
+        fullest rank), losses (of every step of the first round, warm-up included), median, and profile (of the last
+        round) where `traced`; an arm of ModelOpt that does not run: failed (the reason).
     """
     parts = batches(size.vocab, size.sequence, 1, size.micro_batches, runtime)
     found: dict[str, Any] = {arm.name: {"seconds": [], "first_step": None} for arm in arms}
@@ -159,16 +163,17 @@ def _one_turn(
     *,
     traced: bool,
 ) -> None:
-    with training(size, layout, arm, runtime, parts) as trained:
-        warm = time_steps(trained, parts, WARM_UP, runtime)
-        if runtime.device.type == "cuda":
+    own, on_gpu = own_share(parts, layout), runtime.device.type == "cuda"
+    with training(recipe(size, layout, arm), shape_of(size), arm, runtime, parts) as trained:
+        warm = time_steps(trained, own, WARM_UP, runtime)
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()  # of reserved memory: a graph's own is not "allocated" while it rests
         entry["first_step"] = entry["first_step"] or warm[0]
-        entry["seconds"] += time_steps(trained, parts, steps, runtime)
-        entry["peak_bytes"] = torch.cuda.max_memory_reserved() if runtime.device.type == "cuda" else None
-        entry["loss"] = trained.progress.losses[-1]
+        entry["seconds"] += time_steps(trained, own, steps, runtime)
+        entry["peak_bytes"] = fullest([torch.cuda.max_memory_reserved()], runtime)[0] if on_gpu else None
+        entry.setdefault("losses", list(trained.progress.losses))
         if traced:
-            entry["profile"] = profile(lambda: trained.training_step(parts, steps))
+            entry["profile"] = profile(lambda: trained.training_step(own, steps))
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfbyte.training.runtime import Runtime
 
 
 def _here(work: Callable[[], Any]) -> Any:
@@ -24,3 +28,11 @@ class Team:
     size: int = 1
     on_first: Callable[[Callable[[], Any]], Any] = _here
     on_every: Callable[[Callable[[], Any]], Any] = _here
+
+
+def team_of(runtime: "Runtime") -> Team:
+    """All processes of a run."""
+    # imported here, for it brings torch, which those do not need who write alone
+    from halfbyte.training.runtime import on_every_rank, on_first_rank
+
+    return Team(runtime.rank, runtime.world, partial(on_first_rank, runtime), partial(on_every_rank, runtime))

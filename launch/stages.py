@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from halfbyte.training.files import read_json, write_json
 from halfbyte.training.interrupt import Stop
 from halfbyte.training.kv_format import KVCache
 from halfbyte.training.model_source import is_quantized
-from halfbyte.training.runtime import Runtime, on_every_rank, on_first_rank
+from halfbyte.training.runtime import Runtime, on_first_rank
 from halfbyte.training.schedule import collect
 from halfbyte.training.served import weights_as_served
 from halfbyte.training.shape import ModelShape, read_shape
@@ -137,7 +136,7 @@ class Work:
         The decoded weights take the place of the model's, so this is the last stage that needs the model.
         """
         from halfbyte.export.decode import write_decoded
-        from halfbyte.export.team import Team
+        from halfbyte.export.team import team_of
         from halfbyte.launch import handover
 
         steps = 0 if self.recipe.method == Method.ptq else self.recipe.train.steps
@@ -145,10 +144,9 @@ class Work:
         if not wanted or done:
             return
 
-        runtime, decoded = self.runtime, self.folder / "cache" / "decoded"
-        team = Team(runtime.rank, runtime.world, partial(on_first_rank, runtime), partial(on_every_rank, runtime))
-        out = handover.prepare(self.recipe, self.folder, self.console, resume=self.resume, team=team)
-        scales = on_first_rank(runtime, lambda: write_decoded(out, decoded))
+        decoded = self.folder / "cache" / "decoded"
+        out = handover.prepare(self.recipe, self.folder, self.console, resume=self.resume, team=team_of(self.runtime))
+        scales = on_first_rank(self.runtime, lambda: write_decoded(out, decoded))
         with weights_as_served(self.gpt, self.recipe.quantize, scales):
             self._take_weights(decoded)
             self._score("exported")

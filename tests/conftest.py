@@ -25,6 +25,7 @@ SLOW_FIRST = (
     "test_report.py",
     "test_sensitivity.py",
     "test_methods.py",
+    "test_four.py",
     "test_teacher_files.py",
     "test_freeze.py",
     "test_kernels.py",

@@ -36,6 +36,15 @@ def test_an_unknown_arm_is_named(environment):
     assert done.stderr.startswith("error: --arms int3: not known; use some of bf16, nvfp4")
 
 
+def test_what_does_not_divide_is_named(environment):
+    done = bench(environment, "--layouts=pp4,dp4", "--layers=6", "--micro-batches=2")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: --layers 6: pp4 needs a multiple of 4",
+        "error: --micro-batches 2: dp4 needs a multiple of 4",
+    ]
+
+
 def test_the_work_of_a_llama_3_8b_layer():
     size = Size()
     assert size.layer_parameters == 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
@@ -44,9 +53,10 @@ def test_the_work_of_a_llama_3_8b_layer():
 
 
 def test_the_table_divides_by_bf16():
+    common = {"first_step": 1.0, "peak_bytes": 10_000_000_000, "losses": [2.0, 1.0]}
     arms = {
-        "bf16": {"seconds": [0.2, 0.19, 0.21], "median": 0.2, "first_step": 1.0, "peak_bytes": 10_000_000_000},
-        "nvfp4": {"seconds": [0.203], "median": 0.203, "first_step": 1.5, "peak_bytes": 12_500_000_000},
+        "bf16": common | {"seconds": [0.2, 0.19, 0.21], "median": 0.2},
+        "nvfp4": common | {"seconds": [0.203], "median": 0.203, "first_step": 1.5, "peak_bytes": 12_500_000_000},
         "modelopt_nvfp4": {"seconds": [], "median": None, "first_step": None, "failed": "NotImplementedError: TP"},
     }
     kernels = {
@@ -56,11 +66,14 @@ def test_the_table_divides_by_bf16():
         },
         "gemm_flops": 7.5e14,
     }
-    text = document(SMALL, {"tp1": arms}, kernels, {"GPU": "one"}, ["tp2 skipped: needs 2 GPUs, 1 found"])
+    four = {"bf16": common | {"seconds": [0.1], "median": 0.1, "losses": [2.0, 1.25]}}
+    text = document(SMALL, {"tp1": arms, "pp4": four}, kernels, {"GPU": "one"}, ["tp2 skipped: needs 2 GPUs, 1 found"])
     assert "| tp1 | nvfp4 | 203.0 | 1.015 | 0.0 % | 1.5 | 12.50 | +2.50 |" in text
     assert "| tp1 | bf16 | 200.0 | 1.000 | 10.0 % |" in text
     assert "| nvfp4 | 110.0 | 3800 | 95 % |" in text
     assert "| tp1 | modelopt_nvfp4 | failed | NotImplementedError: TP |" in text
+    limit = 4 * 2 / (2 + 3)  # two micro-batches in four stages
+    assert f"| 2.00x | {limit:.2f}x | 2.5e-01 |" in text
     assert "- tp2 skipped: needs 2 GPUs, 1 found" in text
 
 
@@ -99,7 +112,7 @@ def test_every_arm_of_ours_takes_its_steps():
     with helpers["world_of_one"]() as runtime:
         found = worker.measure(SMALL, LAYOUTS["tp1"], arms, runtime, steps=2, rounds=2)
     assert all(len(entry["seconds"]) == 4 and entry["first_step"] > 0 for entry in found.values())
-    losses = [entry["loss"] for entry in found.values()]
+    losses = [entry["losses"][-1] for entry in found.values()]
     assert len(set(losses)) == 3  # the same weights and tokens, three arithmetics
     assert max(losses) - min(losses) < 0.1
 

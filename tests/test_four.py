@@ -1,0 +1,42 @@
+"""The benchmarks of four GPUs, in four processes on the CPU: every layout does one GPU's work and exports its bytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.bench.layout_export import PARTS, verdict
+from halfbyte.bench.table import largest_difference
+
+pytestmark = pytest.mark.slow
+WORKER = Path(__file__).with_name("workers") / "four.py"
+FOUR = ("tp4", "tp2pp2", "pp4", "dp4")
+
+
+@pytest.fixture(scope="module")
+def found(forks, tmp_path_factory) -> dict[str, Any]:
+    """Layout -> what the worker left of it; one process makes the checkpoint that four load."""
+    folder = tmp_path_factory.mktemp("four")
+    for ranks in (1, 4):
+        forks.script(WORKER.with_name("start.py"), WORKER, folder, ranks=ranks)
+    return json.loads((folder / "1.json").read_text()) | json.loads((folder / "4.json").read_text())
+
+
+@pytest.mark.parametrize("layout", FOUR)
+def test_the_loss_curve_is_that_of_one_gpu(found, layout):
+    one, mine = found["tp1"]["measured"], found[layout]["measured"]
+    assert len(set(one["nvfp4"]["losses"])) == 2  # the weights move
+    assert largest_difference(mine["bf16"]["losses"], one["bf16"]["losses"]) < 1e-5
+    assert largest_difference(mine["nvfp4"]["losses"], one["nvfp4"]["losses"]) < 1e-3  # another sum flips a code
+    assert len(mine["nvfp4"]["seconds"]) == 1
+
+
+@pytest.mark.parametrize("layout", FOUR)
+def test_the_export_is_byte_for_byte_that_of_one_gpu(found, layout):
+    one, mine = found["tp1"]["files"], found[layout]["files"]
+    assert len([name for name in one["carried"] if name.endswith(".safetensors")]) == 4
+    assert one["calibrated"] != one["carried"]  # one GPU trained in between
+    for part in PARTS:
+        assert mine[part] == one[part]
+    assert all(line.endswith("all the same") for line in verdict(layout, mine, one))

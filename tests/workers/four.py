@@ -1,0 +1,38 @@
+"""What the benchmarks of four GPUs do, on a small model: steps in FP32, exports in float64.
+
+Usage: start.py four.py FOLDER, alone or in four ranks. FOLDER/<ranks>.json gets {layout: {"measured", "files"}}.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from halfbyte.bench import layout_bytes, worker
+from halfbyte.bench.layout_export import SMALL
+from halfbyte.bench.plan import ARMS, LAYOUTS, recipe
+from halfbyte.training import environment
+from halfbyte.training.files import write_json
+from halfbyte.training.runtime import close_runtime, on_first_rank, open_runtime
+
+
+def main(folder: Path) -> None:
+    """Every layout of this world size."""
+    ranks, found, runtime = environment.coordinates()[1], {}, None
+    worker.WARM_UP = 1  # nothing is timed here
+    for name, layout in LAYOUTS.items():
+        if layout.gpus != ranks:
+            continue
+        if runtime is None:
+            runtime = open_runtime(recipe(SMALL, layout, ARMS["bf16"]))
+        else:  # other groups of the same processes
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+        arms = [ARMS["bf16"], ARMS["nvfp4"]]
+        measured = worker.measure(SMALL, layout, arms, runtime, steps=1, rounds=1)
+        exact = dataclasses.replace(runtime, dtype=torch.float64)
+        files = layout_bytes.exported(SMALL, layout, exact, folder, steps=2)
+        found[name] = {"measured": measured, "files": files}
+    on_first_rank(runtime, lambda: write_json(folder / f"{ranks}.json", found))
+    close_runtime()
