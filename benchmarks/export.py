@@ -1,5 +1,6 @@
-"""`python -m halfbyte.bench.export FOLDER`: what the evidence about exports says, measured again. On the CPU.
+"""`python -m halfbyte.bench.export FOLDER`: what the evidence about exports says, measured again.
 
+packing     one weight to bytes in every format: seconds, on one core and on the GPU that is there
 agreement   SmolLM2-135M, calibrated: its training-time model and the files decoded in transformers, token by token
 conversions the same files in every other layout: bytes, seconds to convert and to read back
 size        an 8B-shaped model with random weights, written by two processes: seconds, bytes, peak memory
@@ -21,19 +22,50 @@ import torch.distributed as dist
 
 from halfbyte.export import hf
 from halfbyte.export.convert import convert
+from halfbyte.export.pack import pack
 from halfbyte.export.team import team_of
 from halfbyte.training.choices import Container
-from halfbyte.training.config import Format, Recipe
+from halfbyte.training.config import BlockScale, Format, Quantize, Recipe
 from halfbyte.training.hf_map import HFWeight, expected_shapes
 from halfbyte.training.resolve import resolve
 from halfbyte.training.runtime import Runtime, open_runtime
 from halfbyte.training.shape import planned_linears, read_shape
 
+PACKED = (
+    (Format.nvfp4, BlockScale.amax),
+    (Format.nvfp4, BlockScale.four_over_six),
+    (Format.nvfp4, BlockScale.mse),
+    (Format.mxfp4, BlockScale.amax),
+    (Format.fp8, BlockScale.amax),
+)
+"""Formats and rules for block scales that `packing` times."""
 WINDOW = 512
 """Tokens that are scored in one pass."""
 SHAPE = "llama31_8b.json"
 LINEAR_AMAX, INPUT_AMAX = 0.2, 8.0
 """Any maxima: the time to write does not depend on them."""
+
+
+def packing(device: str, repeats: int = 5) -> Iterator[dict[str, Any]]:
+    """Pack a BF16 [4096, 14336] that lies on `device`: the best of some repeats, per format; results go to the CPU."""
+    tensor = torch.randn(4096, 14336, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16().to(device)
+    weight = HFWeight("model.layers.0.mlp.down_proj.weight", tensor, True, tensor.abs().max(), torch.tensor(8.0))
+    torch.set_num_threads(1)
+    for number_format, rule in PACKED:
+        seconds = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            packed = pack(weight, Quantize(format=number_format, block_scale=rule))
+            seconds.append(time.perf_counter() - started)
+        name = f"{number_format.value} {rule.value}"
+        rates = {key: size / min(seconds) / 1e6 for key, size in _bytes(tensor, packed).items()}
+        yield {"packing": name, "device": device, "ms": round(1e3 * min(seconds), 1)} | {
+            f"{key}_MB_per_s": round(rate) for key, rate in rates.items()
+        }
+
+
+def _bytes(tensor: torch.Tensor, packed: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {"bf16": tensor.nbytes, "packed": sum(part.nbytes for part in packed.values())}
 
 
 def agreement(folder: Path, tokens: int, number_format: str) -> dict[str, Any]:
@@ -204,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print JSON, a line per measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="scratch folder; 12 GB for `size`")
-    parser.add_argument("--what", nargs="+", default=["agreement", "conversions", "size"])
+    parser.add_argument("--what", nargs="+", default=["packing", "agreement", "conversions", "size"])
     parser.add_argument("--tokens", type=int, default=10_000)
     parser.add_argument("--format", default="nvfp4", help="quantize.format of the agreement")
     parser.add_argument("--processes", type=int, default=2)
@@ -214,6 +246,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "compressed-tensors", "safetensors")
     print(json.dumps({name: metadata.version(name) for name in packages}), flush=True)
+    if "packing" in args.what:
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            for row in packing(device):
+                print(json.dumps(row), flush=True)
     if "agreement" in args.what:
         print(json.dumps(agreement(folder, args.tokens, args.format)), flush=True)
     if "conversions" in args.what:

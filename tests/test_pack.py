@@ -1,5 +1,6 @@
 """Packed bytes: the codes, the laws of encoding, and the tensors of one exported linear."""
 
+import itertools
 import math
 
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.export.pack import fake, pack
-from halfbyte.training import codec, numerics
-from halfbyte.training.config import Format, Quantize, SecondScale
+from halfbyte.training import codec, numerics, rounding
+from halfbyte.training.config import BlockScale, Format, Quantize, SecondScale
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight
 
@@ -67,6 +68,67 @@ def test_packing_the_decoded_values_gives_the_same_bytes(seed: int, mode: Second
     codes_again, scales_again = codec.nvfp4_encode(codec.nvfp4_decode(codes, scales, s2), s2)
     assert torch.equal(codes, codes_again)
     assert torch.equal(scales.view(torch.uint8), scales_again.view(torch.uint8))
+
+
+def difficult(seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """[56, 64] of everything: heavy tails, midpoints and their neighbours, tiny, huge, -0, Inf, NaN, any bits."""
+    generator = torch.Generator().manual_seed(seed)
+    midpoints = torch.randint(-24, 25, (16, 64), generator=generator) / 4
+    midpoints[:, ::32] = 6.0  # the block scale is a power of two
+    near = midpoints[:8].view(torch.int32) + torch.randint(-1, 2, (8, 64), generator=generator).int()
+    bits = torch.randint(-(2**31), 2**31, (8, 64), generator=generator).int()
+    ordinary = weights(seed, rows=32, decades=16.0)
+    ordinary[0], ordinary[1, 5], ordinary[2, 40], ordinary[3] = -0.0, math.inf, -math.inf, 1e-30
+    ordinary[4, ::7], ordinary[5, 33] = math.nan, -math.nan
+    near = near.view(torch.float32)
+    return torch.cat([ordinary, midpoints[8:], near, bits.view(torch.float32)]).to(dtype)
+
+
+def bytes_by_table(q: torch.Tensor) -> torch.Tensor:
+    """E2M1 values [C, block] -> uint8 [C, block/2] by searching the table; NaN is code 0."""
+    magnitude = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    code = (q.abs().unsqueeze(-1) == magnitude).int().argmax(-1) + 8 * (q < 0)
+    return (code[:, 0::2] + 16 * code[:, 1::2]).to(torch.uint8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.integers(-20, 2), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_bytes_are_those_of_the_oracle_and_the_table(seed: int, exponent: int, dtype: torch.dtype):
+    w = difficult(seed, dtype)
+    for rule, block in itertools.product(BlockScale, (16, 32)):
+        if rule is BlockScale.mse and block == 32:
+            continue
+        chunk = w.float().view(-1, block)
+        scales = numerics.nvfp4_block_scale(chunk, scale(exponent), rule).float()
+        q = rounding.round_e2m1(chunk / (scales * scale(exponent)))
+        codes, found = codec.nvfp4_encode(w, scale(exponent), rule, block)
+        assert torch.equal(codes.view(-1, block // 2), bytes_by_table(q))
+        assert same(found.float().view(-1, 1), torch.where((q == 0).all(-1, keepdim=True), 1.0, scales))
+    chunk = w.float().view(-1, 32)
+    for rule in (BlockScale.amax, BlockScale.mse):
+        exponents = numerics.mxfp4_exponent_code(chunk, rule)
+        codes, found = codec.mxfp4_encode(w, rule)
+        q = rounding.round_e2m1(chunk * numerics.mxfp4_scales(exponents)[1])
+        assert torch.equal(codes.view(-1, 16), bytes_by_table(q))
+        assert torch.equal(found.view(-1, 1).int(), exponents)
+    amax = chunk.abs().amax(-1, keepdim=True)
+    assert same(rounding.block_amax(chunk).nan_to_num(-1.0), amax.nan_to_num(-1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_packs_the_same_bytes(dtype: torch.dtype):
+    w = torch.cat([difficult(seed, dtype) for seed in range(50)])
+    for rule in BlockScale:
+        codes, scales = codec.nvfp4_encode(w, scale(-9), rule)
+        gpu_codes, gpu_scales = codec.nvfp4_encode(w.cuda(), scale(-9), rule)
+        assert torch.equal(codes, gpu_codes.cpu())
+        assert torch.equal(scales.float().nan_to_num(-1), gpu_scales.cpu().float().nan_to_num(-1))
+    for rule in (BlockScale.amax, BlockScale.mse):
+        for on_cpu, on_gpu in zip(codec.mxfp4_encode(w, rule), codec.mxfp4_encode(w.cuda(), rule), strict=True):
+            assert torch.equal(on_cpu, on_gpu.cpu())
+    on_cpu, on_gpu = codec.fp8_encode(w, scale(-9)), codec.fp8_encode(w.cuda(), scale(-9)).cpu()
+    assert same(on_cpu.float().nan_to_num(-1), on_gpu.float().nan_to_num(-1))
 
 
 def test_nan_blocks_decode_to_nan():

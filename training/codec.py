@@ -13,6 +13,9 @@ from halfbyte.training import numerics, rounding
 from halfbyte.training.config import BlockScale
 from halfbyte.training.numerics import MXFP4_BLOCK, NVFP4_BLOCK
 
+MINUS_ZERO = 0x80
+"""E4M3's code of -0."""
+
 
 @torch.no_grad()
 def nvfp4_encode(
@@ -47,11 +50,11 @@ def nvfp4_encode(
             scale_C1 = numerics.nvfp4_block_scale(chunk, scale_2, block_scale).float()
         else:
             scale_C1 = scales.reshape(-1, 1)[rows]
-        q = rounding.round_e2m1(chunk / (scale_C1 * scale_2))
-        # One canonical encoding of zeros. NaN counts as nonzero here and keeps its NaN scale.
-        empty = ~q.ne(0).any(-1, keepdim=True)
-        scale_rows[rows] = torch.where(empty, 1.0, scale_C1).to(torch.float8_e4m3fn)
-        packed_rows[rows] = _pack(q)
+        codes = _pack(rounding.round_e2m1(chunk / (scale_C1 * scale_2)))
+        nan, words = scale_C1.isnan(), codes.view(torch.int64)  # 16 codes a word
+        empty = (words.masked_fill_(nan, 0) == 0).all(-1, keepdim=True) & ~nan
+        scale_rows[rows] = scale_C1.masked_fill(empty, 1.0).to(torch.float8_e4m3fn)  # one encoding of zeros
+        packed_rows[rows] = codes
     return packed, scale
 
 
@@ -97,8 +100,10 @@ def mxfp4_encode(
             code = numerics.mxfp4_exponent_code(chunk, block_scale)
         else:
             code = scales.reshape(-1, 1)[rows].view(torch.int32) >> 23  # the exponent field of a power of two
+        codes = _pack(rounding.round_e2m1(chunk * numerics.mxfp4_scales(code)[1]))
+        codes.view(torch.int64).masked_fill_(code == numerics.E8M0_NAN, 0)
         scale_rows[rows] = code.to(torch.uint8)
-        packed_rows[rows] = _pack(rounding.round_e2m1(chunk * numerics.mxfp4_scales(code)[1]))
+        packed_rows[rows] = codes
     return packed, scale
 
 
@@ -129,11 +134,12 @@ def fp8_encode(w: Tensor, scale: Tensor) -> Tensor:
         float8_e4m3fn of w's shape; NaN where w is.
     """
     scale = scale.to(device=w.device, dtype=torch.float32)
-    codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     rows = codes.view(-1, 1)
     for row, chunk in numerics.chunks(w, 1):
-        rows[row] = (rounding.round_e4m3(chunk / scale).float() + 0.0).to(torch.float8_e4m3fn)
-    return codes
+        code = rounding.round_e4m3(chunk / scale).view(torch.uint8)
+        rows[row] = code.masked_fill_(code == MINUS_ZERO, 0)
+    return codes.view(torch.float8_e4m3fn)
 
 
 @torch.no_grad()
@@ -156,22 +162,17 @@ def _empty_encoding(w: Tensor, block: int, scale_dtype: torch.dtype) -> tuple[Te
 
 
 def _pack(q: Tensor) -> Tensor:
-    """Signed E2M1 values, FP32 [C, block] -> uint8 [C, block/2]; NaN becomes code 0 (its scale is NaN)."""
-    # 2q + 12 is a whole number below 25: a pair of them is a place in a table of 625 bytes.
-    pair = torch.add(2 * q[:, 0::2] + (12 + 25 * 12), q[:, 1::2], alpha=50)
-    return _BYTE_OF_PAIR.to(q.device)[pair.nan_to_num_(12 + 25 * 12).int()]
+    """Signed E2M1 values, FP32 [C, block] -> uint8 [C, block/2]; NaN, whose conversion is undefined, gives any code.
 
-
-def _byte_of_pair() -> Tensor:
-    """The packed byte of two E2M1 values a, b at the place (2a + 12) + 25 * (2b + 12); uint8 [625]."""
-    code_of_twice = torch.zeros(25, dtype=torch.uint8)
-    for index, magnitude in enumerate(rounding.E2M1):
-        code_of_twice[12 - int(2 * magnitude)] = index | 8
-        code_of_twice[12 + int(2 * magnitude)] = index  # last, so that zero is code 0
-    return ((code_of_twice[:, None] << 4) | code_of_twice).flatten()
-
-
-_BYTE_OF_PAIR = _byte_of_pair()
+    The index of a magnitude is min(2q, q + 2, q/2 + 4), E2M1's three steps as one concave line: on whole numbers of
+    eight bits, of which a core takes 64 at a time.
+    """
+    twice = (q + q).to(torch.int8)
+    magnitude = twice.abs()
+    index = torch.minimum(magnitude, (magnitude >> 1) + 2)
+    index = torch.minimum(index, (magnitude >> 2).add_(4))
+    pair = (twice >> 4).bitwise_and_(8).bitwise_or_(index).view(torch.int16)  # the even column in the low byte
+    return (pair >> 4).bitwise_or_(pair).to(torch.uint8)
 
 
 def _unpack(packed: Tensor) -> Tensor:

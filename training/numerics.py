@@ -34,7 +34,15 @@ from torch import Tensor
 
 from halfbyte.training.config import BlockScale, SecondScale
 from halfbyte.training.formats import GRIDS, Rounding
-from halfbyte.training.rounding import E2M1_MAX, E4M3_MAX, best_scale, round_e2m1, round_e4m3, sum_of_squares
+from halfbyte.training.rounding import (
+    E2M1_MAX,
+    E4M3_MAX,
+    best_scale,
+    block_amax,
+    round_e2m1,
+    round_e4m3,
+    sum_of_squares,
+)
 
 NVFP4_BLOCK = GRIDS[Rounding.nvfp4].block
 MXFP4_BLOCK = GRIDS[Rounding.mxfp4].block
@@ -307,7 +315,7 @@ def nvfp4_block_scale(chunk: Tensor, scale_2: Tensor, block_scale: BlockScale = 
     """E4M3 block scale: float8_e4m3fn [C, 1] of FP32 [C, block]; mse needs blocks of 16 and scale_2 a power of two."""
     if BlockScale(block_scale) is BlockScale.mse:
         return best_scale(chunk / scale_2, E4M3_VALUES.to(chunk.device), 16).to(torch.float8_e4m3fn)
-    amax = chunk.abs().amax(-1, keepdim=True)
+    amax = block_amax(chunk)
     six = _e4m3_scale(amax, E2M1_MAX * scale_2)
     if BlockScale(block_scale) is BlockScale.amax:
         return six
@@ -344,7 +352,7 @@ def mxfp4_exponent_code(chunk: Tensor, block_scale: BlockScale = BlockScale.amax
     From the bits: amax = 1.f * 2^e and 6 = 1.5 * 2^2, so the exponent is e - 2, plus 1 if 1.f > 1.5. Adding 0x3FFFFF
     carries into the exponent field exactly then.
     """
-    amax = chunk.abs().amax(-1, keepdim=True)
+    amax = block_amax(chunk)
     nan = amax.isnan()
     bits = amax.masked_fill_(nan, 0.0).view(torch.int32)
     code = bits.add_(0x3FFFFF).bitwise_right_shift_(23).sub_(2).clamp_(0, E8M0_MAX)

@@ -39,6 +39,14 @@ def round_e4m3(y: Tensor) -> Tensor:
     return y.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def block_amax(chunk: Tensor) -> Tensor:
+    """Absolute maximum of each block: FP32 [C, block] -> [C, 1]; NaN where the block holds a NaN.
+
+    The bits of numbers without a sign have their order, NaN above all: their maximum is four times as fast on a CPU.
+    """
+    return chunk.abs().view(torch.int32).amax(-1, keepdim=True).view(torch.float32)
+
+
 def sum_of_squares(error: Tensor) -> Tensor:
     """Neighbour by neighbour: FP32 [C, block] -> [C, 1]; `error` is overwritten."""
     error = error.square_()
@@ -71,7 +79,7 @@ def best_scale(u: Tensor, scales: Tensor, candidates: int) -> Tensor:
         FP32 [C, 1]; NaN where the block holds a NaN.
     """
     u = u.clamp(-(2.0**60), 2.0**60)  # far beyond any scale, and the sum of squares stays finite
-    amax = u.abs().amax(-1, keepdim=True)
+    amax = block_amax(u)
     first = torch.searchsorted(scales, amax / torch.full_like(amax, SWEEP_MOST)).clamp_(max=len(scales) - 1)
     best = scales[first]
     least = sum_of_squares(u - round_e2m1(u / best) * best)
