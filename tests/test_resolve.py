@@ -472,6 +472,15 @@ def test_resume_allows_what_does_not_touch_the_past():
     assert resume_problems(old, copy.deepcopy(old)) == []
 
 
+def test_of_a_changed_task_only_the_changed_field_is_said():
+    old, new = resolve("tiny", ["run.dir=here"]), resolve("tiny", ["evaluate.tasks.lambada.limit=7"])
+    (line,) = resume_problems(old, new)
+    assert line.startswith("evaluate.tasks.lambada.limit = 7: the run at here has ")
+    fewer = copy.deepcopy(new)
+    del fewer.evaluate.tasks[0]
+    assert resume_problems(old, fewer)[0].startswith("evaluate.tasks = english: the run at here has lambada, english;")
+
+
 def test_resolving_needs_no_torch():
     code = "import sys, halfbyte.training.resolve as r; r.resolve('tiny', []); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,6 +6,7 @@ checks types, rules.py and model_rules.py check that the values make sense toget
 
 import importlib.resources
 import tempfile
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -130,12 +131,23 @@ def resume_problems(old: Recipe, new: Recipe) -> list[str]:
         old: The recipe in the run folder.
         new: The recipe asked for now.
     """
-    before = dict(leaves(old))
+    before = dict(_resumable(old))
     return [
         f"{key} = {value}: the run at {old.run.dir} has {before[key]}; keep that value or choose a new run.dir"
-        for key, value in leaves(new)
-        if _ordered(value) != _ordered(before[key]) and not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+        for key, value in _resumable(new)
+        if key in before and _ordered(value) != _ordered(before[key])
     ]
+
+
+def _resumable(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Every key that an existing run must keep, and its value: of the tasks their names, and the fields of each."""
+    for key, value in leaves(recipe):
+        if key == "evaluate.tasks":
+            yield key, ", ".join(task.name for task in value) or "none"
+            for task in value:
+                yield from leaves(task, f"{key}.{task.name}.")
+        elif not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE):
+            yield key, value
 
 
 def _ordered(value: Any) -> Any:
