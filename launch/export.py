@@ -99,4 +99,6 @@ def withdraw_also(folder: Path) -> None:
 def _convert(source: Path, container: Container, out: Path, ranks: int, console: Console) -> None:
     with console.stage(f"export {container}") as notes:
         made = convert(source, container, out, ranks=ranks)
-        notes.append(f"{made['tensors']} tensors checked, {made['bytes'] / 1e6:.1f} MB in {made['files']} files, {out}")
+        notes.append(
+            f"{made['tensors']} tensors checked, {made['bytes'] / 1e6:.1f} MB in {made['files']} file(s), {out}"
+        )

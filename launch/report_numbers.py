@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from halfbyte.launch.summary import metric_form
+from halfbyte.training.metrics import digits
 
 STAGES = {
     "bf16": "BF16",
@@ -27,8 +28,7 @@ def metric_text(metric: str, value: float) -> str:
 
 def number(value: float, pattern: str) -> str:
     """A number, with a true minus sign."""
-    shown = f"{value:.3e}" if abs(value) >= 1e6 else pattern.format(value)
-    return shown.replace("-", "\N{MINUS SIGN}")
+    return digits(value, pattern).replace("-", "\N{MINUS SIGN}")
 
 
 def interval_text(estimate: float, ends: Sequence[float | None], pattern: str, unit: str = "") -> str:

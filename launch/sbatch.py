@@ -115,7 +115,8 @@ def nodes_problem(recipe: Recipe, nodes: int) -> str | None:
     fitting = (
         f"give --nodes {-(-world // per_node)}" if world % per_node == 0 or world < per_node else "change parallel"
     )
-    return f"--nodes = {nodes}: {product}, but {nodes} x launch.gpus_per_node = {per_node} GPUs; {fitting}"
+    have = f"{nodes * per_node} GPUs in {nodes} x {per_node} (launch.gpus_per_node)"
+    return f"--nodes = {nodes}: {product}, but {have}; {fitting}"
 
 
 def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None) -> str:

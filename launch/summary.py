@@ -49,7 +49,7 @@ def score_rows(scores: dict[str, dict[str, dict[str, float]]]) -> list[list[str]
         for metric in found:
             label, factor, pattern = metric_form(metric)
             values = [scores[stage].get(task, {}).get(metric) for stage in stages]
-            shown = ["-" if value is None else pattern.format(value * factor) for value in values]
+            shown = ["-" if value is None else metrics.digits(value * factor, pattern) for value in values]
             rows.append([f"{task} ({int(first['n'])})", label, *shown])
     return rows
 

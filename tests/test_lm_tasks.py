@@ -257,6 +257,7 @@ def test_the_console_shows_what_a_task_measures():
     assert headline({"n": 3, "f1": 0.25, "em": 0.1, "output_tokens": 8.0}) == "f1 0.2500, em 0.1000"
     assert headline({"n": 3, "exact_match": 0.25, "output_tokens": 8.0}) == "exact_match 0.2500, output_tokens 8.00"
     assert headline({"n": 3, "perplexity": 9.0, "bits_per_byte": 1.5}) == "bits_per_byte 1.5000, perplexity 9.00"
+    assert headline({"n": 3, "perplexity": 5.48e11}) == "perplexity 5.480e+11"  # a random model's
 
 
 # Task files

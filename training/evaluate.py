@@ -19,7 +19,7 @@ from halfbyte.training import scoring, tasks
 from halfbyte.training.config import Recipe, Task, TaskKind
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
-from halfbyte.training.metrics import METRICS
+from halfbyte.training.metrics import METRICS, digits
 from halfbyte.training.passes import GROUP, Passes, Rows, scores_here
 from halfbyte.training.runtime import Runtime, on_first_rank
 
@@ -178,7 +178,8 @@ def headline(scores: dict[str, float]) -> str:
     first = own[0] if own else "bits_per_byte"
     second = [name for name in ("perplexity", *own[1:], "bits_per_byte", "output_tokens") if name in scores]
     shown = [f"{first} {scores[first]:.4f}"] if first in scores else []
-    shown += [f"{name} {scores[name]:.{2 if name in ('perplexity', 'output_tokens') else 4}f}" for name in second[:1]]
+    patterns = {"perplexity": "{:.2f}", "output_tokens": "{:.2f}"}
+    shown += [f"{name} {digits(scores[name], patterns.get(name, '{:.4f}'))}" for name in second[:1]]
     return ", ".join(shown)
 
 

@@ -67,6 +67,11 @@ def aggregate(name: str, values: Sequence[Value]) -> float:
     return math.exp(min(-mean, 700.0)) if METRICS[name] is Statistic.perplexity else mean
 
 
+def digits(value: float, pattern: str) -> str:
+    """A score as text: by its pattern, or with an exponent from a million on, as of a model that knows nothing."""
+    return f"{value:.3e}" if abs(value) >= 1e6 else pattern.format(value)
+
+
 def bleu(counts: np.ndarray) -> np.ndarray:
     """Corpus BLEU from summed counts (Papineni et al. 2002, section 2.3: brevity penalty x geometric mean).
 
