@@ -1,7 +1,8 @@
 """`python -m halfbyte.bench.export FOLDER`: what the evidence about exports says, measured again.
 
 packing     one weight to bytes in every format: seconds, on one core and on the GPU that is there
-agreement   SmolLM2-135M, calibrated: its training-time model and the files decoded in transformers, token by token
+agreement   SmolLM2-135M, calibrated: its training-time model and the files decoded in transformers, token by token; and
+            the .nemo archive: bytes, seconds to write and to read back
 conversions the same files in every other layout: bytes, seconds to convert and to read back
 size        an 8B-shaped model with random weights, written by two processes: seconds, bytes, peak memory
 """
@@ -12,7 +13,7 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from halfbyte.export import hf
+from halfbyte.export import hf, nemo
 from halfbyte.export.convert import convert
 from halfbyte.export.pack import pack
 from halfbyte.export.team import team_of
@@ -98,18 +99,22 @@ def agreement(folder: Path, tokens: int, number_format: str) -> dict[str, Any]:
         with torch.no_grad():
             return [stage(row[None], positions, None)[0].argmax(-1) for row in rows]
 
-    quantize.quantize(gpt, recipe, runtime, run)
+    layers = quantize.quantize(gpt, recipe, runtime, run)["layers"].values()
     saved = folder / "run" / "checkpoints" / "step_00000000"
     checkpoint.save(checkpoint.Trainable(gpt), {}, saved)
     with weights_once(gpt):
         trained = torch.stack(run(gpt.eval(), windows))
 
-    def weights() -> Iterator[HFWeight]:
-        return read_weights(saved, shape, planned_linears(shape, recipe))
+    def weights(only: Collection[str] | None = None) -> Iterator[HFWeight]:
+        return read_weights(saved, shape, planned_linears(shape, recipe), only)
 
     out, started = folder / f"hf_{number_format}", time.perf_counter()
-    sizes = hf.write(weights(), recipe, model_dir=source, out=out, checkpoint=saved.name, versions={})
+    sizes = hf.write(weights(), recipe, model_dir=source, out=out, checkpoint=saved.name, versions=_versions())
     seconds = time.perf_counter() - started
+    errors = {name: layer["weight_relative_rms_error"] for layer in layers for name in layer["hf"]}
+    started = time.perf_counter()
+    archive = nemo.write(out, recipe, weights, errors, folder / "model.nemo")
+    archive["seconds"] = round(time.perf_counter() - started, 1)
     mismatches = verify(out, weights(), recipe)["mismatches"]
     decoded = decoded_model(out)
     with torch.no_grad():
@@ -123,7 +128,13 @@ def agreement(folder: Path, tokens: int, number_format: str) -> dict[str, Any]:
         "mismatches": mismatches,
         "seconds": round(seconds, 1),
         **sizes,
+        "nemo": archive,
     }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "megatron-core", "nvidia-modelopt", "nemo-toolkit", "transformers", "compressed-tensors")
+    return {name: metadata.version(name) for name in (*packages, "safetensors", "halfbyte")}
 
 
 def _windows(recipe: Recipe, tokenizer: Any, tokens: int) -> torch.Tensor:
@@ -142,6 +153,8 @@ def conversions(folder: Path, ranks: int) -> list[dict[str, Any]]:
     """Convert the NVFP4 export of `agreement`: seconds, reading back included, and bytes of all files."""
     rows = []
     for container in Container:
+        if container is Container.nemo:
+            continue  # of a checkpoint, not of an export: measured by `agreement`
         started = time.perf_counter()
         made = convert(folder / "hf_nvfp4", container, folder / container.value, ranks=ranks)
         rows.append({"container": container.value, "seconds": round(time.perf_counter() - started, 1), **made})
@@ -244,8 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    packages = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "compressed-tensors", "safetensors")
-    print(json.dumps({name: metadata.version(name) for name in packages}), flush=True)
+    print(json.dumps(_versions()), flush=True)
     if "packing" in args.what:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             for row in packing(device):

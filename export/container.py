@@ -18,7 +18,7 @@ import numpy as np
 
 from halfbyte.export.folder import write_plain_json
 
-STORAGE = {"U8": np.uint8, "F8_E4M3": np.uint8, "BF16": np.uint16, "F32": np.float32}
+STORAGE = {"U8": np.uint8, "F8_E4M3": np.uint8, "BF16": np.uint16, "F32": np.float32, "F64": np.float64}
 """Safetensors dtype -> numpy dtype of the bits that are written."""
 INDEX = "model.safetensors.index.json"
 

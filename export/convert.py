@@ -32,7 +32,7 @@ def convert(source: Path, container: Container, out: Path, *, ranks: int) -> dic
 
     Args:
         source: A quantized Hugging Face directory.
-        container: The layout to make.
+        container: The layout to make; not nemo.
         out: Destination; what stands there is replaced once the new one is complete and checked.
         ranks: Tensor-parallel size of the engine, for trtllm.
 
@@ -43,6 +43,8 @@ def convert(source: Path, container: Container, out: Path, *, ranks: int) -> dic
         UserError: the source is damaged or cannot be held by the container, the result differs from the source, or the
             disk is full. What stood at `out` still does.
     """
+    if container is Container.nemo:
+        raise ValueError("an archive holds trained weights, and an exported directory has none: see export/nemo.py")
     checkpoint = open_checkpoint(source)
     formats = formats_of(checkpoint)
     if not formats:
@@ -61,7 +63,7 @@ def convert(source: Path, container: Container, out: Path, *, ranks: int) -> dic
         tensors = converted.check(checkpoint, container, folder)
         for path in [*side_files(source), *source.glob(CARD)]:
             shutil.copyfile(path, folder / path.name)
-        _write_record(checkpoint, container, folder, ranks)
+        write_plain_json(folder / RECORD, record_of(source, container, folder, ranks=ranks))
         size = sum(path.stat().st_size for path in folder.iterdir())
         count = len(list(folder.glob("*.safetensors")))
     return {"bytes": size, "files": count, "tensors": tensors}
@@ -88,11 +90,17 @@ def origin(source: Path, container: Container, ranks: int) -> dict[str, Any]:
     return made | ({"tensor_parallel": ranks} if container is Container.trtllm else {})
 
 
-def _write_record(checkpoint: Checkpoint, container: Container, folder: Path, ranks: int) -> None:
-    """halfbyte.json: what the source's says about its origin, and the hashes of these files."""
-    path = checkpoint.folder / RECORD
-    source = read_json(path) if path.exists() else {}
+def record_of(source: Path, container: Container, folder: Path, *, ranks: int) -> dict[str, Any]:
+    """The content of a conversion's halfbyte.json: what the source's says about its origin, and these files' hashes.
+
+    Args:
+        source: The checkpoint that was converted.
+        container: The layout.
+        folder: The conversion's files, complete but for halfbyte.json.
+        ranks: As in convert.
+    """
+    path = source / RECORD
+    made = read_json(path) if path.exists() else {}
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
-    record = {key: source[key] for key in CARRIED if key in source}
-    record |= origin(checkpoint.folder, container, ranks) | {"files": files}
-    write_plain_json(folder / RECORD, record)
+    record = {key: made[key] for key in CARRIED if key in made}
+    return record | origin(source, container, ranks) | {"files": files}

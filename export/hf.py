@@ -132,7 +132,7 @@ def _write_files(weights: Iterable[HFWeight], recipe: Recipe, layout: Layout, pa
             _check_plan(weight, layout)
             for name, tensor in _tensors(weight, recipe).items():
                 try:
-                    files[number].write(name, _bits(tensor))
+                    files[number].write(name, bits(tensor))
                 except (KeyError, ValueError) as error:
                     raise UserError(f"{name}: not as planned ({error}); the checkpoint fits another recipe") from error
         if missing:
@@ -155,8 +155,8 @@ def _tensors(weight: HFWeight, recipe: Recipe) -> dict[str, torch.Tensor]:
     return scales | {weight.name: weight.tensor.detach().to("cpu", torch.bfloat16)}
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as numpy writes it: E4M3 as bytes, BF16 as 16-bit words."""
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU tensor as numpy writes it: E4M3 as bytes, BF16 as 16-bit words."""
     views = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16}
     return tensor.contiguous().view(views.get(tensor.dtype, tensor.dtype)).numpy()
 

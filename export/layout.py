@@ -61,7 +61,7 @@ def plan_layout(shape: ModelShape, recipe: Recipe) -> Layout:
         shape: The model's sizes.
         recipe: Method, formats, cache, and the section `export`: number or size of the files.
     """
-    formats, weights = planned_linears(shape, recipe), _in_order(expected_shapes(shape))
+    formats, weights = planned_linears(shape, recipe), in_order(expected_shapes(shape))
     cached = bool(formats) and recipe.quantize.kv_cache is not KVCache.none
     tensors: dict[str, dict[str, Stored]] = {}
     for name, size in weights.items():
@@ -79,7 +79,7 @@ def plan_layout(shape: ModelShape, recipe: Recipe) -> Layout:
     )
 
 
-def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Weights in the order in which a model uses them: what is after the layers comes last."""
     last = [name for name in ("model.norm.weight", "lm_head.weight") if name in shapes]
     return {name: size for name, size in shapes.items() if name not in last} | {name: shapes[name] for name in last}

@@ -9,9 +9,9 @@ from halfbyte.training.errors import OK, RecipeError
 def with_weights(args: argparse.Namespace):
     """Resolve a recipe whose weights must be there, fetching them where the recipe says how.
 
-    Where they are quantized, the recipe takes its formats from them.
+    Where they are quantized or bring quantizers, the recipe takes its formats from them; a .nemo archive is unpacked.
     """
-    from halfbyte.launch.imported import adopt
+    from halfbyte.launch.imported import adopt, unpack
     from halfbyte.launch.start import inside_launcher
     from halfbyte.training.resolve import resolve
     from halfbyte.training.rules import must_fetch
@@ -23,7 +23,7 @@ def with_weights(args: argparse.Namespace):
             raise RecipeError([f"model.path = {folder}: nothing there; run `halfbyte fetch {fetch} {folder}` first"])
         fetch_into(str(fetch), Path(folder))
         recipe = resolve(args.recipe, args.overrides, need_weights=True)
-    return adopt(recipe)
+    return unpack(adopt(recipe))
 
 
 def fetch_into(name: str, folder: Path) -> None:

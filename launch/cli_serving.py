@@ -10,8 +10,8 @@ from halfbyte.training.errors import OK, USAGE, UserError
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """Options of `halfbyte export` that convert instead of exporting again."""
-    parser.add_argument("--format", help="convert what was exported: compressed_tensors | trtllm | dequantized")
-    parser.add_argument("--to", metavar="DIR", help="where the conversion goes; none means RUN_DIR/export/FORMAT")
+    parser.add_argument("--format", help="convert what was exported: compressed_tensors | trtllm | dequantized | nemo")
+    parser.add_argument("--to", metavar="PATH", help="where it goes; none means RUN_DIR/export/FORMAT (model.nemo)")
     parser.add_argument("--tp", metavar="N", type=int, help="with --format trtllm: tensor-parallel size")
 
 

@@ -1,8 +1,12 @@
 """`halfbyte export RUN --format FORMAT`, and the further layouts (`export.also`) of a released checkpoint."""
 
+import json
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from halfbyte.export import nemo
 from halfbyte.export.convert import convert, origin
 from halfbyte.export.record import RECORD
 from halfbyte.launch import handover
@@ -12,6 +16,7 @@ from halfbyte.training.choices import Container
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import USAGE, UserError
 from halfbyte.training.files import read_json
+from halfbyte.training.nemo_archive import SUFFIX, is_archive, read
 from halfbyte.training.resolve import load
 
 
@@ -20,8 +25,8 @@ def export_as(source: Path, container: str, to: Path | None, ranks: int | None, 
 
     Args:
         source: A run folder, or the directory of a quantized checkpoint.
-        container: A name of Container.
-        to: Destination; none means <run>/export/<container>, and a directory without a run needs one.
+        container: A name of Container; nemo needs the run folder, where the training checkpoint is.
+        to: Destination; none means the place of the run folder, and a directory without a run needs one.
         ranks: Tensor-parallel size of the engine; none means export.tensor_parallel of the run's recipe, or 1.
         allow_failed_gate: Convert a checkpoint that the gate did not release.
 
@@ -40,10 +45,19 @@ def export_as(source: Path, container: str, to: Path | None, ranks: int | None, 
         raise UserError(f"{source}: neither a run folder nor a checkpoint; give one of them", USAGE)
     if recipe is None and to is None:
         raise UserError(f"{source}: no run folder, so name a destination with --to DIR", USAGE)
+    kind = Container(container)
+    if kind is Container.nemo and recipe is None:
+        raise UserError(f"--format nemo: {source} is no run folder, which has the trained weights; give it", USAGE)
+    if kind is Container.nemo and to is not None and to.suffix != SUFFIX:
+        raise UserError(f"--to {to}: the archive is one file; end its name with {SUFFIX}", USAGE)
     checkpoint = source if recipe is None else serving_checkpoint(recipe, source, allow_failed_gate=allow_failed_gate)
     size = ranks or (recipe.export.tensor_parallel if recipe is not None else 1)
-    out = to or place(source, Container(container))
-    _convert(checkpoint, Container(container), out, size, Console(True))
+    out = to or place(source, kind)
+    if kind is Container.nemo:
+        assert recipe is not None
+        _archive(recipe, source, checkpoint, out, Console(True))
+    else:
+        _convert(checkpoint, kind, out, size, Console(True))
     return out
 
 
@@ -66,8 +80,8 @@ def serving_checkpoint(recipe: Recipe, folder: Path, *, allow_failed_gate: bool)
 
 
 def place(folder: Path, container: Container) -> Path:
-    """Where a run keeps a conversion."""
-    return folder / "export" / container.value
+    """Where a run keeps a conversion: a directory, or the .nemo archive."""
+    return folder / "export" / (f"model{SUFFIX}" if container is Container.nemo else container.value)
 
 
 def convert_also(recipe: Recipe, folder: Path, console: Console) -> None:
@@ -79,18 +93,36 @@ def convert_also(recipe: Recipe, folder: Path, console: Console) -> None:
     source, ranks = handover.released(folder), recipe.export.tensor_parallel
     for container in Container:
         out = place(folder, container)
-        made = read_json(out / RECORD) if (out / RECORD).exists() else {}
-        current = origin(source, container, ranks).items() <= made.items()
+        current = origin(source, container, ranks).items() <= _record(out).items()
         if container in recipe.export.also and not current:
-            _convert(source, container, out, ranks, console)
+            if container is Container.nemo:
+                _archive(recipe, folder, source, out, console)
+            else:
+                _convert(source, container, out, ranks, console)
         elif not current:
-            shutil.rmtree(out, ignore_errors=True)
+            _remove(out)
+
+
+def _record(out: Path) -> dict[str, Any]:
+    """halfbyte.json of a conversion; nothing where there is none."""
+    if not is_archive(out):
+        return read_json(out / RECORD) if (out / RECORD).exists() else {}
+    try:
+        return json.loads(read(out, RECORD))
+    except ValueError as error:
+        raise UserError(f"{out}: its {RECORD} is damaged ({error}); delete the archive") from error
+
+
+def _remove(out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    if out.is_file():
+        out.unlink()
 
 
 def withdraw_also(folder: Path) -> None:
     """Remove what was made from an older release: conversions, engine, serving commands."""
-    for name in (*Container, "engine"):
-        shutil.rmtree(folder / "export" / name, ignore_errors=True)
+    for out in (*(place(folder, container) for container in Container), folder / "export" / "engine"):
+        _remove(out)
     for path in (folder / "export").glob("engine.*"):
         path.unlink()
     (folder / "export" / "SERVE.md").unlink(missing_ok=True)
@@ -102,3 +134,14 @@ def _convert(source: Path, container: Container, out: Path, ranks: int, console:
         notes.append(
             f"{made['tensors']} tensors checked, {made['bytes'] / 1e6:.1f} MB in {made['files']} file(s), {out}"
         )
+
+
+def _archive(recipe: Recipe, folder: Path, release: Path, out: Path, console: Console) -> None:
+    """Write the .nemo archive of the checkpoint that was released."""
+    newest, exported = handover.newest_checkpoint(folder).name, read_json(release / RECORD).get("checkpoint")
+    if newest != exported:
+        raise UserError(f"{release}: was made from {exported}, the newest checkpoint is {newest}; export it first")
+    weights = partial(handover.trained_weights, recipe, folder)
+    with console.stage("export nemo") as notes:
+        made = nemo.write(release, recipe, weights, handover.weight_errors(folder), out)
+        notes.append(f"{made['tensors']} tensors checked, {made['bytes'] / 1e6:.1f} MB, {out}")

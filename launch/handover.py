@@ -26,7 +26,7 @@ from halfbyte.launch.scored import kinds, read_control, read_stages
 from halfbyte.training import gate, integrity, retention, scoring, tasks
 from halfbyte.training.config import Format, Method, Recipe, TaskKind
 from halfbyte.training.errors import UserError
-from halfbyte.training.files import read_json, write_json
+from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.hf_map import HFWeight
 from halfbyte.training.jsonl import read_scores
 from halfbyte.training.model_source import is_quantized
@@ -110,6 +110,20 @@ def trained_weights(recipe: Recipe, folder: Path, only: Collection[str] | None =
     last, source = newest_checkpoint(folder), Path(recipe.model.path)
     weights = saved_weights.read_weights(last, read_shape(source / "config.json"), _formats(recipe), only)
     return with_source_bytes(weights, open_checkpoint(source)) if is_quantized(source) else weights
+
+
+def weight_errors(folder: Path) -> dict[str, float]:
+    """Hugging Face module name -> relative RMS error of its weight: after training, else after calibration.
+
+    Raises:
+        UserError: quantize.json or train.json is damaged.
+    """
+    path, trained = folder / "quantize.json", folder / "train.json"
+    layers, after = read_json(path), read_json(trained) if trained.exists() else {}
+    with damage(path):
+        found = after.get("weight_relative_rms_error", {})
+        entries = layers["layers"].items()
+        return {name: found.get(key, of["weight_relative_rms_error"]) for key, of in entries for name in of["hf"]}
 
 
 def _check_newest(folder: Path, team: Team) -> None:

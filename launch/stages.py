@@ -33,7 +33,7 @@ from halfbyte.training.fetch import load_tokenizer
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.interrupt import Stop
 from halfbyte.training.kv_format import KVCache
-from halfbyte.training.model_source import is_quantized
+from halfbyte.training.model_source import brings_formats
 from halfbyte.training.runtime import Runtime, on_first_rank
 from halfbyte.training.schedule import collect
 from halfbyte.training.served import weights_as_served
@@ -168,7 +168,7 @@ class Work:
         """Insert the quantizers: calibrated now, or as quantize.json says."""
         path = self.folder / "quantize.json"
         with self.console.stage("calibrate") as notes:
-            if is_quantized(Path(self.recipe.model.path)):
+            if brings_formats(Path(self.recipe.model.path)):
                 start_from(self.recipe, self.gpt, self.shape, self.runtime, path)
             if on_first_rank(self.runtime, path.exists):
                 report = quantize.restore(self.gpt, self.recipe, path)

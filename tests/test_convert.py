@@ -215,7 +215,7 @@ def test_bad_commands_are_one_line(exported: Path, tmp_path: Path):
 # ---- damage
 
 
-@pytest.mark.parametrize("container", list(Container))
+@pytest.mark.parametrize("container", [kind for kind in Container if kind is not Container.nemo])
 def test_the_second_reading_finds_one_flipped_bit(exported: Path, tmp_path: Path, container: Container):
     out = tmp_path / "out"
     convert(exported, container, out, ranks=2 if container is Container.trtllm else 1)

@@ -93,6 +93,24 @@ def test_every_layout_gives_the_same_losses_and_scales(finished, reference, layo
     assert mine["caches"] == one["caches"]
 
 
+def test_a_run_of_tp2_from_the_archive_of_pp2_exports_the_same_bytes(halfbyte, finished, place):
+    """Through a .nemo archive, learned block scales and the cache's scales included."""
+    run, again = finished("pp2"), place / "again"
+    done = halfbyte("export", run, "--format", "nemo", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain = tuple(option for option in FAST if not option.startswith(("quantize.", "train.")))
+    source = (f"model.path={run / 'export' / 'model.nemo'}", f"run.dir={again}", "method=ptq", "train.dtype=float64")
+    done = halfbyte("run", "tiny", *plain, *source, "parallel.tensor=2", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = [(folder / "export" / "hf" / "model.safetensors").read_bytes() for folder in (run, again)]
+    assert files[0] == files[1]
+    reports = [json.loads((folder / "quantize.json").read_text()) for folder in (run, again)]
+    scales = [{key: layer["scale_2"] for key, layer in report["layers"].items()} for report in reports]
+    assert scales[0] == scales[1]
+    cached = [[side["scale"] for layer in report["caches"].values() for side in layer.values()] for report in reports]
+    assert cached[0] == cached[1]
+
+
 def start(command, environment, place: Path, *args: str) -> subprocess.Popen:
     """`halfbyte run tiny ...` in the background."""
     line = [*command, "run", "tiny", *FAST, *args]

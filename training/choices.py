@@ -67,6 +67,8 @@ class Container(StrEnum):
     """NVFP4 as a TensorRT-LLM checkpoint directory, the input of trtllm-build (TensorRT-LLM <= 1.2.1)."""
     dequantized = "dequantized"
     """The values of the quantized weights in BF16, as a plain Hugging Face directory; for debugging."""
+    nemo = "nemo"
+    """A .nemo archive: the weights as they were trained and the state of their quantizers, to go on from."""
 
 
 class Dtype(StrEnum):

@@ -39,7 +39,7 @@ def container_problems(
     Yields:
         A line per reason, with the remedy; nothing where it fits.
     """
-    if container is Container.dequantized:
+    if container in (Container.dequantized, Container.nemo):
         return
     distinct = sorted(set(formats.values()))
     named = " and ".join(distinct) or "bf16"

@@ -1,5 +1,6 @@
 """How a model's tensors are named and fused: Hugging Face on one side, Megatron-Core on the other."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,3 +88,21 @@ def split_fused(name: str, weight: torch.Tensor, shape: ModelShape) -> dict[str,
     sizes = [per_group * shape.head_dim, shape.head_dim, shape.head_dim]
     qkv = (part.reshape(-1, *weight.shape[1:]) for part in groups.split(sizes, dim=1))
     return dict(zip(parts, qkv, strict=True))
+
+
+def fuse(name: str, parts: Mapping[str, torch.Tensor], shape: ModelShape) -> torch.Tensor:
+    """Put a complete Megatron linear together from its Hugging Face linears: the inverse of split_fused.
+
+    Args:
+        name: A key of FUSED.
+        parts: Hugging Face module name inside the layer -> [n, K].
+        shape: The model's shape.
+
+    Returns:
+        [N, K].
+    """
+    own = [parts[part] for part in FUSED[name]]
+    if name != BIASED:
+        return torch.cat(own)
+    groups = [part.reshape(shape.kv_heads, -1, *part.shape[1:]) for part in own]
+    return torch.cat(groups, dim=1).flatten(0, 1)

@@ -7,10 +7,11 @@ gradient are in learned_scales.py, where the gradient comes from in companions.p
 Shapes: P matrices that a weight stacks (gate over up: 2, else 1), R rows of each, G blocks along K; N = P R.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from halfbyte.training import companions, learned_scales
 from halfbyte.training.companions import Companion, Companions
@@ -61,6 +62,29 @@ def attach(model: torch.nn.Module, recipe: Recipe) -> None:
         beside.put(layer.module, LearnedScale(layer.key, log2_NG, row_parallel=row_parallel))
     model.add_module(companions.NAME, beside)
     refresh_scales(model, recipe.quantize)
+
+
+def restore(model: torch.nn.Module, recipe: Recipe, log2: Mapping[str, torch.Tensor]) -> None:
+    """Give weights the scales that an earlier run learned, before the quantizers are inserted.
+
+    Args:
+        model: This rank's GPTModel; changed in place.
+        recipe: Its section `quantize`.
+        log2: Megatron's name of a linear in the whole model -> logarithms of all its block scales, [N, G].
+    """
+    beside = companions.of(model) or Companions()
+    world = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for layer in plan(model, recipe.quantize):
+        if layer.key not in log2:
+            continue
+        linear: Any = model.get_submodule(layer.module)
+        row_parallel = is_row_parallel(linear)
+        log2_PRG = log2[layer.key].unflatten(0, (companions.parts_of(layer.key), -1))
+        own_NG = log2_PRG.chunk(world, 2 if row_parallel else 1)[rank].flatten(0, 1)
+        own_NG = own_NG.to(linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32))
+        beside.put(layer.module, LearnedScale(layer.key, own_NG, row_parallel=row_parallel))
+    model.add_module(companions.NAME, beside)
 
 
 def _trains(module: str, recipe: Recipe) -> bool:

@@ -1,8 +1,12 @@
-"""Whether a model directory holds quantized weights. Torch-free."""
+"""What a model path holds: plain weights, quantized ones, or plain ones with the quantizers of a run. Torch-free."""
 
 import json
 from pathlib import Path
 
+from halfbyte.training.nemo_archive import is_archive
+
+QUANTIZERS = "quantizers.json"
+"""Of a .nemo archive, and of the directory that one is unpacked into: the quantizers of the weights beside it."""
 READABLE = ("modelopt", "compressed-tensors")
 """`quant_method` of the layouts that export/source.py reads."""
 
@@ -21,3 +25,13 @@ def is_quantized(model_dir: Path) -> bool:
         return False  # reported by read_shape
     section = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(section, dict) and section.get("quant_method") in READABLE
+
+
+def has_quantizers(model_path: Path) -> bool:
+    """Whether a model path is a .nemo archive, or one that was unpacked."""
+    return is_archive(model_path) or (model_path / QUANTIZERS).is_file()
+
+
+def brings_formats(model_path: Path) -> bool:
+    """Whether the formats of its linears come with the model, in place of the recipe's section `quantize`."""
+    return has_quantizers(model_path) or is_quantized(model_path)

@@ -12,7 +12,8 @@ from halfbyte.training.errors import RecipeError
 from halfbyte.training.export_rules import export_problems
 from halfbyte.training.families import TINY
 from halfbyte.training.model_rules import model_problems
-from halfbyte.training.model_source import is_quantized
+from halfbyte.training.model_source import brings_formats
+from halfbyte.training.nemo_archive import is_archive
 from halfbyte.training.run_rules import run_problems
 from halfbyte.training.shape import ModelShape, read_shape
 from halfbyte.training.task_rules import task_file_problems
@@ -98,9 +99,9 @@ def find_shape(recipe: Recipe) -> tuple[ModelShape | None, list[str]]:
     if not recipe.model.path:
         return None, []  # reported as missing
     config = Path(recipe.model.path) / "config.json"
-    if not config.is_file():
+    if not config.is_file() and not is_archive(config.parent):
         if recipe.model.config is None:
-            remedy = "give a Hugging Face directory, or a config.json to plan with as model.config"
+            remedy = "give a Hugging Face directory or a .nemo archive, or a config.json to plan with as model.config"
             return None, [f"model.path = {recipe.model.path}: holds no config.json; {remedy}"]
         config = Path(recipe.model.config)
     try:
@@ -267,12 +268,18 @@ def _control(recipe: Recipe, folder: Path) -> Iterator[str]:
 def must_fetch(recipe: Recipe) -> bool:
     """Whether model.fetch has to make the model first: it is set, and nothing is at model.path."""
     folder = Path(recipe.model.path)
-    return recipe.model.fetch is not None and not (folder.is_dir() and any(folder.iterdir()))
+    there = is_archive(folder) or (folder.is_dir() and any(folder.iterdir()))
+    return recipe.model.fetch is not None and not there
 
 
 def missing_weights(recipe: Recipe) -> list[str]:
-    """What of a Hugging Face model is not at model.path: config.json, tokenizer.json, *.safetensors."""
+    """What of a Hugging Face model is not at model.path: config.json, tokenizer.json, *.safetensors.
+
+    Nothing for an archive: it is asked again once it is unpacked.
+    """
     folder = Path(recipe.model.path)
+    if is_archive(folder):
+        return []
     return [name for name in ("config.json", "tokenizer.json", "*.safetensors") if not any(folder.glob(name))]
 
 
@@ -293,9 +300,9 @@ def _reference(recipe: Recipe, shape: ModelShape | None) -> Iterator[str]:
     path = recipe.model.reference
     if path is None:
         return
-    if not is_quantized(Path(recipe.model.path)):
+    if not brings_formats(Path(recipe.model.path)):
         yield f"model.reference = {path}: is read only where model.path is quantized; leave the key out"
-    elif is_quantized(Path(path)):
+    elif brings_formats(Path(path)):
         yield f"model.reference = {path}: is quantized itself; give the BF16 model"
     else:
         try:
