@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from halfbyte.launch import cli_model, cli_plan, cli_serving, tail
 from halfbyte.training.config import Recipe
@@ -66,10 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything else here does; its subparsers are of this class as well."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=help_text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="halfbyte", description="A BF16 language model becomes a verified FP4 checkpoint."
-    )
+    parser = _Parser(prog="halfbyte", description="A BF16 language model becomes a verified FP4 checkpoint.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(metavar="COMMAND")
@@ -82,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("run_dir", metavar="RUN_DIR", help="folder of a finished or stopped run")
         if recipe or run_dir:
             some = "e.g. train.steps=200; a YAML file is merged in its place (a run's sensitivity.yaml)"
-            sub.add_argument("overrides", metavar="key=value", nargs="*", help=some)
+            _overrides(sub, some)
         if gate:
             sub.add_argument("--allow-failed-gate", action="store_true", help="export although the gate does not pass")
         sub.set_defaults(command=command)
@@ -99,13 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("directory", metavar="DIR", nargs="?", help="where to; none means where the recipes look")
     sensitivity = add("sensitivity", cli_model.sensitivity, "what quantizing each layer costs, and the best mixed plan")
     sensitivity.add_argument("recipe", metavar="RUN_OR_RECIPE", help="folder of a run, a YAML file or a recipe's name")
-    sensitivity.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. sensitivity.tokens=16384")
+    _overrides(sensitivity, "e.g. sensitivity.tokens=16384")
     sensitivity.add_argument("--bits", metavar="B", help="budget of a mixed plan, bits per weight (sensitivity.bits)")
     generate = add("generate", cli_model.generate, "training text in the BF16 model's own words")
     generate.add_argument("recipe", metavar="RECIPE_OR_RUN", help="a YAML file, a recipe's name or folder of a run")
     generate.add_argument("prompts", metavar="PROMPTS", help="JSONL of texts to continue or conversations to answer")
     generate.add_argument("out", metavar="OUT", help="JSONL to write, in the form that data.train takes")
-    generate.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. generate.temperature=0.7")
+    _overrides(generate, "e.g. generate.temperature=0.7")
     teacher = add(
         "teacher", cli_model.teacher, "the BF16 model's top-k of the training text, for distill.teacher", recipe=True
     )
@@ -115,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = add("compare", _compare, "judge one run's result against another's on the same items")
     compare.add_argument("run_a", metavar="RUN_A", help="the baseline")
     compare.add_argument("run_b", metavar="RUN_B", help="the run that is judged, within its recipe's thresholds")
-    compare.add_argument("overrides", metavar="key=value", nargs="*", help="gate.* only, e.g. gate.threshold_pp=0.5")
+    _overrides(compare, "gate.* only, e.g. gate.threshold_pp=0.5")
     compare.add_argument("--json", metavar="FILE", help="write the verdict with all numbers there")
     add("report", _report, "write report.html and report.md of what the run holds", run_dir=True)
     return parser

@@ -186,13 +186,23 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["nope"], ["run"], ["run", "tiny", "--frob"], ["submit", "tiny"], ["recipes", "extra"]]
+    ("argv", "says"),
+    [
+        (["nope"], "halfbyte: argument COMMAND: invalid choice: 'nope' (choose from 'run', "),
+        (["run"], "halfbyte run: the following arguments are required: RECIPE; see halfbyte run --help"),
+        (["run", "tiny", "--frob"], "halfbyte: unrecognized arguments: --frob"),
+        (["submit", "tiny"], "halfbyte submit: the following arguments are required: --nodes"),
+        (["recipes", "extra"], "halfbyte: unrecognized arguments: extra"),
+        (["tail", "run", "--lines", "many"], "halfbyte tail: argument --lines: invalid int value: 'many'"),
+    ],
 )
-def test_bad_usage_is_code_2(argv, capsys):
+def test_bad_usage_is_one_line_and_code_2(argv, says, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(argv)
     assert caught.value.code == USAGE
-    assert "usage: halfbyte" in capsys.readouterr().err
+    (line,) = errors(capsys)
+    assert line.startswith(says)
+    assert line.endswith(" --help")
 
 
 def test_no_command_shows_the_help(capsys):
