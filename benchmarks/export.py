@@ -169,6 +169,7 @@ def size(folder: Path, processes: int, files: int) -> dict[str, Any]:
     source.mkdir(parents=True, exist_ok=True)
     (source / "config.json").write_text((resources("halfbyte.recipes") / "shapes" / SHAPE).read_text())
     (source / "tokenizer.json").write_text("{}")
+    disk = [_disk(folder / "noise", 2_000_000_000)]
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     members = [
@@ -180,15 +181,19 @@ def size(folder: Path, processes: int, files: int) -> dict[str, Any]:
     for member in members:
         member.join()
     slowest = max(one["seconds"] for one in found)
-    written = found[0]["bytes_after"]
+    written = found[0]["bytes_after"] / slowest / 1e6
+    disk.append(_disk(folder / "noise", 2_000_000_000))
     return {
         **{key: found[0][key] for key in ("bytes_before", "bytes_after", "files", "quantized")},
         "processes": processes,
         "seconds": round(slowest, 1),
-        "MB_per_s": round(written / slowest / 1e6),
+        "cpu_seconds": [round(one["cpu"], 1) for one in found],
+        "read_MB_per_s": round(found[0]["bytes_before"] / slowest / 1e6),
+        "written_MB_per_s": round(written),
+        "disk_MB_per_s": [round(speed) for speed in disk],
+        "of_disk": round(written / (sum(disk) / len(disk)), 2),
         "peak_MB_per_process": [round(one["peak"] / 1e6) for one in found],
         "before_MB_per_process": [round(one["before"] / 1e6) for one in found],
-        "disk_MB_per_s": _disk(folder / "zeros", 2_000_000_000),
     }
 
 
@@ -200,9 +205,11 @@ def _member(rank: int, world: int, files: int, folder: Path, answers: Any) -> No
     recipe = Recipe()
     recipe.quantize.format, recipe.export.files = Format.nvfp4, files
     own = hf.own_weights(recipe, folder / "shape_8b", team)
-    before, started = _peak(), time.perf_counter()
+    weights = _random(folder / "shape_8b", recipe, own)
+    torch.set_num_threads(1)
+    before, started, cpu = _peak(), time.perf_counter(), time.process_time()
     sizes = hf.write(
-        _random(folder / "shape_8b", recipe, own),
+        weights,
         recipe,
         model_dir=folder / "shape_8b",
         out=folder / "hf_8b",
@@ -210,21 +217,24 @@ def _member(rank: int, world: int, files: int, folder: Path, answers: Any) -> No
         versions={},
         team=team,
     )
-    answers.put({"seconds": time.perf_counter() - started, "peak": _peak(), "before": before, **sizes})
+    spent = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+    answers.put({**spent, "peak": _peak(), "before": before, **sizes})
     dist.destroy_process_group()
 
 
 def _random(source: Path, recipe: Recipe, own: set[str]) -> Iterator[HFWeight]:
-    """Weights of a model that nobody trained, in BF16, one at a time."""
+    """BF16 weights of a model that nobody trained: parts of one tensor that is made before the first is asked for."""
     shape = read_shape(source / "config.json")
-    formats, noise = planned_linears(shape, recipe), torch.randn(1 << 20).mul_(0.02).bfloat16()
-    amax = torch.tensor(LINEAR_AMAX), torch.tensor(INPUT_AMAX)
-    for name, extent in expected_shapes(shape).items():
-        if name in own:
-            count = torch.Size(extent).numel()
-            tensor = noise.repeat(-(-count // len(noise)))[:count].view(extent)
-            quantized = name.removesuffix(".weight") in formats
-            yield HFWeight(name, tensor, quantized, *(amax if quantized else ()))
+    formats, amax = planned_linears(shape, recipe), (torch.tensor(LINEAR_AMAX), torch.tensor(INPUT_AMAX))
+    sizes = {name: torch.Size(extent) for name, extent in expected_shapes(shape).items() if name in own}
+    most = max(size.numel() for size in sizes.values())
+    noise = torch.randn(1 << 20).mul_(0.02).bfloat16().repeat(-(-most // (1 << 20)))
+
+    def weight(name: str, size: torch.Size) -> HFWeight:
+        quantized = name.removesuffix(".weight") in formats
+        return HFWeight(name, noise[: size.numel()].view(size), quantized, *(amax if quantized else ()))
+
+    return (weight(name, size) for name, size in sizes.items())
 
 
 def _peak() -> int:
@@ -232,9 +242,10 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _disk(path: Path, count: int) -> int:
-    """Sequential write speed with fsync, MB/s."""
-    block, started = bytes(16_000_000), time.perf_counter()
+def _disk(path: Path, count: int) -> float:
+    """Sequential write speed of one process with fsync, MB/s; of bytes that no disk can compress."""
+    block = os.urandom(16_000_000)
+    started = time.perf_counter()
     with path.open("wb") as file:
         for _ in range(count // len(block)):
             file.write(block)
@@ -242,7 +253,7 @@ def _disk(path: Path, count: int) -> int:
         os.fsync(file.fileno())
     seconds = time.perf_counter() - started
     path.unlink()
-    return round(count / seconds / 1e6)
+    return count / seconds / 1e6
 
 
 def main(argv: Sequence[str] | None = None) -> None:

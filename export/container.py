@@ -47,7 +47,7 @@ class TensorFile:
     """One safetensors file of planned tensors, filled in any order; a context manager.
 
     Raises:
-        ValueError: a tensor that was not planned, or is not as planned; on leaving, one that was not written.
+        ValueError: a tensor that was not planned, or is not as planned; on closing, one that was not written.
     """
 
     def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]):
@@ -64,9 +64,23 @@ class TensorFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
+        self._closed = False
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._put(struct.pack("<Q", len(text)) + text, 0)
         os.truncate(self._file, self._start + end)
+
+    @property
+    def full(self) -> bool:
+        """Whether every tensor was written."""
+        return not self._missing
+
+    def check(self, name: str, bits: np.ndarray) -> None:
+        """Raise ValueError unless these are the bits of a tensor that is still to come; see write."""
+        if name not in self._layout:
+            raise ValueError(f"{name}: not one of the tensors planned for this file")
+        dtype, shape = self._layout[name]
+        if name not in self._missing or bits.shape != shape or bits.dtype != STORAGE[dtype]:
+            raise ValueError(f"{name}: {bits.dtype} {list(bits.shape)} is not the {dtype} {list(shape)} still to come")
 
     def write(self, name: str, bits: np.ndarray) -> None:
         """Put a tensor into its place.
@@ -75,11 +89,22 @@ class TensorFile:
             name: A key of the layout.
             bits: Its bits, in the dtype of STORAGE.
         """
-        dtype, shape = self._layout[name]
-        if name not in self._missing or bits.shape != shape or bits.dtype != STORAGE[dtype]:
-            raise ValueError(f"{name}: {bits.dtype} {list(bits.shape)} is not the {dtype} {list(shape)} still to come")
+        self.check(name, bits)
         self._put(memoryview(np.ascontiguousarray(bits).reshape(-1)).cast("B"), self._start + self._offset[name])
         self._missing.discard(name)
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        if self._missing:
+            raise ValueError(f"{min(self._missing)} and {len(self._missing) - 1} more tensors were never written")
+        os.fsync(self._file)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close as it is."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._file)
 
     def _put(self, content: bytes | memoryview, place: int) -> None:
         rest = memoryview(content)
@@ -93,11 +118,9 @@ class TensorFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             if kind is None:
-                os.fsync(self._file)  # by the process that wrote it: files of several processes reach the disk together
+                self.close()
         finally:
-            os.close(self._file)
-        if kind is None and self._missing:
-            raise ValueError(f"{min(self._missing)} and {len(self._missing) - 1} more tensors were never written")
+            self.abandon()
 
 
 def file_names(count: int) -> list[str]:

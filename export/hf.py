@@ -11,7 +11,6 @@ The directory appears whole or not at all: it is written beside its destination,
 
 import shutil
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 
 from halfbyte.export import folder
-from halfbyte.export.container import TensorFile, file_names, write_index
+from halfbyte.export.container import file_names, write_index
+from halfbyte.export.filling import Filling
 from halfbyte.export.folder import disk_errors, write_plain_json
 from halfbyte.export.layout import Layout, plan_layout
 from halfbyte.export.pack import cache_scale, module_name, pack
@@ -59,7 +59,7 @@ def write(
     versions: dict[str, str],
     team: Team = ALONE,
 ) -> dict[str, Any]:
-    """Write the checkpoint; every process of the team its own files, one tensor in memory at a time.
+    """Write the checkpoint; every process of the team its own files. Memory holds two tensors.
 
     Args:
         weights: Complete tensors in Hugging Face naming, of this process's files (own_weights); consumed once.
@@ -81,19 +81,20 @@ def write(
     layout = plan_layout(read_shape(model_dir / "config.json"), recipe)
     names = file_names(len(layout.files))
 
-    def files() -> None:
+    def files() -> dict[str, dict[str, Any]]:
         with disk_errors(out):
-            _write_files(weights, recipe, layout, {i: partial / names[i] for i in _own(layout, team)})
+            return _write_files(weights, recipe, layout, {i: partial / names[i] for i in _own(layout, team)})
 
     def complete() -> None:
         with disk_errors(out):
             _write_rest(partial, model_dir, recipe, layout)
-            write_record(partial, recipe, layout.formats, checkpoint, versions)
+            entries = {name: entry for part in written for name, entry in part.items()}
+            write_record(partial, recipe, layout.formats, checkpoint, versions, entries)
             folder.finish(out)
 
     partial = team.on_first(lambda: folder.begin(out))
     try:
-        team.on_every(files)
+        written = team.on_every(files)
         team.on_first(complete)
     except BaseException:  # Ctrl-C included
         if team.rank == 0:
@@ -118,11 +119,12 @@ def _own(layout: Layout, team: Team) -> range:
     return range(team.rank, len(layout.files), team.size)
 
 
-def _write_files(weights: Iterable[HFWeight], recipe: Recipe, layout: Layout, paths: dict[int, Path]) -> None:
-    """Fill these files with the weights, each packed or rounded when its turn comes."""
+def _write_files(
+    weights: Iterable[HFWeight], recipe: Recipe, layout: Layout, paths: dict[int, Path]
+) -> dict[str, dict[str, Any]]:
+    """Fill these files with the weights, each packed or rounded when its turn comes: their entries in halfbyte.json."""
     missing = {name: number for number in paths for name in layout.files[number]}
-    with ExitStack() as open_files:
-        files = {i: open_files.enter_context(TensorFile(path, layout.file(i))) for i, path in paths.items()}
+    with Filling({path: layout.file(number) for number, path in paths.items()}) as files:
         for weight in weights:
             if weight.name not in layout.tensors and module_name(weight.name) == "lm_head":
                 continue  # tied: the embedding stands for it
@@ -130,14 +132,15 @@ def _write_files(weights: Iterable[HFWeight], recipe: Recipe, layout: Layout, pa
                 raise UserError(f"{weight.name}: exported twice, or no weight of this model; train it again")
             number = missing.pop(weight.name)
             _check_plan(weight, layout)
-            for name, tensor in _tensors(weight, recipe).items():
-                try:
-                    files[number].write(name, bits(tensor))
-                except (KeyError, ValueError) as error:
-                    raise UserError(f"{name}: not as planned ({error}); the checkpoint fits another recipe") from error
+            parts = {name: bits(tensor) for name, tensor in _tensors(weight, recipe).items()}
+            try:
+                files.put(paths[number], parts)
+            except ValueError as error:
+                raise UserError(f"{error}: not as planned; the checkpoint fits another recipe") from error
         if missing:
             remedy = "train first (halfbyte train RUN_DIR)"
             raise UserError(f"export lacks {len(missing)} weights, {next(iter(missing))} for one; {remedy}")
+        return files.entries()
 
 
 def _check_plan(weight: HFWeight, layout: Layout) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,19 @@ def write_record(
     formats: dict[str, Format],
     checkpoint: str,
     versions: dict[str, str],
+    hashed: Mapping[str, dict[str, Any]],
 ) -> None:
-    """halfbyte.json: where the files come from, and their hashes. No gate has judged them yet."""
-    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
+    """halfbyte.json: where the files come from, and their hashes. No gate has judged them yet.
+
+    Args:
+        folder: The directory.
+        recipe: The recipe of the run.
+        formats: Quantized module -> format.
+        checkpoint: Name of the training checkpoint.
+        versions: Package -> version.
+        hashed: File -> its entry (file_entry), of those that need not be read for it.
+    """
+    files = {path.name: hashed.get(path.name) or file_entry(path) for path in sorted(folder.iterdir())}
     distinct = sorted(set(formats.values()))
     two_level = any(SPECS[number_format].two_level for number_format in distinct)
     record = {

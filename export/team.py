@@ -13,6 +13,10 @@ def _here(work: Callable[[], Any]) -> Any:
     return work()
 
 
+def _here_alone(work: Callable[[], Any]) -> list[Any]:
+    return [work()]
+
+
 @dataclass(frozen=True)
 class Team:
     """This process among those that write together; by default it is alone.
@@ -21,13 +25,13 @@ class Team:
         rank: Number of this process, from 0.
         size: Number of processes.
         on_first: Runs work on rank 0 only and gives its result to all; an error there is an error everywhere.
-        on_every: Runs work on every rank; an error on one is an error everywhere.
+        on_every: Runs work on every rank and gives all the results, by rank; an error on one is an error everywhere.
     """
 
     rank: int = 0
     size: int = 1
     on_first: Callable[[Callable[[], Any]], Any] = _here
-    on_every: Callable[[Callable[[], Any]], Any] = _here
+    on_every: Callable[[Callable[[], Any]], list[Any]] = _here_alone
 
 
 def team_of(runtime: "Runtime") -> Team:

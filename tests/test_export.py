@@ -244,12 +244,13 @@ def team_of(size: int) -> list[Team]:
     def member(rank: int) -> Team:
         def on_every(work):
             try:
-                work()
+                answers[rank] = work()
             except UserError as error:
                 answers["error"] = error
             barrier.wait()
             if "error" in answers:
                 raise answers["error"]
+            return [answers[place] for place in range(size)]
 
         def on_first(work):
             if rank == 0:
@@ -364,6 +365,18 @@ except UserError as error:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_a_flush_that_fails_in_the_second_thread_is_one_line(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fsync(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("halfbyte.export.container.os.fsync", fsync)
+    with pytest.raises(UserError, match=r"hf: export failed: .*Input/output error"):
+        export(model_dir, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_leftovers_of_a_killed_export_are_cleared_and_the_old_one_is_put_back(model_dir: Path, tmp_path: Path):
     out = tmp_path / "hf"
     export(model_dir, out)
@@ -395,6 +408,9 @@ def test_a_model_that_is_not_what_the_recipe_says_is_refused(model_dir: Path, tm
         export(model_dir, tmp_path / "hf", weights(quantized=False))
     with pytest.raises(UserError, match="quantized in the model, not in the recipe"):
         export(model_dir, tmp_path / "hf", weights(), recipe(method=Method.bf16))
+    longer = (replace(w, tensor=w.tensor.repeat(2)) if w.name == "model.norm.weight" else w for w in weights())
+    with pytest.raises(UserError, match=r"model\.norm\.weight: .*not as planned; the checkpoint fits another recipe"):
+        export(model_dir, tmp_path / "hf", longer)
     with pytest.raises(UserError, match=r"model\.norm\.weight: exported twice"):
         export(model_dir, tmp_path / "hf", iter([*weights(), HFWeight("model.norm.weight", torch.ones(HIDDEN))]))
 

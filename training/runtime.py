@@ -141,21 +141,23 @@ def on_first_rank[T](runtime: Runtime, work: Callable[[], T]) -> T:
     return answer[0]
 
 
-def on_every_rank(runtime: Runtime, work: Callable[[], None]) -> None:
-    """Run `work` on every rank and wait for all.
+def on_every_rank[T](runtime: Runtime, work: Callable[[], T]) -> list[T]:
+    """Run `work` on every rank and hand all (picklable) results, by rank, to every rank.
 
     Raises:
         UserError: on every rank, when `work` raised one on some: the one of the lowest rank.
     """
-    mine: tuple[str, int] | None = None
+    mine: tuple[T | None, UserError | None]
     try:
-        work()
+        mine = work(), None
     except UserError as error:
-        mine = str(error), error.code
-    errors: list[Any] = [None] * runtime.world
-    dist.all_gather_object(errors, mine)
-    for failed in filter(None, errors):
-        raise UserError(*failed)
+        mine = None, error
+    answers: list[Any] = [None] * runtime.world
+    dist.all_gather_object(answers, mine)
+    for _, failed in answers:
+        if failed is not None:
+            raise failed
+    return [result for result, _ in answers]
 
 
 def agree(flag: bool) -> bool:
