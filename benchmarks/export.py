@@ -222,7 +222,7 @@ def _member(rank: int, world: int, files: int, folder: Path, answers: Any) -> No
     dist.destroy_process_group()
 
 
-def _random(source: Path, recipe: Recipe, own: set[str]) -> Iterator[HFWeight]:
+def _random(source: Path, recipe: Recipe, own: Collection[str]) -> Iterator[HFWeight]:
     """BF16 weights of a model that nobody trained: parts of one tensor that is made before the first is asked for."""
     shape = read_shape(source / "config.json")
     formats, amax = planned_linears(shape, recipe), (torch.tensor(LINEAR_AMAX), torch.tensor(INPUT_AMAX))

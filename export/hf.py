@@ -11,6 +11,7 @@ The directory appears whole or not at all: it is written beside its destination,
 
 import shutil
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from halfbyte.export.record import write_record
 from halfbyte.export.team import Team
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.hf_map import HFWeight
+from halfbyte.training.hf_map import HFWeight, expected_shapes
 from halfbyte.training.kv_format import KVCache
 from halfbyte.training.model_config import read_config
 from halfbyte.training.shape import read_shape
@@ -109,10 +110,11 @@ def write(
     }
 
 
-def own_weights(recipe: Recipe, model_dir: Path, team: Team) -> set[str]:
-    """Names of the weights that are in this process's files."""
-    layout = plan_layout(read_shape(model_dir / "config.json"), recipe)
-    return {name for number in _own(layout, team) for name in layout.files[number]}
+def own_weights(recipe: Recipe, model_dir: Path, team: Team) -> dict[str, int]:
+    """The weights that are in this process's files: name -> its bytes in BF16."""
+    shape = read_shape(model_dir / "config.json")
+    layout, sizes = plan_layout(shape, recipe), expected_shapes(shape)
+    return {name: 2 * prod(sizes[name]) for number in _own(layout, team) for name in layout.files[number]}
 
 
 def _own(layout: Layout, team: Team) -> range:

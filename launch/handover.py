@@ -192,7 +192,7 @@ def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool, tea
     if out is not None:
         return out
     with console.stage("export") as notes:
-        sizes = _export(recipe, folder, record, team)
+        sizes = _export(recipe, folder, record, team, console)
         size = f"{sizes['bytes_before'] / 1e6:.1f} MB -> {sizes['bytes_after'] / 1e6:.1f} MB"
         notes.append(f"{size} in {sizes['files']} file(s)")
     team.on_first(lambda: _verify_candidate(recipe, folder, console, record))
@@ -213,13 +213,14 @@ def raise_problems(report: dict[str, Any], folder: Path) -> None:
         raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
 
 
-def _export(recipe: Recipe, folder: Path, record: Path, team: Team) -> dict[str, Any]:
+def _export(recipe: Recipe, folder: Path, record: Path, team: Team, console: Console) -> dict[str, Any]:
     model_dir = Path(recipe.model.path)
+    own = hf.own_weights(recipe, model_dir, team)
     team.on_every(lambda: _check_newest(folder, team))
     started = {"checkpoint": team.on_first(lambda: newest_checkpoint(folder).name), "verified": False}
     team.on_first(lambda: write_json(record, started | {"sizes": {}}))
     sizes = hf.write(
-        trained_weights(recipe, folder, hf.own_weights(recipe, model_dir, team)),
+        _watched(trained_weights(recipe, folder, own.keys()), console, "export", sum(own.values())),
         recipe,
         model_dir=model_dir,
         out=candidate(folder),
@@ -229,6 +230,14 @@ def _export(recipe: Recipe, folder: Path, record: Path, team: Team) -> dict[str,
     )
     team.on_first(lambda: write_json(record, started | {"sizes": sizes}))
     return sizes
+
+
+def _watched(weights: Iterator[HFWeight], console: Console, name: str, total: int) -> Iterator[HFWeight]:
+    """The same weights, under a bar of their bytes in BF16."""
+    with console.progress(name, total) as advance:
+        for weight in weights:
+            yield weight
+            advance(2 * weight.tensor.numel())
 
 
 def release(recipe: Recipe, folder: Path, verdict: dict[str, Any]) -> Path:

@@ -1,8 +1,15 @@
 """Everything that libraries say goes to a process's own file; the terminal gets the run's lines."""
 
+import os
 import subprocess
 import sys
+import termios
 from pathlib import Path
+
+import pytest
+
+from halfbyte.launch.console import Console
+from halfbyte.training import logs
 
 SCRIPT = """
 import logging, os, sys, warnings
@@ -56,3 +63,23 @@ def test_where_there_can_be_no_file_nothing_changes(tmp_path):
 
 def test_a_full_disk_ends_nothing(tmp_path):
     assert speak(tmp_path, full=True) == (["True True", "False"], ["error: said aloud", "after"])
+
+
+@pytest.mark.parametrize(("loud", "to_terminal"), [(True, True), (False, True), (True, False)])
+def test_a_bar_is_for_the_terminal_of_rank_0(monkeypatch: pytest.MonkeyPatch, loud: bool, to_terminal: bool):
+    """Also while standard error goes to the log file."""
+    reading, writing = os.openpty() if to_terminal else os.pipe()
+    if to_terminal:
+        termios.tcsetwinsize(writing, (24, 80))
+    monkeypatch.setattr(logs, "_terminal", [writing])
+    with Console(loud).progress("export", 4_000_000) as advance:
+        advance(1_000_000)
+        advance(3_000_000)
+    os.write(writing, b"end\n")
+    shown = os.read(reading, 10_000).decode()
+    assert ("export:   0%" in shown and "4.00M" in shown) is (loud and to_terminal)
+    assert shown.replace("\r\n", "\n").endswith("end\n")
+    if not (loud and to_terminal):
+        assert shown.replace("\r\n", "\n") == "end\n"
+    for descriptor in (reading, writing):
+        os.close(descriptor)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 OWN = logging.getLogger("halfbyte")
 """The run's own lines."""
@@ -75,6 +76,16 @@ def captured(folder: Path, rank: int) -> Iterator[bool]:
             os.dup2(terminal, _STDERR)
             os.close(terminal)
             sys.stderr = before
+
+
+@contextmanager
+def terminal() -> Iterator[TextIO]:
+    """The standard error stream as the process got it, also while that is redirected."""
+    if not _terminal:
+        yield sys.stderr
+        return
+    with open(os.dup(_terminal[-1]), "w", encoding="utf-8") as stream:
+        yield stream
 
 
 def to_file() -> bool:
