@@ -236,6 +236,6 @@ def _report(folder: Path, message: str, code: int, *, died: bool = False) -> Pat
     return path
 
 
-if __name__ == "__main__":  # megatron-core's checkpoint writer spawns: the module must be import-safe
+if __name__ == "__main__":
     environment.die_with_parent()
     sys.exit(worker(sys.argv[1:]))

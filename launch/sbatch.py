@@ -1,8 +1,9 @@
 """The text of an sbatch file: directives, what they mean, and the few lines of bash that keep a run going. Pure.
 
-Slurm tells the script two minutes before the time limit (USR1) and on preemption (TERM). The script passes SIGTERM on
-to the processes, which save and end; a preempted job starts again by itself, one that ran out of time is put back into
-the queue by the script, or the next job of the array goes on. What dies or hangs is started again within the job.
+Slurm tells the script two minutes before the time limit (USR1) and on preemption (TERM), then the processes as well.
+The script has Slurm send SIGTERM to the processes, which save and end; a preempted job starts again by itself, one that
+ran out of time is put back into the queue by the script, or the next job of the array goes on. What dies or hangs is
+started again within the job.
 """
 
 import shlex
@@ -26,11 +27,11 @@ NCCL = """\
 #   export NCCL_IB_HCA=mlx5             which InfiniBand adapters carry data
 #   export NCCL_NVLS_ENABLE=0           no NVLink multicast (NVLS), where the fabric manager does not offer it"""
 FORWARD = """\
-# SIGTERM to the processes lets them save; bash runs a trap only between commands, hence the wait.
+# SIGTERM to the processes lets them save: Slurm's own signal to them, for srun answers one by killing them. On
+# preemption Slurm has sent it already. bash runs a trap only between commands, hence the wait.
 ending=
-save() { ending=$1; kill -TERM "$step" 2>/dev/null; }
-trap 'save time' USR1
-trap 'save preempted' TERM
+trap 'ending=time; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'ending=preempted' TERM
 
 attempt=0
 while true; do

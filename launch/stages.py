@@ -253,7 +253,7 @@ class Work:
             progress = module.progress
             if seconds:
                 tokens = self.recipe.train.global_batch * self.recipe.train.sequence_length
-                self._write_training(progress, seconds, tokens)
+                self._write_training(module, seconds, tokens)
                 notes.append(
                     f"{steps} steps ({f'from {done}' if done else 'from the start'}), loss {progress.losses[0]:.4f} -> "
                     f"{progress.losses[-1]:.4f}, {tokens * len(seconds) / sum(seconds):,.0f} tokens/s"
@@ -278,7 +278,8 @@ class Work:
         made_from = on_first_rank(self.runtime, lambda: fingerprint(self.recipe, packed))
         return TeacherFiles(folder, made_from, needed_windows(self.recipe, packed))
 
-    def _write_training(self, progress: Any, seconds: list[float], tokens: int) -> None:
+    def _write_training(self, module: Any, seconds: list[float], tokens: int) -> None:
+        progress = module.progress
         errors = {} if self.recipe.method == Method.bf16 else quantize.weight_errors(self.gpt, self.recipe.quantize)
         peak = torch.cuda.max_memory_allocated() if self.runtime.device.type == "cuda" else None
         content = {
@@ -287,6 +288,7 @@ class Work:
             "loss_tokens": progress.tokens,
             "tokens_per_step": tokens,
             "seconds_per_step": seconds,
+            "checkpoints": module.saves,
             "peak_gpu_bytes_rank0": peak,
             "weight_relative_rms_error": errors,
         }

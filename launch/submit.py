@@ -47,9 +47,11 @@ def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False
         if dry_run:
             said.append(f"{path}\n\n{text}")
             continue
-        before = _sbatch(path, [] if before is None else [f"--dependency=afterok:{before}"])
-        record(folder, {"id": before, "name": job.name, "file": path.name})
-        said.append(f"{path}: submitted as job {before}")
+        number = _sbatch(path, [] if before is None else [f"--dependency=afterok:{before}"])
+        record(folder, {"id": number, "name": job.name, "file": path.name})
+        said.append(f"{path}: submitted as job {number}")
+        # The last job of an array goes on where the others stopped, so that it alone has to end well.
+        before = f"{number}_{job.array}" if job.array > 1 else number
     return "\n".join([*said, *([] if dry_run else [f"halfbyte status {folder} follows it"])])
 
 

@@ -263,7 +263,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(run, copy):
 
     two = ("parallel.pipeline=2", f"run.dir={copy}")
     said = error_lines(run(*LONGER, *two, alone=False, preexec_fn=full, timeout=120), 1)
-    assert f"{copy}/checkpoints/step_00000004 not saved (" in said
+    assert f"{copy}/checkpoints/step_00000004 not saved ([Errno 27] File too large; " in said
     assert "the previous one stays; free space and start again" in said
     assert (copy / "checkpoints" / "last").resolve().name == "step_00000002"
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["last", "step_00000002"]
@@ -276,7 +276,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(run, copy):
 
 @pytest.mark.slow
 def test_kill_9_leaves_no_process_behind(command, environment, text, tiny_model, tmp_path):
-    """Neither the worker nor the helper process of Megatron's checkpoint writer outlives the launcher."""
+    """Neither the worker nor what it has started outlives the launcher."""
     import psutil
 
     folder = tmp_path / "run"
@@ -290,7 +290,7 @@ def test_kill_9_leaves_no_process_behind(command, environment, text, tiny_model,
         assert time.monotonic() < deadline, "no checkpoint in two minutes"
         time.sleep(0.05)
     family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) > 1
+    assert family
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=10)

@@ -38,11 +38,11 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 {nccl}
 
-# SIGTERM to the processes lets them save; bash runs a trap only between commands, hence the wait.
+# SIGTERM to the processes lets them save: Slurm's own signal to them, for srun answers one by killing them. On
+# preemption Slurm has sent it already. bash runs a trap only between commands, hence the wait.
 ending=
-save() {{ ending=$1; kill -TERM "$step" 2>/dev/null; }}
-trap 'save time' USR1
-trap 'save preempted' TERM
+trap 'ending=time; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'ending=preempted' TERM
 
 attempt=0
 while true; do
@@ -115,10 +115,12 @@ def test_the_script_restarts_what_died_and_hands_signals_on(tmp_path):
         echo start >> $0.log
         case $(wc -l < $0.log) in 1) kill -9 $$ ;; 2) exit 5 ;; esac
         trap 'echo saved >> $0.log; exit 0' TERM
+        echo $$ > $0.pid
         kill -USR1 $PPID
         sleep 10 & wait
     """
     programs = {"srun": srun, "scontrol": 'echo "$@" >> $0.log; echo node1'}
+    programs |= {"scancel": f'[ "$*" = "--signal=TERM 4711" ] && kill -TERM $(cat {tmp_path}/srun.pid)'}
     for name, content in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{textwrap.dedent(content)}\n")
         (tmp_path / name).chmod(0o755)
@@ -185,18 +187,19 @@ def test_the_job_number_comes_back(made, tmp_path, monkeypatch):
     assert load(tmp_path / "run" / "submit.yaml") == load(tmp_path / "run" / "resolved.yaml") == made
 
 
-def test_evaluation_and_export_wait_for_what_they_need(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("array", "last"), [(1, "1"), (3, "1_3")])
+def test_evaluation_and_export_wait_for_what_they_need(made, tmp_path, monkeypatch, array, last):
     count = f'echo "$@" >> {tmp_path}/called; wc -l < {tmp_path}/called'
     fake_sbatch(tmp_path / "bin", monkeypatch, count)
     fake(
         tmp_path / "bin" / "squeue",
         f'[ "$2" = --jobs=3 ] && echo "3 llama-export PENDING"; echo "$@" > {tmp_path}/asked',
     )
-    said = submit(made, 2, separate=True)
+    said = submit(made, 2, array=array, separate=True)
     folder = tmp_path / "run"
     assert (tmp_path / "called").read_text().splitlines() == [
         f"--parsable {folder}/submit.sbatch",
-        f"--parsable --dependency=afterok:1 {folder}/evaluate.sbatch",
+        f"--parsable --dependency=afterok:{last} {folder}/evaluate.sbatch",
         f"--parsable --dependency=afterok:2 {folder}/export.sbatch",
     ]
     assert said.endswith(f"export.sbatch: submitted as job 3\nhalfbyte status {folder} follows it")

@@ -92,7 +92,7 @@ def run(tmp_path):
     logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append((step, metrics)))
     trainer = SimpleNamespace(loggers=[logger])
     optimizer = SimpleNamespace(param_groups=[{"lr": 1e-5}], gradient_norm=0.5)
-    module = SimpleNamespace(progress=SimpleNamespace(losses=[]), optimizer=optimizer)
+    module = SimpleNamespace(progress=SimpleNamespace(losses=[]), optimizer=optimizer, saves=[])
     watched = telemetry.Telemetry(recipe, runtime, SHAPE, said.append)
 
     def step(loss):
@@ -108,8 +108,11 @@ def test_every_step_has_its_record(run, tmp_path):
     run.step(2.0)
     run.watched.peak = GPUS["H200"].bf16
     run.step(1.5)
+    run.module.saves.append({"step": 2, "seconds": 8.0, "stall_seconds": 0.5})
+    run.step(1.25)
+    run.step(1.0)
     run.watched.on_train_end(run.trainer, run.module)
-    first, second = sinks.read_metrics(tmp_path / sinks.METRICS)
+    first, second, third, fourth = sinks.read_metrics(tmp_path / sinks.METRICS)
     assert {key: first[key] for key in ("step", "loss", "learning_rate", "gradient_norm")} == {
         "step": 1,
         "loss": 2.0,
@@ -120,8 +123,11 @@ def test_every_step_has_its_record(run, tmp_path):
     assert first["memory_bytes"] > 1e6
     assert first["tokens_per_second"] == pytest.approx(4 * 32 / first["seconds"])
     assert second["mfu"] == pytest.approx(model_flops(SHAPE, 128, 32) / second["seconds"] / 989.4e12)
-    assert [step for step, _ in run.logged] == [1, 2]
+    assert third["checkpoint"] == {"step": 2, "seconds": 8.0, "stall_seconds": 0.5}  # completed after the second step
+    assert "checkpoint" not in first | second | fourth
+    assert [step for step, _ in run.logged] == [1, 2, 3, 4]
     assert set(run.logged[1][1]) == {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
+    assert run.logged[2][1]["checkpoint/stall_seconds"] == 0.5
     assert run.said == []
 
 

@@ -3,30 +3,27 @@
 A checkpoint folder holds Megatron's dist_checkpointing files (weights with quantizer maxima, optimizer state) and
 what Lightning and halfbyte need to go on: step, losses so far (the data position is the step: order is a function of
 seed and step), RNG state, recipe. It is written under a temporary name and renamed when complete; the link `last`
-moves after that, so a killed save never shadows the last good one. Layouts may change between save and load.
+moves after that, so a killed save never shadows the last good one (checkpoint_write.py). Layouts may change between
+save and load.
 """
 
-import multiprocessing
-import os
 import pickle
 import random
-import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from halfbyte.training import gradients, integrity, retention, untrusted
-from halfbyte.training.environment import serve_parent, starting_helpers
+from halfbyte.training import gradients, optimizer_state, untrusted
+from halfbyte.training.checkpoint_write import HostMemory, Write
+from halfbyte.training.checkpoint_write import begin as start
 from halfbyte.training.errors import UserError
 
 DAMAGED = (
@@ -53,88 +50,24 @@ class Trainable:
     optimizer: Any | None = None
 
 
-def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
-    """Write one checkpoint; collective over all ranks.
+def begin(trainable: Trainable, plain: dict[str, Any], path: Path, host: HostMemory | None = None) -> Write:
+    """Start to write one checkpoint, which `finish` of what is returned completes; both are collective.
 
     Args:
         trainable: Model and optimizer of this rank.
         plain: Picklable values, the same on every rank.
         path: Final folder, `<run.dir>/checkpoints/step_NNNNNNNN`.
+        host: See checkpoint_write.begin: with it training may go on at once.
 
     Raises:
         UserError: the disk is full or not writable; what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    first = dist.get_rank() == 0
-    failure: BaseException | None = None
-    found: dict[str, tuple[str, int]] = {}
-    try:
-        _give_queue()
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(_state(trainable, loading=False) | {"plain": plain, "rng": _rng()}, str(temporary))
-        found = integrity.digests(temporary, integrity.written_by(temporary, dist.get_rank()))
-    except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        failure = error
-    # Every rank must agree that all files stand before the rename makes the checkpoint visible.
-    reason = _any_reason(failure)
-    if reason is None:
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, found)
-        try:
-            if first:
-                integrity.write(temporary, {name: value for part in parts for name, value in part.items()})
-                _fsync(temporary)
-                shutil.rmtree(path, ignore_errors=True)
-                temporary.rename(path)
-                retention.point(path)
-        except OSError as error:
-            failure = error
-        reason = _any_reason(failure)
-    if reason is not None:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(path.parent).free / 1e9
-        raise UserError(
-            f"checkpoint {path} not saved ({reason}; {free:.1f} GB free there); the previous one stays; "
-            "free space and start again"
-        )
+    return start(lambda: _state(trainable, loading=False) | {"plain": plain, "rng": _rng()}, path, host)
 
 
-def _give_queue() -> None:
-    """Make the queue of Megatron's checkpoint writer in a process that lives and dies with this one. Idempotent.
-
-    Megatron 0.19.2 would make it in a process that outlives a worker killed by SIGKILL, and that the SIGTERM which
-    Slurm sends to all processes of a job kills before the worker has saved.
-    """
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        with starting_helpers():
-            manager.start(initializer=serve_parent)
-        filesystem_async._results_queue = manager.Queue()
-
-
-def _any_reason(failure: BaseException | None) -> str | None:
-    """Why the first rank that failed did, on every rank; None when none did. Collective."""
-    mine = None
-    if isinstance(failure, CheckpointException):  # its text is a traceback; ranks other than 0 get it without a cause
-        causes = failure.failures  # pyright: ignore[reportOptionalMemberAccess] - it narrows torch's class to None
-        mine = next((str(cause) for cause, _ in causes.values()), "")
-    elif failure is not None:
-        mine = str(failure) or type(failure).__name__
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, None if mine is None else next(iter(mine.strip().splitlines()[-1:]), ""))
-    failed = [reason for reason in reasons if reason is not None]
-    return next(filter(None, failed), "no reason given") if failed else None
-
-
-def _fsync(folder: Path) -> None:
-    for file in [*folder.iterdir(), folder]:
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
+    """Write one checkpoint and wait for it; as `begin` and `finish`."""
+    begin(trainable, plain, path).finish()
 
 
 def load(trainable: Trainable, path: Path) -> dict[str, Any]:
@@ -177,7 +110,9 @@ def _state(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
     # The distributed optimizer refuses its default sharding in 0.19; the plain one takes no such argument.
     sharded = any(isinstance(part, DistributedOptimizer) for part in gradients.parts(trainable.optimizer))
     kind = {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}} if sharded else {}
-    return {"model": weights, "optimizer": trainable.optimizer.sharded_state_dict(weights, is_loading=loading, **kind)}
+    with nullcontext() if loading else optimizer_state.ungathered(trainable.optimizer):
+        state = trainable.optimizer.sharded_state_dict(weights, is_loading=loading, **kind)
+    return {"model": weights, "optimizer": state}
 
 
 def _give_state(optimizer: Any) -> None:

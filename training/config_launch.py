@@ -9,6 +9,9 @@ class Checkpoint:
 
     every_steps: int = 0
     """Save every N steps; 0 means only at the end and on interruption."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory (of weights and optimizer state); the last checkpoint of
+    a start is always waited for. False makes no copy and waits for every one."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
     keep_best: int = 0

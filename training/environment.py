@@ -79,24 +79,3 @@ def die_with_parent() -> None:
     A worker in a session of its own would otherwise train on, into the folder of the run that resumes it.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-@contextmanager
-def starting_helpers() -> Iterator[None]:
-    """Around the start of helper processes: they inherit that SIGTERM and SIGINT are blocked.
-
-    Slurm sends SIGTERM to every process of a job. The worker then saves a checkpoint and closes its logs, for which it
-    needs its helpers; they end when it does.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def serve_parent() -> None:
-    """In a helper process of Python's: die with the parent, and leave stop signals to it (see starting_helpers)."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()

@@ -21,6 +21,10 @@ class UserError(Exception):
         self.code = code
 
 
+class StoppedTogether(UserError):
+    """Every rank stops at the same place: what needs all of them can still be completed."""
+
+
 class RecipeError(UserError):
     """A bad recipe or command line: all problems at once, exit code 2."""
 

@@ -27,7 +27,7 @@ from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
 from halfbyte.training.distillation import Distillation
-from halfbyte.training.errors import UserError
+from halfbyte.training.errors import StoppedTogether, UserError
 from halfbyte.training.fake_quant import clip_weight_gradients, unquantized
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.files import write_json
@@ -192,6 +192,8 @@ class Training(pl.LightningModule):
         self.automatic_optimization = False
         self.recipe, self.runtime, self.data = recipe, runtime, data
         self.progress = Progress()
+        self.saves: list[dict[str, float]] = []
+        """Of every checkpoint that this start completed: step, seconds, and stall_seconds of them in training's way."""
         self.phase = "start"
         """What is being done, for the watchdog."""
         # Plain attributes in a list: Lightning must not walk, move or save these modules.
@@ -287,7 +289,7 @@ class Training(pl.LightningModule):
         if self.runtime.first:
             corpus = None if self.data is None else str(self.data.path)
             write_json(path, {"message": message, "corpus": corpus, "ranks": ranks})
-        raise UserError(f"{message} (the batch's windows: {path})")
+        raise StoppedTogether(f"{message} (the batch's windows: {path})")
 
     def _pass(self, batch: list[MicroBatch], quantizes: bool) -> StepLoss:
         """Forward and backward of the global batch: replayed where that can be, else through Megatron's schedule."""

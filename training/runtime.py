@@ -160,12 +160,12 @@ def on_every_rank[T](runtime: Runtime, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in answers]
 
 
-def agree(flag: bool) -> bool:
-    """True on every rank as soon as one rank says True (a MAX over all ranks)."""
+def agree(*flags: bool) -> list[bool]:
+    """Each flag True on every rank as soon as one rank says True (one MAX over all ranks)."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor([int(flag)], device=device)
+    votes = torch.tensor([int(flag) for flag in flags], device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return [bool(vote) for vote in votes.tolist()]
 
 
 def collectives_begun() -> dict[str, int]:

@@ -28,6 +28,9 @@ HELP = {
     "seconds": "Duration of the last step, seconds.",
     "tokens_per_second": "Tokens per second of the last step, all ranks.",
     "mfu": "Model FLOPs of the last step over the BF16 peak of all GPUs, 0 to 1.",
+    "checkpoint/step": "Optimizer steps in the last checkpoint that was completed.",
+    "checkpoint/seconds": "From its begin until it was complete, seconds.",
+    "checkpoint/stall_seconds": "Of them, training stood still for it.",
     "memory_bytes": "Peak memory of rank 0 so far: tensors on a GPU, the process on a CPU.",
 }
 """Metric -> what a Prometheus server shows about it; others are exported without."""

@@ -79,6 +79,8 @@ class MegatronStrategy(ParallelStrategy):
             cluster_environment=Processes(runtime),
         )
         self.runtime = runtime
+        self.write: checkpoint.Write | None = None
+        """The checkpoint that was begun last."""
 
     @property
     def root_device(self) -> torch.device:
@@ -139,10 +141,16 @@ class MegatronStrategy(ParallelStrategy):
         return torch.stack(parts)
 
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Lightning's dictionary (loops, callbacks, ours) plus Megatron's shards."""
+        """Begin to write Lightning's dictionary (loops, callbacks, ours) and Megatron's shards; saving.py finishes it.
+
+        Args:
+            checkpoint_dict: The dictionary.
+            filepath: The checkpoint's folder.
+            storage_options: HostMemory, or None; Lightning passes it through.
+        """
         module = self.lightning_module
         trainable = checkpoint.Trainable(module.gpt, module.optimizer.megatron)  # type: ignore[union-attr]
-        checkpoint.save(trainable, checkpoint_dict, Path(filepath))
+        self.write = checkpoint.begin(trainable, checkpoint_dict, Path(filepath), storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         """Load the shards in place and return Lightning's dictionary."""

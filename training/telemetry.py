@@ -43,6 +43,8 @@ class Telemetry(Callback):
         self.sinks: list[Sink] = []
         self._started = 0.0
         self._waits: WaitClock | None = None
+        self._saves = 0
+        """How many of the module's were written."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Open what is written to."""
@@ -118,7 +120,9 @@ class Telemetry(Callback):
         }
         if self.peak is not None:
             record["mfu"] = self.flops / seconds / self.peak
-        return record | {"memory_bytes": _memory(self.runtime)}
+        done, self._saves = self._saves, len(pl_module.saves)
+        saved = {"checkpoint": pl_module.saves[-1]} if self._saves > done else {}  # between two steps at most one
+        return record | saved | {"memory_bytes": _memory(self.runtime)}
 
     def _write(self, trainer: pl.Trainer, record: Mapping[str, Any]) -> None:
         more = {name: value for name, value in flat(record) if name not in IN_LIGHTNING}

@@ -27,6 +27,7 @@ def hang() -> None:
 
 FAULTS = {
     "optimizer": (1, 1, kill),
+    "forward": (0, 3, kill),
     "save": (0, 4, kill),
     "hang": (1, 4, hang),
 }
@@ -45,29 +46,37 @@ def strike(name: str, folder: Path, steps: int) -> None:
 
 def plant(folder: Path) -> None:
     """Hook the faults into the places that they are named after."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
     from halfbyte.training import integrity, module
 
     done = {"steps": 0}
     whole_pass, step, digests = module.Training._pass, module.MegatronOptimizer.step, integrity.digests
+    layer = TransformerLayer.forward
 
     def broken_pass(self, batch, quantizes):
         done["steps"] = len(self.progress.losses)
         strike("hang", folder, done["steps"])
         return whole_pass(self, batch, quantizes)
 
+    def broken_layer(self, *args, **kwargs):
+        strike("forward", folder, done["steps"])
+        return layer(self, *args, **kwargs)
+
     def broken_step(self, closure=None):
         strike("optimizer", folder, done["steps"])
         return step(self, closure)
 
     def broken_digests(path, names):
-        strike("save", folder, done["steps"] + 1)
+        if path.suffix == ".tmp":  # .step_NNNNNNNN.tmp, in a thread of its own while training goes on
+            strike("save", folder, int(path.stem.removeprefix(".step_")))
         return digests(path, names)
 
     module.Training._pass, module.MegatronOptimizer.step = broken_pass, broken_step
-    integrity.digests = broken_digests
+    TransformerLayer.forward, integrity.digests = broken_layer, broken_digests
 
 
-if __name__ == "__main__":  # Megatron's checkpoint writer imports this file again
+if __name__ == "__main__":
     environment.die_with_parent()
     environment.set_process_environment()
     environment.quiet_libraries()

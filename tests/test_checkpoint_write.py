@@ -1,0 +1,218 @@
+"""A checkpoint that is written while training goes on: what it holds, who waits for it, and what a full disk costs."""
+
+import errno
+import pickle
+import random
+import runpy
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from halfbyte.training import checkpoint, checkpoint_write, integrity, retention, saving
+from halfbyte.training.config import Method, Recipe
+from halfbyte.training.errors import StoppedTogether, UserError
+from halfbyte.training.interrupt import Interrupted, Stop
+
+WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+
+
+@pytest.fixture(scope="module")
+def module():
+    """A Training module that has taken one step."""
+    with WORLD["world_of_one"]() as opened:
+        recipe = Recipe(method=Method.qat)
+        recipe.train.learning_rate = 1e-2
+        checkpoint.tolerate_plain_adam()
+        trained = WORLD["training"](opened, recipe)
+        trained.training_step(WORLD["batches"](), 0)
+        yield trained
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A checkpoint's thread waits before it writes until the event is set."""
+    free, write = threading.Event(), checkpoint_write.Write._write
+
+    def late(self, buckets):
+        assert free.wait(30)
+        write(self, buckets)
+
+    monkeypatch.setattr(checkpoint_write.Write, "_write", late)
+    return free
+
+
+def trainable(module) -> checkpoint.Trainable:
+    return checkpoint.Trainable(module.gpt, module.optimizer.megatron)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """File name -> bytes; of the index what it holds, without the number of its save."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != integrity.NAME}
+    index = pickle.loads(found.pop(".metadata"))
+    return found | {"tensors": index.state_dict_metadata, "places": index.storage_data}
+
+
+def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, tmp_path):
+    """Saved in the background, and in the foreground before: twice, for memory is kept from save to save."""
+    host = checkpoint_write.HostMemory()
+    for step in (1, 2):
+        before, behind = (tmp_path / name / f"step_{step:08d}" for name in ("before", "behind"))
+        states = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+        slow_disk.set()
+        plain = {"progress": [1.0, 2.0]}
+        checkpoint.save(trainable(module), plain, before)
+        assert (torch.get_rng_state() == states[0]).all()
+        slow_disk.clear()
+        write = checkpoint.begin(trainable(module), plain, behind, host)
+        module.training_step(WORLD["batches"](step), 0)
+        plain["progress"].append(3.0)
+        random.random()
+        assert not write.done
+        assert not behind.exists()
+        assert retention.latest(behind.parent) == (None if step == 1 else behind.parent / "step_00000001")
+        slow_disk.set()
+        write.finish()
+        random.setstate(states[2])
+        assert content(behind) == content(before)
+        assert integrity.damage(behind) is None
+        assert retention.latest(behind.parent) == behind
+        assert write.stall_seconds < write.seconds
+    assert content(behind) != content(behind.with_name("step_00000001"))
+
+
+def test_what_one_rank_need_not_gather_is_what_megatron_gathers(module, monkeypatch, tmp_path):
+    ours, theirs = tmp_path / "ours" / "step_00000001", tmp_path / "theirs" / "step_00000001"
+    checkpoint.save(trainable(module), {}, ours)
+    monkeypatch.setattr(checkpoint.optimizer_state, "ungathered", nullcontext)
+    checkpoint.save(trainable(module), {}, theirs)
+    assert content(ours) == content(theirs)
+    assert "optimizer.state.exp_avg.decoder.layers.0.mlp.linear_fc1.weight_w" in content(ours)["tensors"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_tensors_are_copied_to_pinned_memory():
+    here = torch.arange(1 << 24, device="cuda", dtype=torch.float32)
+    host, copies = checkpoint_write.HostMemory(), []
+    for added in (0, 1):
+        state = {"a": ShardedTensor.from_rank_offsets("a", here), "b": [ShardedTensor.from_rank_offsets("b", here[7:])]}
+        host.stage(state)
+        here += 1
+        copies.append(state["a"].data)
+        assert (state["a"].data == torch.arange(1 << 24) + added).all()
+        assert (state["b"][0].data == torch.arange(7, 1 << 24) + added).all()
+    assert copies[0].is_pinned()
+    assert copies[0].data_ptr() == copies[1].data_ptr()  # kept
+
+
+def test_what_was_written_in_the_background_is_loaded(module, tmp_path):
+    path = tmp_path / "step_00000001"
+    write = checkpoint.begin(trainable(module), {"at": 7}, path, checkpoint_write.HostMemory())
+    saved = {name: value.clone() for name, value in module.gpt.named_parameters()}
+    module.training_step(WORLD["batches"](5), 0)
+    write.finish()
+    assert any((value != saved[name]).any() for name, value in module.gpt.named_parameters())
+    assert checkpoint.load(trainable(module), path) == {"at": 7}
+    assert all((value == saved[name]).all() for name, value in module.gpt.named_parameters())
+
+
+@pytest.mark.parametrize("place", ["shards", "sums", "name"])
+def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(module, monkeypatch, tmp_path, place):
+    checkpoint.save(trainable(module), {}, tmp_path / "step_00000001")
+
+    def full(*_, **__):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            if place == "shards":  # torch's writer says this where the disk said that
+                raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    owner, name = {
+        "shards": (checkpoint_write.filesystem_async, "_write_item"),
+        "sums": (integrity, "digests"),
+        "name": (integrity, "write"),
+    }[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        write = checkpoint.begin(trainable(module), {}, tmp_path / "step_00000002", checkpoint_write.HostMemory())
+        with pytest.raises(UserError) as caught:
+            write.finish()
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"checkpoint {tmp_path}/step_00000002 not saved (")
+    assert "No space left on device" in str(caught.value)
+    assert str(caught.value).endswith("GB free there); the previous one stays; free space and start again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step_00000001"]
+    assert integrity.damage(tmp_path / "step_00000001") is None
+
+
+class Disk:
+    """A strategy whose checkpoints are done when they are told to be; `events` says what happened."""
+
+    def __init__(self):
+        self.events: list[str] = []
+
+    def begin(self, path: Path, storage_options) -> None:
+        step = retention.step_of(path)
+        self.events.append(f"begin {step}" + ("" if storage_options is None else ", copied"))
+        finish = lambda: self.events.append(f"finish {step}")  # noqa: E731 - a method of the object below
+        self.write = SimpleNamespace(step=step, seconds=2.0, stall_seconds=0.1, done=False, finish=finish)
+
+
+@pytest.fixture
+def trained(module, tmp_path):
+    """steps(n): n more steps of a callback over a Disk; returns the Disk's events in them."""
+    recipe = Recipe(method=Method.qat)
+    recipe.run.dir, recipe.train.steps, recipe.checkpoint.every_steps = str(tmp_path), 9, 2
+    stop, disk = Stop(), Disk()
+    callback = saving.Checkpoints(recipe, module.runtime, stop)
+    trainer = SimpleNamespace(strategy=disk, save_checkpoint=disk.begin)
+    done = SimpleNamespace(progress=SimpleNamespace(losses=[]), saves=[], phase="")
+
+    def steps(count: int, *, signal: str | None = None, written: bool = False) -> list[str]:
+        stop.requested = signal
+        if written:
+            disk.write.done = True
+        before = len(disk.events)
+        for _ in range(count):
+            done.progress.losses.append(1.0)
+            callback.on_train_batch_end(trainer, done)
+        return disk.events[before:]
+
+    steps.callback, steps.disk, steps.saves, steps.recipe = callback, disk, done.saves, recipe
+    steps.fail = lambda error: callback.on_exception(trainer, done, error)
+    return steps
+
+
+def test_at_most_one_save_is_under_way(trained):
+    assert trained(2) == ["begin 2, copied"]
+    assert trained(1, written=True) == ["finish 2"]  # as soon as all ranks have written
+    assert trained.saves == [{"step": 2, "seconds": 2.0, "stall_seconds": 0.1}]
+    assert trained(2) == ["begin 4, copied"]
+    assert trained(1) == ["finish 4", "begin 6, copied"]  # the next one waits
+    assert trained(3) == ["finish 6", "begin 8, copied", "finish 8", "begin 9", "finish 9"]  # and so does the end
+
+
+def test_a_signal_waits_for_both_saves(trained):
+    trained(2)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 3 of 9: checkpoint saved"):
+        trained(1, signal="SIGTERM")
+    assert trained.disk.events == ["begin 2, copied", "finish 2", "begin 3", "finish 3"]
+
+
+def test_a_stop_of_all_ranks_completes_what_is_written_and_another_does_not(trained):
+    trained(2)
+    trained.fail(RuntimeError("on this rank only"))
+    assert trained.disk.events == ["begin 2, copied"]
+    trained.fail(StoppedTogether("loss is nan"))
+    assert trained.disk.events == ["begin 2, copied", "finish 2"]
+
+
+def test_without_background_every_save_is_waited_for(trained):
+    trained.callback._host = None
+    assert trained(4) == ["begin 2", "finish 2", "begin 4", "finish 4"]
