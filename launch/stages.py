@@ -1,5 +1,6 @@
 """The stages that hold the model in memory, each a method of `Work`, with what they share between them."""
 
+import contextlib
 import shutil
 import time
 from collections import Counter
@@ -116,11 +117,10 @@ class Work:
         name = f"evaluate.{stage}"
         if not wanted or not self.recipe.evaluate.tasks or (self.resume and self._marks().get(name) == steps):
             return
-        if steps:
-            if not self.current:
-                self._load_trained()
-            quantize.round_unquantized(self.gpt)  # score what ships; the checkpoint keeps what was trained
-        self._score(stage)
+        if steps and not self.current:
+            self._load_trained()
+        with contextlib.nullcontext() if stage == "bf16" else quantize.as_exported(self.gpt):
+            self._score(stage)
         self._mark(name, steps)
 
     def _score(self, stage: str) -> None:

@@ -100,7 +100,7 @@ def test_a_run_of_tp2_from_the_archive_of_pp2_exports_the_same_bytes(halfbyte, f
     assert done.returncode == 0, done.stdout + done.stderr
     plain = tuple(option for option in FAST if not option.startswith(("quantize.", "train.")))
     source = (f"model.path={run / 'export' / 'model.nemo'}", f"run.dir={again}", "method=ptq", "train.dtype=float64")
-    done = halfbyte("run", "tiny", *plain, *source, "parallel.tensor=2", cwd=place)
+    done = halfbyte("run", "tiny", *plain, *source, "parallel.tensor=2", "verify.items=2", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     files = [(folder / "export" / "hf" / "model.safetensors").read_bytes() for folder in (run, again)]
     assert files[0] == files[1]
@@ -109,6 +109,9 @@ def test_a_run_of_tp2_from_the_archive_of_pp2_exports_the_same_bytes(halfbyte, f
     assert scales[0] == scales[1]
     cached = [[side["scale"] for layer in report["caches"].values() for side in layer.values()] for report in reports]
     assert cached[0] == cached[1]
+    before, after = (json.loads((folder / "evaluate.json").read_text()) for folder in (run, again))
+    for task in ("lambada", "english"):
+        assert after["ptq"][task]["perplexity"] == pytest.approx(before["qat"][task]["perplexity"], rel=1e-4), task
 
 
 def start(command, environment, place: Path, *args: str) -> subprocess.Popen:

@@ -441,15 +441,16 @@ def test_calibrating_on_nothing_stops_the_run(world, hook):
         hook.quantize(build(Recipe()), Recipe(), runtime, lambda stage: None)
 
 
-def test_round_unquantized_spares_what_is_quantized(world, hook):
+def test_as_exported_rounds_what_is_not_quantized_and_gives_it_back(world, hook):
     gpt, _, plain, _ = make(world, exclude=["*.down_proj"])
-    hook.round_unquantized(gpt)
     before = dict(plain.named_parameters())
     converted = {f"{name}.weight" for name in LINEARS if not name.endswith("fc2")}
-    for name, parameter in gpt.named_parameters():
-        expected = before[name] if name in converted else before[name].bfloat16().float()
-        assert torch.equal(parameter, expected), name
-        assert name in converted or not torch.equal(parameter, before[name])
+    with hook.as_exported(gpt):
+        for name, parameter in gpt.named_parameters():
+            expected = before[name] if name in converted else before[name].bfloat16().float()
+            assert torch.equal(parameter, expected), name
+            assert name in converted or not torch.equal(parameter, before[name])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in gpt.named_parameters())
 
 
 MIX = {

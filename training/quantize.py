@@ -263,16 +263,28 @@ def weight_errors(model: torch.nn.Module, quantize: Quantize) -> dict[str, float
     return gather_layers({at.key: _weight_error(model, at.module) for at in plan(model, quantize)})
 
 
-def round_unquantized(model: torch.nn.Module) -> None:
-    """Round every exported parameter that is not fake-quantized to BF16 and back, in place: what an export writes.
+@contextlib.contextmanager
+def as_exported(model: torch.nn.Module) -> Iterator[None]:
+    """Inside this context every exported parameter that is not fake-quantized has BF16 values: what an export writes.
 
-    For evaluation after training in FP32 or FP64, so that the scored model is the shipped one; a no-op in BF16.
+    For evaluation where the computation is in FP32 or FP64, so that the scored model is the shipped one; afterwards the
+    parameters are as they were. In BF16 nothing is done.
     """
     quantized = {name.removesuffix("_quantizer") for name, _ in enabled_quantizers(model)}
+    rounded = {
+        parameter: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if name not in quantized and not companions.owns(name) and parameter.dtype is not torch.bfloat16
+    }
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in quantized and not companions.owns(name):
-                parameter.copy_(parameter.to(torch.bfloat16))
+        for parameter in rounded:
+            parameter.copy_(parameter.to(torch.bfloat16))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in rounded.items():
+                parameter.copy_(before)
 
 
 def _describe(model: torch.nn.Module, layer: Planned) -> dict[str, Any]:
