@@ -301,3 +301,29 @@ def test_where_no_scale_can_be_learned_is_one_line(method, number_format, late, 
     assert line.startswith("train.block_scale_lr_mult = 10.0: ")
     assert says in line
     assert list(method_problems(replace(recipe, train=Train()), WORLD["SHAPE"])) == []
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounding", [Rounding.nvfp4, Rounding.nvfp4_block32, Rounding.mxfp4])
+def test_a_gpu_rounds_with_learned_scales_as_a_cpu_does(rounding, dtype):
+    for shape in [(1, 32), (24, 128), (257, 4096)]:
+        w, scale_2 = weight(2, *shape, dtype=dtype), None
+        w.view(-1)[-3:] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        if GRIDS[rounding].per_tensor:
+            scale_2 = numerics.second_scale(torch.tensor(30.0), "pow2", rounding=rounding)
+        log2 = moved(learned_scales.initial_log2(w, rounding, scale_2, BlockScale.amax), seed=3)
+        log2.view(-1)[0] = torch.nan
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+        on_gpu = [None if x is None else x.cuda() for x in (w, grad, log2, scale_2)]
+        found = learned_scales.fake(on_gpu[0], on_gpu[2], rounding, on_gpu[3]).cpu()
+        expected = learned_scales.fake(w, log2, rounding, scale_2)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+        slopes = learned_scales.gradient(on_gpu[0], on_gpu[1], on_gpu[2], rounding, on_gpu[3]).cpu()
+        torch.testing.assert_close(
+            slopes, learned_scales.gradient(w, grad, log2, rounding, scale_2), rtol=1e-4, atol=1e-5, equal_nan=True
+        )

@@ -29,6 +29,18 @@ MXFP4_EXPONENTS = (-126, 125)
 
 _E4M3 = numerics.E4M3_VALUES
 _MIDPOINTS = ((_E4M3[1:].double() + _E4M3[:-1].double()) / 2).log2()
+_KERNEL: dict[Rounding, dict[str, Any]] = {
+    Rounding.mxfp4: {"values": (), "midpoints": (), "limits": MXFP4_EXPONENTS},
+    **{
+        rounding: {
+            "values": tuple(_E4M3.tolist()),
+            "midpoints": tuple(_MIDPOINTS.float().tolist()),
+            "limits": (0.0, largest),
+        }
+        for rounding, largest in ((Rounding.nvfp4, 448.0), (Rounding.nvfp4_block32, LARGEST_BLOCK32))
+    },
+}
+"""What learned_kernels.py is told about a format."""
 
 
 def block_scales(log2_NG: Tensor, rounding: Rounding) -> Tensor:
@@ -89,6 +101,9 @@ def fake(w_NK: Tensor, log2_NG: Tensor, rounding: Rounding, scale_2: Tensor | No
         Contiguous, w's shape and dtype: q * (block scale * scale per tensor), elements to nearest, ties to even,
         saturating at 6.
     """
+    if kernels := _kernels(w_NK, log2_NG):
+        block = GRIDS[rounding].block
+        return kernels.fake(w_NK, log2_NG.detach(), _on(w_NK, scale_2), block=block, **_KERNEL[rounding])
     steps, out = _steps(log2_NG, rounding, scale_2), torch.empty_like(w_NK, memory_format=torch.contiguous_format)
     for rows, chunk in numerics.chunks(w_NK, GRIDS[rounding].block):
         out.view(-1, chunk.shape[1])[rows] = round_e2m1(chunk / steps[rows]).mul_(steps[rows]).to(out.dtype)
@@ -113,15 +128,33 @@ def gradient(w_NK: Tensor, grad_NK: Tensor, log2_NG: Tensor, rounding: Rounding,
     Returns:
         [N, G] in grad's dtype.
     """
-    block, steps = GRIDS[rounding].block, _steps(log2_NG, rounding, scale_2)
+    block = GRIDS[rounding].block
+    root = (block * E2M1_MAX) ** 0.5
+    if grad_NK.dtype is torch.float32 and (kernels := _kernels(w_NK, log2_NG)):
+        constants = {"root": root, "block": block} | _KERNEL[rounding]
+        return kernels.gradient(w_NK.detach(), grad_NK, log2_NG.detach(), _on(w_NK, scale_2), **constants)
+    steps = _steps(log2_NG, rounding, scale_2)
     out_NG = torch.empty(log2_NG.shape, dtype=grad_NK.dtype, device=grad_NK.device)
     grads = grad_NK.reshape(-1, block)
     for rows, chunk in numerics.chunks(w_NK, block):
         v = chunk / steps[rows]
         q = round_e2m1(v.clone())
         slope = torch.where(v.abs() <= E2M1_MAX, q - v, q)
-        out_NG.view(-1)[rows] = (grads[rows] * slope).sum(-1) / (block * E2M1_MAX) ** 0.5
+        out_NG.view(-1)[rows] = (grads[rows] * slope).sum(-1) / root
     return out_NG
+
+
+def _kernels(w: Tensor, log2: Tensor) -> Any:
+    """The module with the kernels, where they take a weight."""
+    if not w.is_cuda:
+        return None
+    from halfbyte.training import learned_kernels  # Triton comes with torch's CUDA builds only
+
+    return learned_kernels if learned_kernels.supports(w, log2) else None
+
+
+def _on(w: Tensor, scale_2: Tensor | None) -> Tensor | None:
+    return None if scale_2 is None else scale_2.to(w.device)
 
 
 def _steps(log2_NG: Tensor, rounding: Rounding, scale_2: Tensor | None) -> Tensor:

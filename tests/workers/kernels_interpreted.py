@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from halfbyte.training import kernels, numerics
+from halfbyte.training import kernels, learned_kernels, learned_scales, numerics
 from halfbyte.training.config import BlockScale, Format, SecondScale
+from halfbyte.training.formats import GRIDS, Rounding
 
 
 def fused(self, x, y, z):
@@ -52,6 +53,26 @@ def differences(found: torch.Tensor, expected: torch.Tensor) -> int:
     return int((found.isnan() != nan).sum() + (found.view(torch.int32) != expected.view(torch.int32))[~nan].sum())
 
 
+def learned(name: str, x: torch.Tensor) -> int:
+    """Learned block scales from the rule's, moved by up to two octaves; some at a midpoint, out of range, NaN."""
+    amax = x.abs()[x.isfinite()].max()
+    for rounding in learned_scales._KERNEL:
+        constants = {"block": GRIDS[rounding].block} | learned_scales._KERNEL[rounding]
+        scale_2 = numerics.second_scale(amax, "pow2") if GRIDS[rounding].per_tensor else None
+        log2 = learned_scales.initial_log2(x, rounding, scale_2, BlockScale.amax)
+        log2 += 4 * torch.rand(log2.shape) - 2
+        log2.view(-1)[:4] = torch.tensor([learned_scales._MIDPOINTS[9], -400.0, 400.0, torch.nan])
+        found = learned_kernels.fake(x, log2, scale_2, **constants)
+        wrong = differences(found, learned_scales.fake(x, log2, rounding, scale_2))
+        grad = torch.randn(x.shape)
+        slopes = learned_kernels.gradient(x, grad, log2, scale_2, root=3.0, **constants)
+        expected = learned_scales.gradient(x, grad, log2, rounding, scale_2) * (constants["block"] * 6) ** 0.5 / 3
+        far = ~torch.isclose(slopes, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+        if wrong or far.any():
+            print(f"{name} learned scales of {rounding}: {wrong} elements and {int(far.sum())} gradients differ")
+    return 2 * len(learned_scales._KERNEL)
+
+
 def main() -> None:
     """Compare; one line per failing case."""
     interpreter.InterpreterBuilder.create_fma = fused
@@ -72,6 +93,7 @@ def main() -> None:
             pairs = [
                 (kernels.fake(x, f, s, c), numerics.fake_quantize(x, f, s, c), f"{f} {c} {s}") for f, c, s in rules
             ]
+            count += learned(f"{name} {list(shape)}", x.reshape(-1, 32)) if x.numel() % 128 == 0 else 0
             for found, expected, which in pairs:
                 count += 1
                 wrong = differences(found, expected)
