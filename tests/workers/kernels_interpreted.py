@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 from halfbyte.training import kernels, learned_kernels, learned_scales, numerics
 from halfbyte.training.config import BlockScale, Format, SecondScale
-from halfbyte.training.formats import GRIDS, Rounding
+from halfbyte.training.formats import GRIDS
 
 
 def fused(self, x, y, z):
