@@ -77,7 +77,8 @@ def agreement(folder: Path, tokens: int, number_format: str) -> dict[str, Any]:
         tokens: Positions to compare.
         number_format: The value of quantize.format.
     """
-    from halfbyte.export.verify import decoded_model, verify
+    from halfbyte.export.served import decoded_model
+    from halfbyte.export.verify import verify
     from halfbyte.training import checkpoint, model, quantize
     from halfbyte.training.fast_path import weights_once
     from halfbyte.training.fetch import fetch, load_tokenizer

@@ -26,7 +26,7 @@ from halfbyte.export.layout import Layout, plan_layout
 from halfbyte.export.pack import cache_scale, module_name, pack
 from halfbyte.export.quantization_config import quantization_configs
 from halfbyte.export.record import write_record
-from halfbyte.export.team import Team
+from halfbyte.export.team import ALONE, Team
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight, expected_shapes
@@ -34,7 +34,6 @@ from halfbyte.training.kv_format import KVCache
 from halfbyte.training.model_config import read_config
 from halfbyte.training.shape import read_shape
 
-ALONE = Team()
 GENERATION = "generation_config.json"
 
 SIDE_FILES = (

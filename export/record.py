@@ -92,18 +92,27 @@ def record_verdict(out: Path, verdict: dict[str, Any] | None, card: str | None =
     write_json(out / RECORD, record | {"gate": verdict, "files": files})
 
 
-def broken_hashes(out: Path) -> list[str]:
-    """Files of a directory that are not as they were written, by the list in halfbyte.json; a line each."""
+def broken_hashes(out: Path, *, rank: int = 0, size: int = 1) -> list[str]:
+    """Files of a directory that are not as they were written, by the list in halfbyte.json; a line each.
+
+    Args:
+        out: The directory.
+        rank: Which share of the files to read; the first also compares the list with what is there.
+        size: Of how many.
+    """
     try:
         listed = json.loads((out / RECORD).read_bytes())["files"]
         hashes = {name: entry["sha256"] for name, entry in listed.items()}
         sizes = {name: entry["bytes"] for name, entry in listed.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return [f"{out / RECORD} is missing or damaged ({error!r}): the files cannot be told from altered ones"]
+        line = f"{out / RECORD} is missing or damaged ({error!r}): the files cannot be told from altered ones"
+        return [line] if rank == 0 else []
     present = {path.name for path in out.iterdir()} - {RECORD}
-    problems = [f"{out / name} is listed in {RECORD} but missing" for name in sorted(hashes.keys() - present)]
-    problems += [f"{out / name} is not listed in {RECORD}" for name in sorted(present - hashes.keys())]
-    both = sorted(present & hashes.keys())
+    problems: list[str] = []
+    if rank == 0:
+        problems += [f"{out / name} is listed in {RECORD} but missing" for name in sorted(hashes.keys() - present)]
+        problems += [f"{out / name} is not listed in {RECORD}" for name in sorted(present - hashes.keys())]
+    both = sorted(present & hashes.keys())[rank::size]
     changed = [
         name
         for name in both

@@ -34,6 +34,9 @@ class Team:
     on_every: Callable[[Callable[[], Any]], list[Any]] = _here_alone
 
 
+ALONE = Team()
+
+
 def team_of(runtime: "Runtime") -> Team:
     """All processes of a run."""
     # imported here, for it brings torch, which those do not need who write alone

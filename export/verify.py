@@ -5,7 +5,8 @@ runtimes' rules (export/rules.py), and does every tensor decode, with the second
 value that the training-time model computes with, bit for bit?
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,47 @@ from halfbyte.export.pack import cache_scale, fake, format_of, module_name, pack
 from halfbyte.export.reader import Checkpoint, open_checkpoint
 from halfbyte.export.record import broken_hashes
 from halfbyte.export.rules import DTYPES, broken_rules
+from halfbyte.export.team import ALONE, Team
 from halfbyte.training import codec, numerics
 from halfbyte.training.config import BlockScale, Format, Method, Quantize, Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.formats import SPECS, Rounding
+from halfbyte.training.formats import SPECS
 from halfbyte.training.hf_map import HFWeight
 
 MAX_PROBLEMS = 50
 """Lines kept in the report; a wrong scale rule breaks every layer in the same way."""
 
 
-def verify(out: Path, weights: Iterable[HFWeight], recipe: Recipe) -> dict[str, Any]:
+@dataclass
+class _Findings:
+    """What one process of those that verify finds.
+
+    Attributes:
+        counts: See verify.
+        differences: Lines about tensors that are not as trained.
+        rules: Lines about the rules of the format; of rank 0.
+        hashes: Lines about altered files.
+        expected: Names of the tensors that the weights of this process stand for.
+        stored: Names of the tensors in the files; None where they cannot be read.
+    """
+
+    counts: dict[str, int]
+    differences: list[str] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    expected: set[str] = field(default_factory=set)
+    stored: set[str] | None = None
+
+
+def verify(out: Path, weights: Iterable[HFWeight], recipe: Recipe, team: Team = ALONE) -> dict[str, Any]:
     """Compare an exported checkpoint with the trained weights and with the rules of its format.
 
     Args:
         out: The exported directory.
-        weights: The training-time tensors; consumed once, one in memory at a time.
+        weights: The training-time tensors, of each process of the team its share; consumed once, one in memory at a
+            time.
         recipe: The recipe of the run.
+        team: The processes that verify together; all get the same report.
 
     Returns:
         The content of verify.json: ok; tensors (training-time tensors compared), mismatches (of them, those that
@@ -44,16 +69,37 @@ def verify(out: Path, weights: Iterable[HFWeight], recipe: Recipe) -> dict[str, 
     """
     if not any(out.glob("*.safetensors")):
         raise UserError(f"{out}: no *.safetensors to verify; export first (halfbyte export RUN_DIR)")
-    problems: list[str] = []
-    counts = {"tensors": 0, "mismatches": 0, "quantized": 0, "elements": 0}
+    return _report(out, recipe, team.on_every(lambda: _findings(out, weights, recipe, team)))
+
+
+def _findings(out: Path, weights: Iterable[HFWeight], recipe: Recipe, team: Team) -> _Findings:
+    found = _Findings({"tensors": 0, "mismatches": 0, "quantized": 0, "elements": 0})
     try:
         checkpoint = open_checkpoint(out)
     except UserError as error:  # the files are there but cannot be read: a finding, not a crash
-        problems.append(str(error))
+        found.rules = [str(error)] if team.rank == 0 else []
     else:
-        problems += broken_rules(checkpoint, recipe)
-        problems = _compare(checkpoint, weights, recipe, counts) + problems
-    problems += broken_hashes(out)  # last: a tensor's name says more than its file's
+        found.stored = set(checkpoint.entries)
+        _compare(checkpoint, weights, recipe, found)
+        found.rules = broken_rules(checkpoint, recipe) if team.rank == 0 else []
+    found.hashes = broken_hashes(out, rank=team.rank, size=team.size)
+    return found
+
+
+def _report(out: Path, recipe: Recipe, parts: list[_Findings]) -> dict[str, Any]:
+    """The findings of all processes as one: no tensor missing, none extra, all equal."""
+    counts = {name: sum(part.counts[name] for part in parts) for name in parts[0].counts}
+    problems = [line for part in parts for line in part.differences]
+    stored = parts[0].stored
+    if stored is not None:
+        if not counts["tensors"]:
+            raise UserError(f"{out}: there are no trained weights to compare with; train first")
+        if recipe.method is not Method.bf16 and not counts["quantized"]:
+            problems.append(f"no linear is quantized, but method = {recipe.method.value}")
+        extra = sorted(stored.difference(*(part.expected for part in parts)))
+        problems += [f"{name} is in the files but not in the trained model" for name in extra]
+    problems += [line for part in parts for line in part.rules]
+    problems += [line for part in parts for line in part.hashes]  # last: a tensor's name says more than its file's
     return {
         "ok": not problems and counts["mismatches"] == 0,
         **counts,
@@ -75,34 +121,27 @@ def broken_directory(out: Path, recipe: Recipe) -> list[str]:
         return [str(error)]
 
 
-def _compare(checkpoint: Checkpoint, weights: Iterable[HFWeight], recipe: Recipe, counts: dict[str, int]) -> list[str]:
-    """Compare every tensor both ways: none missing, none extra, all equal. Adds to `counts`."""
-    problems: list[str] = []
+def _compare(checkpoint: Checkpoint, weights: Iterable[HFWeight], recipe: Recipe, found: _Findings) -> None:
+    """Compare every weight with the tensors that stand for it; adds to `found`."""
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
-    expected: set[str] = set()
     for weight in weights:
         module = module_name(weight.name)
         if tied and module == "lm_head":
             continue
         if weight.quantized:
-            found = _compare_linear(checkpoint, weight, recipe.quantize)
-            expected |= {f"{module}.{suffix}" for suffix in DTYPES[format_of(weight, recipe.quantize)]}
+            differences = _compare_linear(checkpoint, weight, recipe.quantize)
+            found.expected |= {f"{module}.{suffix}" for suffix in DTYPES[format_of(weight, recipe.quantize)]}
         else:
-            found = _compare_dense(checkpoint, weight)
-            expected.add(weight.name)
-        scale_problems, names = _compare_cache(checkpoint, weight)
-        found, expected = found + scale_problems, expected | names
-        counts["tensors"] += 1
-        counts["mismatches"] += bool(found)
-        counts["quantized"] += weight.quantized
-        counts["elements"] += weight.tensor.numel()
-        problems += found
-    if not counts["tensors"]:
-        raise UserError(f"{checkpoint.folder}: there are no trained weights to compare with; train first")
-    if recipe.method is not Method.bf16 and not counts["quantized"]:
-        problems.append(f"no linear is quantized, but method = {recipe.method.value}")
-    extra = sorted(checkpoint.entries.keys() - expected)
-    return problems + [f"{name} is in the files but not in the trained model" for name in extra]
+            differences = _compare_dense(checkpoint, weight)
+            found.expected.add(weight.name)
+        of_cache, names = _compare_cache(checkpoint, weight)
+        differences += of_cache
+        found.expected |= names
+        found.counts["tensors"] += 1
+        found.counts["mismatches"] += bool(differences)
+        found.counts["quantized"] += weight.quantized
+        found.counts["elements"] += weight.tensor.numel()
+        found.differences += differences
 
 
 def _compare_linear(checkpoint: Checkpoint, weight: HFWeight, quantize: Quantize) -> list[str]:
@@ -222,105 +261,3 @@ def _difference(name: str, found: np.ndarray, expected: np.ndarray) -> list[str]
 def _bits(tensor: torch.Tensor) -> np.ndarray:
     """A packed tensor as numpy sees it in the file: E4M3 as bytes."""
     return (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).numpy()
-
-
-def decoded_model(out: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The exported checkpoint as a transformers model that computes what a server computes, without Megatron.
-
-    Weights are decoded by export/reader.py. Where activations are quantized too, each quantized linear rounds its input
-    with the scale in the file, and so does attention with keys and values where the cache is quantized; products are
-    computed in `dtype`.
-
-    Args:
-        out: The exported directory.
-        dtype: Of parameters and activations. The decoded weights are exact in float32, and in bfloat16 if their
-            second-level scale is a power of two.
-
-    Returns:
-        The model class of config.json (LlamaForCausalLM, ...) on the CPU, in eval mode, without gradients.
-
-    Raises:
-        UserError: Damaged files, or tensors that do not fit config.json.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    checkpoint = open_checkpoint(out)
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
-    model.tie_weights()
-    packed = set(checkpoint.quantized_modules())
-    biases = {name for name in checkpoint.names() if name.endswith(".bias")}
-    unread = biases | {name.rsplit(".", 1)[0] for name in checkpoint.names()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            module = module_name(name)  # of a bias: its own name
-            found = checkpoint.decode_dense(name) if name in biases else checkpoint.decode(module)
-            values = torch.from_numpy(found)
-            if values.shape != parameter.shape:
-                raise UserError(
-                    f"{out}: {name} is {list(values.shape)}, but config.json asks for {list(parameter.shape)}"
-                )
-            parameter.copy_(values)
-            unread.discard(module)
-    if unread:
-        raise UserError(f"{out}: {min(unread)} has no place in the model of config.json; export again")
-    for module in packed:
-        _quantize_input(checkpoint, module, model.get_submodule(module))
-    _quantize_cache(checkpoint, model)
-    return model.eval().requires_grad_(False)
-
-
-def _quantize_input(checkpoint: Checkpoint, module: str, linear: torch.nn.Module) -> None:
-    """Round the input of a linear as the files say: by the config group that aims at it, with its input_scale."""
-    section = checkpoint.config.get("quantization_config") or {}
-    groups = [
-        group for group in (section.get("config_groups") or {}).values() if isinstance(group.get("targets"), list)
-    ]
-    group = next((group for group in groups if group["targets"] == ["Linear"] or module in group["targets"]), None)
-    if group is None:
-        raise UserError(f"{checkpoint.folder}/config.json: no config group aims at {module}; export again")
-    elements = group.get("input_activations")
-    if elements is None:
-        return
-    block, scale = elements.get("group_size"), None
-    rounding = {None: Rounding.fp8, 16: Rounding.nvfp4, 32: Rounding.mxfp4}[block]
-    if rounding is not Rounding.mxfp4:
-        scale = torch.from_numpy(np.array(checkpoint.raw(f"{module}.input_scale")))
-    linear.register_forward_pre_hook(lambda _, args: (numerics.fake_quantize(args[0], rounding, scale),))
-
-
-def _quantize_cache(checkpoint: Checkpoint, model: Any) -> None:
-    """Round the keys and values of every layer as the files say, if they hold scales for them.
-
-    transformers rotates keys, hands them with the values to the cache's update, and attends to what that returns.
-    """
-    scheme = checkpoint.config.get("quantization_config", {}).get("kv_cache_scheme")
-    if scheme is None:
-        return
-    from transformers import DynamicCache
-
-    rounds_as = Rounding.nvfp4 if scheme == "NVFP4" else Rounding.fp8
-    names = ("k_proj.k_scale", "v_proj.v_scale")
-    scales = [
-        [torch.from_numpy(np.array(checkpoint.raw(f"model.layers.{layer}.self_attn.{name}"))) for name in names]
-        for layer in range(checkpoint.config["num_hidden_layers"])
-    ]
-
-    def rounding(update: Callable) -> Callable:
-        def rounded(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            pair = zip((keys, values), scales[layer_idx], strict=True)
-            keys, values = (numerics.fake_quantize(x, rounds_as, scale.to(x.device)) for x, scale in pair)
-            return update(keys, values, layer_idx, *args, **kwargs)
-
-        return rounded
-
-    def give_cache(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
-        cache = DynamicCache(config=model.config) if cache is None else cache
-        if "update" not in vars(cache):  # generate() hands the same cache in at every step
-            cache.update = rounding(cache.update)
-        return args, kwargs | {"past_key_values": cache, "use_cache": True}
-
-    model.register_forward_pre_hook(give_cache, with_kwargs=True)

@@ -19,7 +19,7 @@ from halfbyte.export.folder import move
 from halfbyte.export.imported import with_source_bytes
 from halfbyte.export.reader import open_checkpoint
 from halfbyte.export.record import RECORD, record_verdict
-from halfbyte.export.team import Team
+from halfbyte.export.team import ALONE, Team
 from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
 from halfbyte.launch.scored import kinds, read_control, read_stages
@@ -166,7 +166,7 @@ def exported(folder: Path) -> Path | None:
     return None
 
 
-def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool, team: Team = hf.ALONE) -> Path:
+def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool, team: Team = ALONE) -> Path:
     """Export the newest checkpoint as a candidate, every process its own files, and verify it.
 
     Args:
@@ -195,16 +195,12 @@ def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool, tea
         sizes = _export(recipe, folder, record, team, console)
         size = f"{sizes['bytes_before'] / 1e6:.1f} MB -> {sizes['bytes_after'] / 1e6:.1f} MB"
         notes.append(f"{size} in {sizes['files']} file(s)")
-    team.on_first(lambda: _verify_candidate(recipe, folder, console, record))
-    return candidate(folder)
-
-
-def _verify_candidate(recipe: Recipe, folder: Path, console: Console, record: Path) -> None:
     with console.stage("verify") as notes:
-        report = verify(recipe, folder, candidate(folder))
+        report = verify(recipe, folder, candidate(folder), console, team)
         notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
     raise_problems(report, folder)
-    write_json(record, read_json(record) | {"verified": True})
+    team.on_first(lambda: write_json(record, read_json(record) | {"verified": True}))
+    return candidate(folder)
 
 
 def raise_problems(report: dict[str, Any], folder: Path) -> None:
@@ -281,28 +277,35 @@ def withdraw(folder: Path) -> None:
     (folder / "export" / "HANDOFF.md").unlink(missing_ok=True)
 
 
-def check_again(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def check_again(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
     """Verify what stands: the export of the newest checkpoint, or else what was released before it.
 
     Raises:
         UserError: nothing was exported.
     """
-    report = verify(recipe, folder, exported(folder) or released(folder))
+    report = verify(recipe, folder, exported(folder) or released(folder), console, ALONE)
     record = folder / "export" / "export.json"
     if record.exists():
         write_json(record, read_json(record) | {"verified": report["ok"]})
     return report
 
 
-def verify(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
-    """Compare the files at `out` with the trained weights, score the decoded model on a few items, write verify.json.
+def verify(recipe: Recipe, folder: Path, out: Path, console: Console, team: Team) -> dict[str, Any]:
+    """Compare the files at `out` with the trained weights; rank 0 scores the decoded model and writes verify.json.
 
     Returns:
         The report; not raised, so that the caller decides what a finding means.
     """
     from halfbyte.export import verify as check
 
-    report = check.verify(out, trained_weights(recipe, folder), recipe)
+    own = hf.own_weights(recipe, Path(recipe.model.path), team)
+    weights = _watched(trained_weights(recipe, folder, own.keys()), console, "verify", sum(own.values()))
+    report = check.verify(out, weights, recipe, team)
+    return team.on_first(lambda: _rescored(recipe, folder, out, report))
+
+
+def _rescored(recipe: Recipe, folder: Path, out: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report with what the decoded model scores, as it is in verify.json."""
     if report["ok"] and recipe.verify.items and recipe.evaluate.tasks:
         report["rescored"] = _rescore(recipe, folder, out)
         off = [name for name, task in report["rescored"].items() if not task["ok"]]
@@ -327,7 +330,7 @@ def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
     """Score the decoded checkpoint in transformers, without Megatron, on the first items of every task."""
     import torch
 
-    from halfbyte.export.verify import decoded_model
+    from halfbyte.export.served import decoded_model
     from halfbyte.training.evaluate import item_limit
     from halfbyte.training.fetch import load_tokenizer
 

@@ -1,6 +1,7 @@
 """A random model, exported without training: what the tests of conversions, engines and damage start from."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 
 from halfbyte.export import hf
 from halfbyte.export.record import record_verdict
+from halfbyte.export.team import Team
 from halfbyte.training.config import Format, Method, Recipe
+from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight, expected_shapes
 from halfbyte.training.kv_format import KVCache
 from halfbyte.training.shape import layer_format, read_shape
@@ -65,3 +68,31 @@ def export(folder: Path, config: dict, run: Recipe) -> Path:
     hf.write(weights, run, model_dir=source, out=out, checkpoint="step_00000001", versions={"torch": "2"})
     record_verdict(out, {"verdict": "pass"})
     return out
+
+
+def team_of(size: int) -> list[Team]:
+    """Threads in the place of processes: work on the first rank or on every one, and then all go on."""
+    barrier, answers = threading.Barrier(size), {}
+
+    def member(rank: int) -> Team:
+        def on_every(work):
+            try:
+                answers[rank] = work()
+            except UserError as error:
+                answers["error"] = error
+            barrier.wait()
+            if "error" in answers:
+                raise answers["error"]
+            return [answers[place] for place in range(size)]
+
+        def on_first(work):
+            if rank == 0:
+                answers["result"] = work()
+            barrier.wait()
+            result = answers["result"]
+            barrier.wait()
+            return result
+
+        return Team(rank, size, on_first, on_every)
+
+    return [member(rank) for rank in range(size)]

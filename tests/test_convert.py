@@ -15,8 +15,9 @@ from halfbyte.export.convert import convert
 from halfbyte.export.converted import check
 from halfbyte.export.reader import open_checkpoint
 from halfbyte.export.record import file_hash
+from halfbyte.export.served import decoded_model
 from halfbyte.export.source import cache_of, formats_of
-from halfbyte.export.verify import decoded_model, verify
+from halfbyte.export.verify import verify
 from halfbyte.launch.export import export_as
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Format, LayerFormat, SecondScale

@@ -6,7 +6,6 @@ import json
 import resource
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export_tools import team_of
 from safetensors import safe_open
 
 from halfbyte.export import hf, reader
@@ -235,34 +235,6 @@ def test_shards_and_index(model_dir: Path, tmp_path: Path):
     one = tmp_path / "one"
     export(model_dir, one)
     assert stored(out) == stored(one)
-
-
-def team_of(size: int) -> list[Team]:
-    """Threads in the place of processes: work on the first rank or on every one, and then all go on."""
-    barrier, answers = threading.Barrier(size), {}
-
-    def member(rank: int) -> Team:
-        def on_every(work):
-            try:
-                answers[rank] = work()
-            except UserError as error:
-                answers["error"] = error
-            barrier.wait()
-            if "error" in answers:
-                raise answers["error"]
-            return [answers[place] for place in range(size)]
-
-        def on_first(work):
-            if rank == 0:
-                answers["result"] = work()
-            barrier.wait()
-            result = answers["result"]
-            barrier.wait()
-            return result
-
-        return Team(rank, size, on_first, on_every)
-
-    return [member(rank) for rank in range(size)]
 
 
 def write_together(model_dir: Path, out: Path, run: Recipe, source, size: int) -> list[dict]:

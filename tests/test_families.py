@@ -11,7 +11,8 @@ import torch
 
 from halfbyte.export import hf
 from halfbyte.export.decode import write_decoded
-from halfbyte.export.verify import decoded_model, verify
+from halfbyte.export.served import decoded_model
+from halfbyte.export.verify import verify
 from halfbyte.training.config import Format, Method, Quantize, Recipe
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.families import TINY

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.export import hf
 from halfbyte.export.decode import write_decoded
-from halfbyte.export.verify import decoded_model, verify
+from halfbyte.export.served import decoded_model
+from halfbyte.export.verify import verify
 from halfbyte.launch.check import export_bytes
 from halfbyte.training.config import Method, Quantize, Recipe
 from halfbyte.training.errors import UserError

@@ -15,7 +15,8 @@ from halfbyte.export import hf, reader
 from halfbyte.export.pack import fake, module_name
 from halfbyte.export.quantization_config import quantization_configs
 from halfbyte.export.record import recipe_hash
-from halfbyte.export.verify import decoded_model, verify
+from halfbyte.export.served import decoded_model
+from halfbyte.export.verify import verify
 from halfbyte.launch.check import export_bytes
 from halfbyte.training import numerics
 from halfbyte.training.config import Format, LayerFormat, Quantize, Recipe

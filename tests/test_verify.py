@@ -5,11 +5,13 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from export_tools import team_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -17,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from halfbyte.export import hf
 from halfbyte.export.pack import fake
 from halfbyte.export.reader import open_checkpoint
-from halfbyte.export.verify import decoded_model, verify
+from halfbyte.export.served import decoded_model
+from halfbyte.export.team import Team
+from halfbyte.export.verify import verify
 from halfbyte.training import numerics
 from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.errors import UserError
@@ -152,6 +156,37 @@ def problems_of_config(out: Path, weights: list[HFWeight], run: Recipe) -> str:
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
     rehash(out)
     return problems(out, weights, run)
+
+
+def test_several_processes_verify_their_own_files_and_say_the_same(
+    model_dir: Path, trained: list[HFWeight], tmp_path: Path
+):
+    out, run = tmp_path / "hf", recipe()
+    run.export.files = 4
+    export(model_dir, trained, out, run)
+
+    def together(size: int) -> list[dict]:
+        def part(team: Team) -> dict:
+            own = hf.own_weights(run, model_dir, team)
+            return verify(out, [weight for weight in trained if weight.name in own], run, team)
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(part, team_of(size)))
+
+    alone = verify(out, trained, run)
+    assert alone["ok"]
+    assert together(3) == [alone] * 3
+    flip(out, f"{DOWN}.weight", byte=5)
+    (out / "more.txt").write_text("")
+    alone = verify(out, trained, run)
+    assert (alone["mismatches"], alone["problem_count"]) == (1, 4)
+    for report in together(3):
+        assert sorted(report["problems"]) == sorted(alone["problems"])
+        assert {name: report[name] for name in report if name != "problems"} == {
+            name: alone[name] for name in alone if name != "problems"
+        }
+    (out / "config.json").write_text("{")
+    assert together(2) == [verify(out, trained, run)] * 2
 
 
 def test_nothing_to_verify_is_an_error(out: Path, trained: list[HFWeight], tmp_path: Path):
