@@ -100,7 +100,7 @@ def agreement(folder: Path, tokens: int, number_format: str) -> dict[str, Any]:
         with torch.no_grad():
             return [stage(row[None], positions, None)[0].argmax(-1) for row in rows]
 
-    layers = quantize.quantize(gpt, recipe, runtime, run)["layers"].values()
+    layers = quantize.quantize(gpt, recipe, run)["layers"].values()
     saved = folder / "run" / "checkpoints" / "step_00000000"
     checkpoint.save(checkpoint.Trainable(gpt), {}, saved)
     with weights_once(gpt):

@@ -140,7 +140,7 @@ def _prepare(case: Case, runtime: Any) -> tuple[Any, list[Any]]:
         teacher = random_model(shape, recipe, runtime)
         teacher.requires_grad_(False)
     if case.method is not Method.bf16:
-        quantize.quantize(gpt, recipe, runtime, lambda stage: collect(stage, parts[:1], None))
+        quantize.quantize(gpt, recipe, lambda stage: collect(stage, parts[:1], None))
     return worker.without_trainer(gpt, teacher, recipe, runtime), parts
 
 

@@ -57,7 +57,7 @@ def training(plan: Recipe, shape: ModelShape, arm: Arm, runtime: Runtime, parts:
     gpt = random_model(shape, plan, runtime)
     with _modelopt_as_it_is(arm):
         if arm.format is not None:
-            quantize.quantize(gpt, plan, runtime, lambda stage: collect(stage, parts[:1], None))
+            quantize.quantize(gpt, plan, lambda stage: collect(stage, parts[:1], None))
         elif arm.modelopt is not None:
             import modelopt.torch.quantization as mtq
 

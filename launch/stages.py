@@ -176,7 +176,7 @@ class Work:
                     self._restore_weights()
                 notes.append("as in quantize.json")
             else:
-                report = ptq.calibrate(self.gpt, self.recipe, self.runtime, self.run_calibration)
+                report = ptq.calibrate(self.gpt, self.recipe, self.run_calibration)
                 if ptq.changes_weights(self.recipe.quantize):
                     checkpoint.save(checkpoint.Trainable(self.gpt), {}, self.calibrated)
                 on_first_rank(self.runtime, lambda: write_json(path, report))

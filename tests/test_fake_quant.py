@@ -44,10 +44,10 @@ def narrowed(world, *, clip: bool) -> tuple[torch.nn.Module, Recipe]:
     """A quantized model whose calibrated maxima are so small that a part of all weights and inputs lies beyond."""
     from halfbyte.training import quantize
 
-    build, runtime = world
+    build, _ = world
     recipe = Recipe(method=Method.qat, quantize=Quantize(layers=MIXED, clip_gradient=clip))
     gpt = build(recipe)
-    quantize.quantize(gpt, recipe, runtime, calibrate)
+    quantize.quantize(gpt, recipe, calibrate)
     for _, quantizer in quantize.enabled_quantizers(gpt):
         quantizer.amax = quantizer.amax / 8
     quantize.refresh_scales(gpt, recipe.quantize)
@@ -145,7 +145,7 @@ def bench(world, recipe: Recipe, *, quantized: bool = True):
     build, runtime = world
     gpt = build(recipe)
     if quantized:
-        quantize.quantize(gpt, recipe, runtime, calibrate)
+        quantize.quantize(gpt, recipe, calibrate)
     module = Training(gpt, teacher=None, recipe=recipe, runtime=runtime, data=None)
     module.optimizers, module.log_dict = lambda: module.optimizer, lambda values, **_: None
     return module

@@ -124,7 +124,7 @@ def test_with_quantizers_on_the_cache_changes_nothing(opened):
     batch = prompts(7, 1, 19)
     before = [without_cache(gpt, prompt) for prompt in batch]
     windows = [token_batch(torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(2)))]
-    quantize.quantize(gpt, recipe, opened, lambda stage: collect(stage, windows, None))
+    quantize.quantize(gpt, recipe, lambda stage: collect(stage, windows, None))
     with weights_once(gpt):
         found = [list(output.tokens) for output in decoder(gpt)(batch)]
     assert found == [without_cache(gpt, prompt) for prompt in batch]

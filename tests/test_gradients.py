@@ -78,12 +78,12 @@ def fused_calls(monkeypatch) -> list[tuple[int, ...]]:
 def test_main_grad_is_the_sum_over_micro_batches(world, monkeypatch, tied, quantized):
     from halfbyte.training import quantize
 
-    build, runtime = world
+    build, _ = world
     method = Method.qat if quantized else Method.bf16
     recipe = Recipe(method=method, train=Train(global_batch=6, micro_batch=2), quantize=Quantize())
     gpt, plain, parts = build(recipe, tied=tied), build(recipe, tied=tied), batches(3)
     for model in (gpt, plain) if quantized else ():
-        quantize.quantize(model, recipe, runtime, calibrate)
+        quantize.quantize(model, recipe, calibrate)
     calls = fused_calls(monkeypatch)
     found, expected = main_gradients(gpt, recipe, parts), plain_gradients(plain, parts)
     linears = 2 * 4 + 1  # every linear of both layers and the logits, in every micro-batch

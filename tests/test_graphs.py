@@ -36,7 +36,7 @@ def test_kept_weights_keep_their_place_and_are_never_stale():
         recipe = Recipe()
         gpt = helpers["random_model"](runtime, recipe)
         tokens = torch.arange(32).view(1, 32)
-        quantize.quantize(gpt, recipe, runtime, lambda stage: stage(tokens, tokens, None))
+        quantize.quantize(gpt, recipe, lambda stage: stage(tokens, tokens, None))
         linear = gpt.decoder.layers[0].mlp.linear_fc1
         rule = linear.weight_quantizer._quantizer_cache
         kept: dict[str, torch.Tensor] = {}

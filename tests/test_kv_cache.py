@@ -43,7 +43,7 @@ def make(world, cache: KVCache, **settings):
     recipe = Recipe(quantize=Quantize(kv_cache=cache, **settings))
     shape = dataclasses.replace(WORLD["SHAPE"], max_positions=64)
     gpt = WORLD["random_model"](world, recipe, shape=shape).double().eval()
-    return gpt, quantize.quantize(gpt, recipe, world, calibrate), recipe
+    return gpt, quantize.quantize(gpt, recipe, calibrate), recipe
 
 
 def read_by_attention(gpt, tokens: torch.Tensor, monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -167,7 +167,7 @@ def test_a_layer_without_maxima_stops_the_run(world):
         gpt.decoder.layers[1].self_attention.linear_qkv.weight.zero_()
     message = r"quantize.kv_cache: the keys of layer 1 were calibrated to 0.0; check the weights and the calibration"
     with pytest.raises(UserError, match=message):
-        quantize.quantize(gpt, recipe, world, lambda stage: calibrate(stage))
+        quantize.quantize(gpt, recipe, lambda stage: calibrate(stage))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def finished(folder: Path, config: dict, run: Recipe) -> Recipe:
     with WORLD["world_of_one"]() as runtime:
         gpt = WORLD["random_model"](runtime, run, shape=shape)
         tokens = torch.arange(48).remainder(config["vocab_size"]).view(2, 24)
-        report = quantize.quantize(gpt, run, runtime, lambda stage: stage(tokens, tokens * 0 + torch.arange(24), None))
+        report = quantize.quantize(gpt, run, lambda stage: stage(tokens, tokens * 0 + torch.arange(24), None))
         write_json(place / "quantize.json", report)
         checkpoint.save(checkpoint.Trainable(gpt), {}, place / "checkpoints" / "step_00000001")
     save_recipe(run, place / "resolved.yaml")

@@ -60,10 +60,10 @@ def calibrated(world, **settings):
     """(model, report, recipe) after calibration on TOKENS."""
     from halfbyte.training import ptq
 
-    build, runtime = world
+    build, _ = world
     recipe = Recipe(quantize=Quantize(**settings))
     gpt = build(recipe.quantize)
-    return gpt, ptq.calibrate(gpt, recipe, runtime, forward), recipe
+    return gpt, ptq.calibrate(gpt, recipe, forward), recipe
 
 
 @pytest.mark.parametrize("number_format", [Format.nvfp4, Format.fp8])

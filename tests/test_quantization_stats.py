@@ -29,7 +29,7 @@ def make():
         def build(section: Quantize) -> torch.nn.Module:
             recipe = Recipe(method=Method.qat, quantize=section)
             gpt = WORLD["random_model"](opened, recipe)
-            quantize.quantize(gpt, recipe, opened, lambda stage: collect(stage, [batch(9)], None))
+            quantize.quantize(gpt, recipe, lambda stage: collect(stage, [batch(9)], None))
             return gpt
 
         yield build

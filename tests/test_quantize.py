@@ -58,11 +58,11 @@ def make(world, number_format: Format = Format.nvfp4, *, seed: int = 0, **settin
     """(quantized model, report, untouched copy of the model, recipe)."""
     from halfbyte.training import quantize
 
-    build, runtime = world
+    build, _ = world
     recipe = Recipe(quantize=Quantize(format=number_format, **settings))
     gpt = build(recipe, seed)
     plain = build(recipe, seed)
-    report = quantize.quantize(gpt, recipe, runtime, lambda stage: forward(stage))
+    report = quantize.quantize(gpt, recipe, lambda stage: forward(stage))
     return gpt, report, plain, recipe
 
 
@@ -192,7 +192,7 @@ def test_linears_see_weights_on_the_grid_bit_for_bit(world, number_format, mode)
 
 
 def test_inputs_are_rounded_with_the_calibrated_maximum(world):
-    build, runtime = world
+    build, _ = world
     from halfbyte.training import quantize
 
     recipe = Recipe()
@@ -208,7 +208,7 @@ def test_inputs_are_rounded_with_the_calibrated_maximum(world):
         for handle in hooks:
             handle.remove()
 
-    report = quantize.quantize(gpt, recipe, runtime, calibrate)
+    report = quantize.quantize(gpt, recipe, calibrate)
     for name in LINEARS:
         assert report["layers"][name]["amax"]["input"] == seen[name].item() > 0
         linear = gpt.get_submodule(name)
@@ -221,10 +221,10 @@ def test_inputs_are_rounded_with_the_calibrated_maximum(world):
 def test_mxfp4_needs_no_calibration_and_rounds_inputs(world):
     from halfbyte.training import quantize
 
-    build, runtime = world
+    build, _ = world
     recipe = Recipe(quantize=Quantize(format=Format.mxfp4))
     gpt = build(recipe)
-    quantize.quantize(gpt, recipe, runtime, lambda stage: pytest.fail("calibrated"))
+    quantize.quantize(gpt, recipe, lambda stage: pytest.fail("calibrated"))
     linear = gpt.get_submodule(LINEARS[3])
     x = torch.randn(5, linear.weight.shape[1])
     expected = functional.linear(numerics.mxfp4_fake(x), numerics.mxfp4_fake(linear.weight))
@@ -412,33 +412,31 @@ def test_restore_refuses_another_plan(world, hook, tmp_path):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("number_format", Format)
 def test_a_broken_weight_stops_the_run(world, hook, number_format, bad):
-    build, runtime = world
+    build, _ = world
     recipe = Recipe(quantize=Quantize(format=number_format))
     gpt = build(recipe)
     with torch.no_grad():
         gpt.get_submodule(LINEARS[6]).weight[3, 5] = bad
     with pytest.raises(UserError, match=rf"^quantize: {LINEARS[6]}\.weight holds NaN or Inf"):
-        hook.quantize(gpt, recipe, runtime, lambda stage: forward(stage))
+        hook.quantize(gpt, recipe, lambda stage: forward(stage))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_broken_activation_stops_the_run(world, hook, bad):
-    build, runtime = world
+    build, _ = world
     broken = torch.full(
         (2, 64), bad
     )  # as a layer's input: calibrating a whole model on it leaves ModelOpt half patched
     with pytest.raises(
         UserError, match=r"^quantize: calibration failed \(detected (nan|inf) values .*check the weights"
     ):
-        hook.quantize(
-            build(Recipe()), Recipe(), runtime, lambda stage: stage.get_submodule(LINEARS[4]).input_quantizer(broken)
-        )
+        hook.quantize(build(Recipe()), Recipe(), lambda stage: stage.get_submodule(LINEARS[4]).input_quantizer(broken))
 
 
 def test_calibrating_on_nothing_stops_the_run(world, hook):
-    build, runtime = world
+    build, _ = world
     with pytest.raises(UserError, match="input_quantizer was calibrated to nothing"):
-        hook.quantize(build(Recipe()), Recipe(), runtime, lambda stage: None)
+        hook.quantize(build(Recipe()), Recipe(), lambda stage: None)
 
 
 def test_as_exported_rounds_what_is_not_quantized_and_gives_it_back(world, hook):

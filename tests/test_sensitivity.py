@@ -94,7 +94,7 @@ def forward(gpt: torch.nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor
 def test_a_variant_is_the_model_that_a_recipe_of_that_layer_alone_makes(world, default):
     from halfbyte.training import quantize, sensitivity
 
-    build, shape, runtime = world
+    build, shape, _ = world
     recipe = Recipe(quantize=Quantize(format=default))
     variants = sensitivity.Variants(build(recipe), recipe, forward)
     members = groups(shape, recipe)
@@ -104,7 +104,7 @@ def test_a_variant_is_the_model_that_a_recipe_of_that_layer_alone_makes(world, d
             layers = {group.pattern: LayerFormat(number_format.value), "*": LayerFormat.bf16}
             alone = Recipe(quantize=Quantize(format=default, layers=layers))
             gpt = build(alone)
-            quantize.quantize(gpt, alone, runtime, forward)
+            quantize.quantize(gpt, alone, forward)
             variants.choose({group: number_format})
             assert torch.equal(forward(variants.model), forward(gpt))
             assert not torch.equal(forward(variants.model), plain)

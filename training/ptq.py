@@ -9,7 +9,6 @@ from halfbyte.training import gptq, quantize
 from halfbyte.training.config import Activations, Quantize, Recipe, Smoothing, Weights
 from halfbyte.training.formats import GRIDS, SPECS
 from halfbyte.training.observe import Percentiles, observe
-from halfbyte.training.runtime import Runtime
 from halfbyte.training.smoothing import smooth
 
 
@@ -18,15 +17,12 @@ def changes_weights(section: Quantize) -> bool:
     return section.smoothing is not Smoothing.none or section.weights is Weights.gptq
 
 
-def calibrate(
-    model: torch.nn.Module, recipe: Recipe, runtime: Runtime, run: Callable[[torch.nn.Module], None]
-) -> dict[str, Any]:
+def calibrate(model: torch.nn.Module, recipe: Recipe, run: Callable[[torch.nn.Module], None]) -> dict[str, Any]:
     """Calibrate as the recipe's section `quantize` says, and insert the quantizers; collective.
 
     Args:
         model: This rank's GPTModel with the BF16 model's weights; changed in place.
         recipe: The recipe; `method` is not bf16.
-        runtime: This process.
         run: Runs the calibration windows through the model it is given.
 
     Returns:
@@ -42,7 +38,7 @@ def calibrate(
     hessians = gptq.Hessians(model) if section.weights is Weights.gptq else None
     if percentiles or hessians:
         observe(model, planned, run, [taker.take for taker in (percentiles, hessians) if taker])
-    report = quantize.quantize(model, recipe, runtime, run)
+    report = quantize.quantize(model, recipe, run)
     if percentiles:
         _clip_inputs(model, planned, percentiles.amax(section.percentile))
         quantize.refresh_scales(model, section)

@@ -26,7 +26,6 @@ from halfbyte.training.files import damage, read_json
 from halfbyte.training.formats import GRIDS, SPECS, Rounding
 from halfbyte.training.hf_map import FUSED
 from halfbyte.training.kv_format import KVCache
-from halfbyte.training.runtime import Runtime
 from halfbyte.training.shape import excluded, layer_format
 
 SIDES = ("weight", "input")
@@ -108,7 +107,6 @@ def modelopt_config(planned: list[Planned], quantize: Quantize) -> dict[str, Any
 def quantize(
     model: torch.nn.Module,
     recipe: Recipe,
-    runtime: Runtime,
     calibrate: Callable[[torch.nn.Module], None],
 ) -> dict[str, Any]:
     """Insert quantizers, calibrate them, prove that what was planned is what was converted.
@@ -116,7 +114,6 @@ def quantize(
     Args:
         model: This rank's GPTModel, weights loaded; changed in place.
         recipe: The recipe; `method` is not bf16.
-        runtime: This process.
         calibrate: Runs the calibration windows through the model it is given (not called for MXFP4, which needs none).
 
     Returns:

@@ -99,7 +99,7 @@ def train(case: str, dtype: str, runtime: Runtime) -> dict:
     gpt, teacher = random_model(recipe, runtime, 1), None
     if recipe.method is Method.qad:
         teacher = random_model(recipe, runtime, 2).requires_grad_(False)
-    quantize.quantize(gpt, recipe, runtime, lambda stage: collect(stage, batches(99, runtime)[:2], None))
+    quantize.quantize(gpt, recipe, lambda stage: collect(stage, batches(99, runtime)[:2], None))
     trained = module.Training(gpt, teacher=teacher, recipe=recipe, runtime=runtime, data=None)  # type: ignore[arg-type]
     trained.optimizers = lambda: trained.optimizer
     trained.log_dict = lambda *_, **__: None

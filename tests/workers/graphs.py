@@ -93,7 +93,7 @@ def train(case: dict, tensor: int, runtime: Runtime, *, graphs: bool) -> dict:
     if plan.method is Method.qad:
         teacher = random_model(plan, runtime, 2).requires_grad_(False)
     if plan.method is not Method.bf16:
-        quantize.quantize(gpt, plan, runtime, lambda stage: collect(stage, batches(99, runtime)[:1], None))
+        quantize.quantize(gpt, plan, lambda stage: collect(stage, batches(99, runtime)[:1], None))
     trained = module.Training(gpt, teacher=teacher, recipe=plan, runtime=runtime, data=None)
     trained.optimizers = lambda: trained.optimizer
     trained.log_dict = lambda *_, **__: None

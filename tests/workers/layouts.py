@@ -46,7 +46,7 @@ def train(recipe: Recipe, runtime: Runtime, out: Path) -> None:
     gpt = model.build(shape, recipe, runtime)
     model.import_hf(gpt, folder, shape, runtime)
     windows = [token_batch(batch.tokens) for batch in steps[0]]
-    report = quantize.quantize(gpt, recipe, runtime, lambda stage: collect(stage, windows, None) and None)
+    report = quantize.quantize(gpt, recipe, lambda stage: collect(stage, windows, None) and None)
     on_first_rank(runtime, lambda: write_json(out / "quantize.json", report))
     ddp = wrap(gpt, recipe)
     optimizer = MegatronOptimizer(ddp, recipe, runtime.dtype)

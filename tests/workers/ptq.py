@@ -55,7 +55,7 @@ def calibrated(folder: Path, recipe: Recipe, runtime: Runtime) -> dict:
                 norm.weight[[3, 17, 40]] *= torch.tensor([20.0, 6.0, 11.0], dtype=torch.float64)
     tokens = torch.arange(4 * 2 * 32).reshape(4, 2, 32) * 7 % shape.vocab
     batches = [token_batch(part) for part in tokens]
-    report = ptq.calibrate(gpt, recipe, runtime, lambda stage: collect(stage, batches, None))
+    report = ptq.calibrate(gpt, recipe, lambda stage: collect(stage, batches, None))
     with weights_once(gpt):
         logits = collect(gpt, batches[:1], lambda out, index: gather(out))
     parts: list = [None] * runtime.world

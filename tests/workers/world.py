@@ -72,7 +72,7 @@ def training(opened: Runtime, recipe: Recipe, *, shape: ModelShape = SHAPE) -> A
 
     gpt = random_model(opened, recipe, shape=shape)
     run = batches()[0].tokens
-    quantize.quantize(gpt, recipe, opened, lambda stage: stage(run, torch.arange(12).expand_as(run), None))
+    quantize.quantize(gpt, recipe, lambda stage: stage(run, torch.arange(12).expand_as(run), None))
     module = Training(gpt, teacher=None, recipe=recipe, runtime=opened, data=None)
     module.optimizers, module.log_dict = lambda: module.optimizer, lambda values, **_: None
     return module
