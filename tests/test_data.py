@@ -129,7 +129,7 @@ def test_dotted_keys_reach_inside_and_name_what_is_there():
 @given(texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1), length=st.integers(1, 9))
 def test_text_windows_are_the_stream_cut_up(tmp_path_factory, texts, length):
     path = write(tmp_path_factory.mktemp("text") / "t.jsonl", [{"text": t} for t in texts])
-    kept = [ids(t) for t in texts if t]
+    kept, lines = [ids(t) for t in texts if t], [line for line, t in enumerate(texts, 1) if t]
     stream = [token for document in kept for token in [*document, END]]
     owner = [i for i, document in enumerate(kept) for _ in range(len(document) + 1)]
     count = max(0, (len(stream) - 1) // length)
@@ -145,6 +145,7 @@ def test_text_windows_are_the_stream_cut_up(tmp_path_factory, texts, length):
         owners = owner[cut]
         assert packed.segments[i].tolist() == [o - owners[0] for o in owners[:-1]]
         assert packed.loss_mask[i].tolist() == [int(a == b) for a, b in itertools.pairwise(owners)]
+        assert packed.lines(i) == [lines[o] for o in sorted(set(owners))]
     assert packed.report.tokens == len(stream)
     assert packed.report.dropped == sum(not t for t in texts)
 
@@ -209,7 +210,10 @@ def test_conversations_are_packed_whole_and_once(tmp_path_factory, sizes):
     write(path, [turns(f"{i}", "x" * size) for i, size in enumerate(sizes)])
     packed = data.tokenize_corpus(path, TOKENIZER, chat_data(), 99)
     found = []
-    for tokens, mask, segments in zip(packed.tokens, packed.loss_mask, packed.segments, strict=True):
+    for window, (tokens, mask, segments) in enumerate(
+        zip(packed.tokens, packed.loss_mask, packed.segments, strict=True)
+    ):
+        before = len(found)
         owner = [*segments, segments[-1]] if tokens[-1] != PAD else [*segments, -1]
         for segment in sorted(set(segments)):
             here = [i for i, s in enumerate(owner) if s == segment]
@@ -221,6 +225,7 @@ def test_conversations_are_packed_whole_and_once(tmp_path_factory, sizes):
             assert match
             found.append((int(match[1]), len(match[2])))
             assert sum(mask[i - 1] for i in here if i) == len(match[2]) + 2  # and <e>, newline
+        assert packed.lines(window) == [number + 1 for number, _ in found[before:]]
     assert sorted(found) == list(enumerate(sizes))
     # Best fit: no two windows could have been one, unless more stood open than are kept.
     filled = sorted(int((tokens != PAD).sum()) for tokens in packed.tokens)
@@ -289,7 +294,7 @@ def test_the_cache_holds_the_same_arrays_and_is_found_again(tmp_path, monkeypatc
     monkeypatch.setattr(corpus, "_write_entry", lambda *_: pytest.fail("tokenized twice"))
     again = data.prepare(path, TOKENIZER, config.Data(), 16, tmp_path / "cache")
     for packed in (first, again):
-        for name in corpus.ARRAYS:
+        for name in (*corpus.ARRAYS, "documents"):
             stored = getattr(packed, name)
             assert isinstance(stored, np.memmap)
             assert stored.dtype == getattr(direct, name).dtype

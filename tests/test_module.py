@@ -8,6 +8,7 @@ import math
 import runpy
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,13 +189,15 @@ def test_a_broken_step_changes_nothing(world, broken, fault, sharded, tmp_path):
     broken(function)
     whole = [dataclasses.replace(part, loss_mask=torch.ones_like(part.loss_mask)) for part in batches(4)]
     whole = [dataclasses.replace(part, windows=rows) for part, rows in zip(whole, ((4, 7), (1, 0)), strict=True)]
+    bench.module.data = SimpleNamespace(path="train.jsonl", lines=lambda window: [10 * window, 10 * window + 1])
     with pytest.raises(UserError, match=message) as caught:  # 0 * inf of a masked token would be NaN
         bench.step(whole)
     assert "\n" not in str(caught.value)
     left = json.loads((tmp_path / "errors" / "step_00000001.json").read_text())
     assert f"{left['message']} (the batch's windows: {tmp_path}/errors/step_00000001.json)" == str(caught.value)
-    windows = [[4, 7], [1, 0]]
-    assert left["ranks"] == [{"data_parallel_rank": 0, "finite_loss": not fault.startswith("loss"), "windows": windows}]
+    (rank,) = left["ranks"]
+    assert rank.pop("lines") == {"4": [40, 41], "7": [70, 71], "1": [10, 11], "0": [0, 1]}
+    assert rank == {"data_parallel_rank": 0, "finite_loss": not fault.startswith("loss"), "windows": [[4, 7], [1, 0]]}
     assert same(bench.state(), before)
     assert bench.module.progress == progress
     assert len(bench.logged) == 1

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +18,19 @@ from numpy.lib import format as npy
 
 from halfbyte.training import config
 from halfbyte.training.errors import UserError
-from halfbyte.training.packing import Packer, PackingReport
+from halfbyte.training.packing import Packer, PackingReport, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Part of every key: raise it when packing changes what it writes."""
 EDGE_BYTES = 1 << 16
 """Bytes at either end of a corpus that enter its key (hashing all of a large corpus would cost a read)."""
 ARRAYS = {"tokens": np.int32, "loss_mask": np.uint8, "segments": np.int32}
 """File stem -> element type; the attributes of `packing.Window`."""
+DOCUMENTS = np.int32
+"""Element type of documents.npy, which is one file for all windows."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class PackedDataset:
         isolate_documents: Whether attention must stay inside a segment.
         report: What was read, dropped and cut.
         path: The JSONL file.
+        documents: int32 [m, 2]: a window, a line of the file that it has tokens of; windows rising. Empty if they
+            are not from a file.
     """
 
     tokens: np.ndarray
@@ -50,6 +54,7 @@ class PackedDataset:
     isolate_documents: bool
     report: PackingReport
     path: Path
+    documents: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -59,6 +64,11 @@ class PackedDataset:
     def sequence_length(self) -> int:
         """L, tokens."""
         return self.tokens.shape[1] - 1
+
+    def lines(self, window: int) -> list[int]:
+        """The lines of the file that a window has tokens of, from 1."""
+        first, last = np.searchsorted(self.documents[:, 0], [window, window + 1])
+        return self.documents[first:last, 1].tolist()
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids that the model has no embedding for.
@@ -105,7 +115,13 @@ def tokenize_corpus(
         data.isolate_documents,
         packer.report,
         packer.path,
+        np.concatenate([_documents(number, window) for number, window in enumerate(windows)]),
     )
+
+
+def _documents(number: int, window: Window) -> np.ndarray:
+    """A window's rows of PackedDataset.documents."""
+    return np.array([(number, line) for line in window.lines], DOCUMENTS)
 
 
 def prepare(
@@ -143,7 +159,7 @@ def prepare(
             raise UserError(reason) from error
     try:
         report = PackingReport(**json.loads((entry / "report.json").read_text()))
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in (*ARRAYS, "documents")}
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{entry}: damaged token cache ({error}); delete this folder, the next run makes it") from error
     return PackedDataset(**arrays, isolate_documents=data.isolate_documents, report=report, path=packer.path)
@@ -192,9 +208,12 @@ def _write_entry(entry: Path, packer: Packer) -> None:
                 name: stack.enter_context(_GrowingNpy(temporary / f"{name}.npy", dtype))
                 for name, dtype in ARRAYS.items()
             }
-            for window in packer.windows():
+            documents = stack.enter_context(_GrowingNpy(temporary / "documents.npy", DOCUMENTS))
+            for number, window in enumerate(packer.windows()):
                 for name, file in files.items():
                     file.append(vars(window)[name])
+                for row in _documents(number, window):
+                    documents.append(row)
         (temporary / "report.json").write_text(json.dumps(asdict(packer.report)))
         try:
             temporary.rename(entry)

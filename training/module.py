@@ -277,11 +277,12 @@ class Training(pl.LightningModule):
         )
 
     def _stop(self, batch: list[MicroBatch], loss: StepLoss, message: str) -> NoReturn:
-        """Leave the numbers of the batch's windows in a file and stop; collective, for every rank stops."""
+        """Leave the batch's windows, and the lines of data.train in each, in a file and stop; collective."""
         mine = {
             "data_parallel_rank": parallel_state.get_data_parallel_rank(),
             "finite_loss": bool(loss.own.isfinite()) if parallel_state.is_pipeline_last_stage() else None,
             "windows": [list(part.windows) for part in batch],
+            "lines": {} if self.data is None else {w: self.data.lines(w) for part in batch for w in part.windows},
         }
         ranks: list[Any] = [None] * self.runtime.world
         dist.all_gather_object(ranks, mine)

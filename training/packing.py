@@ -36,11 +36,13 @@ class Window:
         tokens: int32 [L+1].
         loss_mask: uint8 [L]; 1 where label t (= token t+1) carries loss.
         segments: int32 [L]; index inside the window of the document that input t belongs to; padding has its own.
+        lines: Of the file, from 1: the records that its tokens come from, rising.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     segments: np.ndarray
+    lines: tuple[int, ...]
 
 
 @dataclass
@@ -112,7 +114,7 @@ class Packer:
     def _pack_text(self, records: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[Window]:
         """Join documents with EOS and cut every L tokens; a rest shorter than a window is left out."""
         size, eos = self.sequence_length, self.tokenizer.eos_token_id
-        tokens, owners = np.empty(0, np.int32), np.empty(0, np.int64)  # owners: the document of each token
+        tokens, owners = np.empty(0, np.int32), np.empty(0, np.int64)  # owners: the line of each token
         for batch in batched(records, TOKENIZER_BATCH):
             texts = [text_field(record, self.data.text_key, f"{self.path}:{line}") for line, record in batch]
             pieces, owner_pieces = [tokens], [owners]
@@ -126,7 +128,7 @@ class Packer:
                 self._note_tokens(ids, line)
                 self.report.tokens += len(ids) + 1
                 pieces.append(np.array([*ids, eos], np.int32))
-                owner_pieces.append(np.full(len(ids) + 1, self.report.documents))
+                owner_pieces.append(np.full(len(ids) + 1, line))
             tokens, owners, start = np.concatenate(pieces), np.concatenate(owner_pieces), 0
             while start + size < len(tokens):
                 yield self._text_window(tokens[start : start + size + 1], owners[start : start + size + 1])
@@ -138,7 +140,7 @@ class Packer:
         # An isolated document knows nothing of the next one, so its EOS is not asked to predict its first token.
         mask = ~boundary if self.data.isolate_documents else np.ones_like(boundary)
         segments = np.concatenate([[0], np.cumsum(boundary)])[:-1]
-        return Window(tokens, mask.astype(np.uint8), segments.astype(np.int32))
+        return Window(tokens, mask.astype(np.uint8), segments.astype(np.int32), tuple(np.unique(owners).tolist()))
 
     # Chat ---------------------------------------------------------------------------------------------------------
 
@@ -147,10 +149,10 @@ class Packer:
         if self.tokenizer.chat_template is None:
             raise UserError(f"{self.path}: chat data, but the tokenizer has no chat template; use an instruct model")
         capacity = self.sequence_length + 1
-        open_windows: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        open_windows: list[list[tuple[int, np.ndarray, np.ndarray]]] = []
 
-        def filled(window: list[tuple[np.ndarray, np.ndarray]]) -> int:
-            return sum(len(tokens) for tokens, _ in window)
+        def filled(window: list[tuple[int, np.ndarray, np.ndarray]]) -> int:
+            return sum(len(tokens) for _, tokens, _ in window)
 
         for line, record in records:
             self.report.documents += 1
@@ -161,26 +163,26 @@ class Packer:
             self.report.tokens += len(conversation[0])
             fitting = [w for w in open_windows if filled(w) + len(conversation[0]) <= capacity]
             if fitting:
-                max(fitting, key=filled).append(conversation)
+                max(fitting, key=filled).append((line, *conversation))
                 continue
-            open_windows.append([conversation])
+            open_windows.append([(line, *conversation)])
             if len(open_windows) > OPEN_WINDOWS:
                 fullest = max(range(len(open_windows)), key=lambda i: filled(open_windows[i]))
                 yield self._chat_window(open_windows.pop(fullest))
         yield from (self._chat_window(window) for window in open_windows)
 
-    def _chat_window(self, conversations: list[tuple[np.ndarray, np.ndarray]]) -> Window:
+    def _chat_window(self, conversations: list[tuple[int, np.ndarray, np.ndarray]]) -> Window:
         capacity = self.sequence_length + 1
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         tokens = np.full(capacity, eos if pad is None else pad, np.int32)
         learned = np.zeros(capacity, np.uint8)
         segments = np.full(capacity, len(conversations), np.int32)
         start = 0
-        for index, (ids, mask) in enumerate(conversations):
+        for index, (_, ids, mask) in enumerate(conversations):
             stop = start + len(ids)
             tokens[start:stop], learned[start:stop], segments[start:stop] = ids, mask, index
             start = stop
-        return Window(tokens, learned[1:], segments[:-1])
+        return Window(tokens, learned[1:], segments[:-1], tuple(line for line, *_ in conversations))
 
     def _conversation(self, line: int, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
         """Token ids and a mask of those that carry loss; None when there is nothing to learn or it is skipped."""
