@@ -62,7 +62,7 @@ def result(job: Job, folder: Path, command: list[str]) -> dict[str, Any]:
     found = {
         "row": job.row.name,
         "seed": job.seed,
-        "command": " ".join(["halfbyte", *command[3:]]),
+        "command": " ".join(["halfbyte", *map(_without_folders, command[3:])]),
         "bf16": scores["bf16"],
         "scores": scores[stage],
         "mismatches": verify.get("mismatches"),
@@ -79,6 +79,12 @@ def result(job: Job, folder: Path, command: list[str]) -> dict[str, Any]:
             "peak_gpu_bytes": train["peak_gpu_bytes_rank0"],
         }
     return found
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command line; of data.train and run.dir only the last part of the path."""
+    key, equals, value = word.partition("=")
+    return f"{key}={Path(value).name}" if equals and key in ("data.train", "run.dir") else word
 
 
 def run(left: list[Job], *, text: Path, work: Path, gpus: int, per_gpu: int, seconds: float, out: Path) -> list[str]:

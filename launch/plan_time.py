@@ -129,7 +129,7 @@ def _has_teacher(recipe: Recipe) -> bool:
 def _captured(recipe: Recipe, layout: Layout) -> bool:
     """Whether passes are replayed as CUDA graphs, by the rules of training/graphs.py."""
     choice = recipe.train.cuda_graphs
-    asked = choice is CudaGraphs.always or (choice is CudaGraphs.auto and layout.world == 1)
+    asked = choice is CudaGraphs.always or (choice is CudaGraphs.auto and layout.data == 1)
     return asked and layout.pipeline == 1 and not layout.recompute and recipe.distill.teacher is None
 
 

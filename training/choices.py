@@ -52,9 +52,9 @@ class CudaGraphs(StrEnum):
     """Whether a micro-batch's passes are replayed as one CUDA graph (training/graphs.py)."""
 
     auto = "auto"
-    """Where it was measured: on one GPU."""
+    """Where it was measured: on one GPU, and under tensor parallelism alone."""
     always = "always"
-    """Wherever it is possible: also under tensor and data parallelism."""
+    """Wherever it is possible: also under data parallelism."""
     never = "never"
 
 

@@ -93,7 +93,7 @@ def tensors(batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
 def wanted(recipe: Recipe, runtime: Runtime) -> bool:
     """Whether this run's passes are captured: it says so, and they can be (see the top of this file)."""
     asked = recipe.train.cuda_graphs is CudaGraphs.always or (
-        recipe.train.cuda_graphs is CudaGraphs.auto and runtime.world == 1
+        recipe.train.cuda_graphs is CudaGraphs.auto and recipe.parallel.data == 1
     )
     possible = recipe.parallel.pipeline == 1 and not recipe.train.recompute and recipe.distill.teacher is None
     return asked and possible and runtime.device.type == "cuda"
