@@ -11,6 +11,7 @@ The directory appears whole or not at all: it is written beside its destination,
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def _tensors(weight: HFWeight, recipe: Recipe) -> dict[str, torch.Tensor]:
     module = module_name(weight.name)
     scales = {f"{module}.{suffix}": scale for suffix, scale in cache_scale(weight).items()}
     if weight.quantized:
-        return scales | {f"{module}.{suffix}": part for suffix, part in pack(weight, recipe.quantize).items()}
+        return scales | {f"{module}.{suffix}": part for suffix, part in _packed(weight, recipe).items()}
     return scales | {weight.name: weight.tensor.detach().to("cpu", torch.bfloat16)}
 
 
@@ -163,6 +164,21 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
     """A CPU tensor as numpy writes it: E4M3 as bytes, BF16 as 16-bit words."""
     views = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16}
     return tensor.contiguous().view(views.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+def _packed(weight: HFWeight, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """The weight's packed tensors, made on the GPU where there is one with room: only they come back from it."""
+    if torch.cuda.is_available() and weight.packed is None:
+        try:
+            return pack(_on_gpu(weight), recipe.quantize)
+        except torch.OutOfMemoryError:  # beside a model in training
+            torch.cuda.empty_cache()
+    return pack(weight, recipe.quantize)
+
+
+def _on_gpu(weight: HFWeight) -> HFWeight:
+    log2 = weight.log2_scale
+    return replace(weight, tensor=weight.tensor.cuda(), log2_scale=None if log2 is None else log2.cuda())
 
 
 def _write_rest(partial: Path, model_dir: Path, recipe: Recipe, layout: Layout) -> None:

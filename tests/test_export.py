@@ -19,10 +19,10 @@ from safetensors import safe_open
 
 from halfbyte.export import hf, reader
 from halfbyte.export.container import share_out
-from halfbyte.export.pack import fake, module_name
+from halfbyte.export.pack import fake, module_name, pack
 from halfbyte.export.record import record_verdict
 from halfbyte.export.team import Team
-from halfbyte.training.config import Format, Method, Recipe, SecondScale
+from halfbyte.training.config import Format, Method, Quantize, Recipe, SecondScale
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight
 
@@ -257,6 +257,43 @@ def test_the_bytes_do_not_depend_on_how_many_write(model_dir: Path, tmp_path: Pa
     assert one == three
     tensors = [path.stat().st_size for path in (tmp_path / "3").glob("*.safetensors")]
     assert max(tensors) < 2 * min(tensors)
+
+
+def test_a_gpu_without_room_leaves_packing_to_the_cpu(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    export(model_dir, tmp_path / "cpu")
+    asked: list[str] = []
+
+    def full(weight: HFWeight) -> HFWeight:
+        asked.append(weight.name)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(hf, "_on_gpu", full)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    export(model_dir, tmp_path / "full")
+    assert len(asked) == 14
+    assert same_files(tmp_path / "cpu", tmp_path / "full")
+
+
+@pytest.mark.gpu
+def test_a_gpu_packs_the_same_files(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    devices: list[str] = []
+
+    def packing(weight: HFWeight, quantize: Quantize) -> dict[str, torch.Tensor]:
+        devices.append(weight.tensor.device.type)
+        return pack(weight, quantize)
+
+    monkeypatch.setattr(hf, "pack", packing)
+    export(model_dir, tmp_path / "gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    export(model_dir, tmp_path / "cpu")
+    assert devices == ["cuda"] * 14 + ["cpu"] * 14
+    assert same_files(tmp_path / "cpu", tmp_path / "gpu")
+
+
+def same_files(one: Path, other: Path) -> bool:
+    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (one, other))
+    return first == second
 
 
 def test_one_writer_that_fails_stops_all(model_dir: Path, tmp_path: Path):
