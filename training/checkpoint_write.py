@@ -37,9 +37,13 @@ class HostMemory:
     """Copies of a rank's tensors in host memory, so that training can change them while they are written.
 
     They are kept from save to save: on a CPU fresh memory costs more than the copy, on a GPU pinning it does.
+
+    Attributes:
+        saves: How many were staged in it, the same on every rank.
     """
 
     def __init__(self) -> None:
+        self.saves = 0
         self._kept: dict[Any, torch.Tensor] = {}
 
     def stage(self, state: dict[str, Any]) -> None:
@@ -52,6 +56,7 @@ class HostMemory:
         for part in nested_values(state):
             if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id):
                 part.data = self._copy((part.key, part.global_offset), part.data)
+        self.saves += 1
         torch.cuda.synchronize()
 
     def _copy(self, index: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -175,7 +180,14 @@ def begin(state: Callable[[], dict[str, Any]], path: Path, host: HostMemory | No
         content = state()
         if host is not None:
             host.stage(content)
-        request = dist_checkpointing.save(content, str(temporary), async_sharded_save=True, async_strategy="mcore")
+        request = dist_checkpointing.save(
+            content,
+            str(temporary),
+            # All ranks compare what each of them would write, which stays what it was in a run's first save.
+            validate_access_integrity=host is None or host.saves == 1,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
         assert request is not None
         buckets = None if request.preload_fn is None else request.preload_fn()  # what is still on the GPU
     except FAILURES as error:
