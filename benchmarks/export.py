@@ -9,9 +9,9 @@ size        an 8B-shaped model with random weights, written by two processes: se
 
 import argparse
 import json
-import multiprocessing
 import os
 import resource
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
@@ -171,16 +171,9 @@ def size(folder: Path, processes: int, files: int) -> dict[str, Any]:
     (source / "config.json").write_text((resources("halfbyte.recipes") / "shapes" / SHAPE).read_text())
     (source / "tokenizer.json").write_text("{}")
     disk = [_disk(folder / "noise", 2_000_000_000)]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    members = [
-        context.Process(target=_member, args=(rank, processes, files, folder, answers)) for rank in range(processes)
-    ]
-    for member in members:
-        member.start()
-    found = [answers.get() for _ in members]
-    for member in members:
-        member.join()
+    with tempfile.TemporaryDirectory(dir=folder) as meeting:  # of this run: a file store outlives one that was killed
+        torch.multiprocessing.spawn(_member, (processes, files, folder, Path(meeting)), nprocs=processes)
+        found = [json.loads((Path(meeting) / f"{rank}.json").read_text()) for rank in range(processes)]
     slowest = max(one["seconds"] for one in found)
     written = found[0]["bytes_after"] / slowest / 1e6
     disk.append(_disk(folder / "noise", 2_000_000_000))
@@ -198,9 +191,9 @@ def size(folder: Path, processes: int, files: int) -> dict[str, Any]:
     }
 
 
-def _member(rank: int, world: int, files: int, folder: Path, answers: Any) -> None:
-    """One process of `size`."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+def _member(rank: int, world: int, files: int, folder: Path, meeting: Path) -> None:
+    """One process of `size`; leaves what it measured in `meeting`."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting / 'store'}", rank=rank, world_size=world)
     runtime = Runtime(rank, world, rank, world, torch.device("cpu"), torch.float32)
     team = team_of(runtime)
     recipe = Recipe()
@@ -219,7 +212,7 @@ def _member(rank: int, world: int, files: int, folder: Path, answers: Any) -> No
         team=team,
     )
     spent = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
-    answers.put({**spent, "peak": _peak(), "before": before, **sizes})
+    (meeting / f"{rank}.json").write_text(json.dumps({**spent, "peak": _peak(), "before": before, **sizes}))
     dist.destroy_process_group()
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from halfbyte.training import checkpoint, low_rank, untrusted
 from halfbyte.training.companions import ADAPTERS, SCALES, saved_as
@@ -54,6 +55,17 @@ def read_weights(
         yield HFWeight("lm_head.weight", reader.tensor("output_layer.weight")[: shape.vocab])
 
 
+class _IndexOnce(dcp.FileSystemReader):
+    """Reads a checkpoint's index once: dcp.load asks for it at every call, which is the square of the tensors."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self._index = super().read_metadata()
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self._index
+
+
 class _Reader:
     """Single tensors of a torch_dist checkpoint, loaded one at a time without a process group."""
 
@@ -61,7 +73,7 @@ class _Reader:
         self.path = path
         try:
             untrusted.check_index(path)
-            self.reader = dcp.FileSystemReader(str(path))
+            self.reader = _IndexOnce(path)
             self.sizes = {
                 key: entry
                 for key, entry in self.reader.read_metadata().state_dict_metadata.items()
