@@ -310,3 +310,27 @@ def test_items_that_are_not_compared_have_no_kl():
     assert [score.kl is None for score in scores] == [True, False, True]
     (alone,) = tasks.score_batch(logits[1:2], batch[1:2], reference=reference, kl_positions=4)
     assert scores[1] == alone
+
+
+def slots(group: list[list[Item]], stages: int) -> int:
+    """Padded tokens that each stage of the pipeline waits for while a group goes through."""
+    rows, length = max(map(len, group)), max(len(item.tokens) for batch in group for item in batch)
+    return (len(group) + stages - 1) * rows * length
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=24), st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_groups_for_the_pipeline_take_the_least_time_of_all_ways_to_cut_the_list(lengths, stages):
+    from halfbyte.training.passes import GROUP, grouped
+
+    items = [Item(i, tuple(range(n)), 1, n) for i, n in enumerate(lengths)]
+    batches = tasks.bucketed(items, 40)[:9]
+    groups = grouped(batches, stages)
+    assert [batch for group in groups for batch in group] == batches
+    ways = itertools.product((False, True), repeat=len(batches) - 1)  # a cut before each batch but the first
+    edges = ([0, *(i + 1 for i, cut in enumerate(way) if cut), len(batches)] for way in ways)
+    least = min(sum(slots(batches[a:b], stages) for a, b in itertools.pairwise(edge)) for edge in edges)
+    assert sum(slots(group, stages) for group in groups) == least
+    if stages == 1:
+        assert all(len(group) == 1 for group in groups)
+    assert max(map(len, grouped(batches * 8, 4))) <= GROUP

@@ -20,7 +20,7 @@ from halfbyte.training.generate import Decoder, Output, Prompt
 from halfbyte.training.schedule import collect, token_batch
 
 GROUP = 16
-"""Batches of equal padded size that go through the pipeline in one schedule, to fill it."""
+"""Most batches that go through the pipeline in one schedule, to fill it; all are padded to one size."""
 
 type Rows = dict[int, torch.Tensor]
 """Item.index -> the reference model's distributions, as `scoring.reference_rows` makes them."""
@@ -69,9 +69,7 @@ class Passes:
         scores: list[scoring.Score] = []
         decode: Callable[[list[int]], str] = self.tokenizer.decode
         mine = _share(tasks.bucketed(items, self.tokens_per_batch))
-        size = GROUP if parallel_state.get_pipeline_model_parallel_world_size() > 1 else 1
-        for start in range(0, len(mine), size):
-            group = mine[start : start + size]
+        for group in grouped(mine, parallel_state.get_pipeline_model_parallel_world_size()):
 
             def take(logits: torch.Tensor, index: int, group: list = group) -> None:
                 whole = gather_from_tensor_model_parallel_region(logits)
@@ -131,6 +129,34 @@ class Passes:
             full[: tokens.shape[0], : tokens.shape[1]] = tokens
             out.append(token_batch(full.to(self.device)))
         return out
+
+
+def grouped[T: tasks.Tokenized](batches: Sequence[list[T]], stages: int) -> list[list[list[T]]]:
+    """Cut a list of batches into groups that go through the pipeline together, for the least time.
+
+    A group of n batches takes the time of (n + stages - 1) B S tokens per stage, B and S being its fullest batch's rows
+    and its longest row. The sum is minimal over all ways to cut the list into groups of up to GROUP (by dynamic
+    programming); without a pipeline every batch is a group.
+
+    Args:
+        batches: From tasks.bucketed.
+        stages: Pipeline stages.
+    """
+    rows = [len(batch) for batch in batches]
+    lengths = [max(len(item.tokens) for item in batch) for batch in batches]
+    least, cut = [0], [0]  # of the first j batches: their time, and where the last of their groups begins
+    for end in range(1, len(batches) + 1):
+        times = {
+            begin: least[begin] + (end - begin + stages - 1) * max(rows[begin:end]) * max(lengths[begin:end])
+            for begin in reversed(range(max(0, end - GROUP), end))
+        }
+        cut.append(min(times, key=times.__getitem__))  # the smallest group of those that take the same
+        least.append(times[cut[-1]])
+    groups, end = [], len(batches)
+    while end:
+        groups.append(list(batches[cut[end] : end]))
+        end = cut[end]
+    return groups[::-1]
 
 
 def scores_here() -> bool:
