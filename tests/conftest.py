@@ -63,23 +63,46 @@ class Forks:
         self.environment = environment
         self.server: subprocess.Popen[str] | None = None
 
-    def halfbyte(self, args: Sequence[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-        """As subprocess.run(["halfbyte", *args], capture_output=True, text=True, check=False)."""
-        return self._run(args, None, 1, cwd, timeout)
+    def halfbyte(
+        self, args: Sequence[str], cwd: Path, timeout: float, **further: object
+    ) -> subprocess.CompletedProcess[str]:
+        """As subprocess.run(["halfbyte", *args], capture_output=True, text=True, check=False).
 
-    def script(self, path: Path, *args: object, ranks: int = 1) -> None:
+        Args:
+            args, cwd, timeout: As there.
+            further: "env", variables on top of the usual ones; "file_size", bytes that no file may exceed.
+        """
+        return self._run(args, None, 1, cwd, timeout, **further)
+
+    def script(
+        self, path: Path, *args: object, ranks: int = 1, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a file of workers/ with its arguments, in one process or under a process group; it must succeed."""
-        done = self._run([*map(str, args)], path, ranks, path.parent, 300)
+        done = self._run([*map(str, args)], path, ranks, cwd or path.parent, 300)
         assert done.returncode == 0, done.stderr[-4000:]
+        return done
 
     def _run(
-        self, args: Sequence[str], script: Path | None, ranks: int, cwd: Path, timeout: float
+        self,
+        args: Sequence[str],
+        script: Path | None,
+        ranks: int,
+        cwd: Path,
+        timeout: float,
+        *,
+        env: dict[str, str] | None = None,
+        file_size: int | None = None,
     ) -> subprocess.CompletedProcess[str]:
         server = self.server or self._start()
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder) / "stdout", Path(folder) / "stderr"
             request = {"argv": args, "script": script and str(script), "ranks": ranks, "cwd": str(cwd)}
-            request |= {"env": self.environment, "stdout": str(out), "stderr": str(err)}
+            request |= {
+                "env": self.environment | (env or {}),
+                "file_size": file_size,
+                "stdout": str(out),
+                "stderr": str(err),
+            }
             server.stdin.write(json.dumps(request) + "\n")
             server.stdin.flush()
             pid = int(server.stdout.readline())
@@ -117,12 +140,21 @@ def forks(environment):
 def halfbyte(command, environment, forks, tmp_path):
     """Run the command line to its end: halfbyte("run", "tiny", ...) -> CompletedProcess with text output.
 
-    In a fork, unless the test asks for something that only a process of its own can have.
+    In a fork, unless the test wants a `fresh` process: for the real start, and for variables that libraries read when
+    they are imported. `file_size`: bytes that no file may exceed, as on a full disk.
     """
 
-    def run(*args: str, cwd: Path = tmp_path, timeout: float = 240, env: dict | None = None, preexec_fn=None):
-        if env is None and preexec_fn is None:
-            return forks.halfbyte([*map(str, args)], cwd, timeout)
+    def run(
+        *args: str,
+        cwd: Path = tmp_path,
+        timeout: float = 240,
+        env: dict | None = None,
+        fresh: bool = False,
+        file_size: int | None = None,
+    ):
+        assert not (fresh and file_size)
+        if not fresh:
+            return forks.halfbyte([*map(str, args)], cwd, timeout, env=env, file_size=file_size)
         return subprocess.run(
             [*command, *map(str, args)],
             cwd=cwd,
@@ -130,7 +162,6 @@ def halfbyte(command, environment, forks, tmp_path):
             capture_output=True,
             text=True,
             timeout=timeout,
-            preexec_fn=preexec_fn,
             check=False,
         )
 

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -258,11 +257,8 @@ LONGER = ("train.steps=4", "checkpoint.every_steps=2")
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_previous_checkpoint(run, copy):
-    def full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
-
     two = ("parallel.pipeline=2", f"run.dir={copy}")
-    said = error_lines(run(*LONGER, *two, alone=False, preexec_fn=full, timeout=120), 1)
+    said = error_lines(run(*LONGER, *two, alone=False, file_size=LIMIT, timeout=120), 1)
     assert f"{copy}/checkpoints/step_00000004 not saved ([Errno 27] File too large; " in said
     assert "the previous one stays; free space and start again" in said
     assert (copy / "checkpoints" / "last").resolve().name == "step_00000002"

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -140,22 +139,12 @@ RESTARTS = (
 )
 
 
-def test_a_run_that_is_killed_and_hangs_needs_nobody_and_is_bit_for_bit(place, finished, environment):
+def test_a_run_that_is_killed_and_hangs_needs_nobody_and_is_bit_for_bit(place, finished, forks):
     straight, broken = finished("pp2"), place / "broken"
     options = ("train.steps=6", "train.dtype=float64", "checkpoint.every_steps=2", *LAYOUTS["pp2"])
     faults = ("launch.max_restarts=4", "launch.hang_seconds=12")
-    program = f"""
-import sys
-from halfbyte.launch import pipeline, start
-from halfbyte.training.resolve import resolve, save
-recipe = resolve("tiny", {[*FAST, *options, *faults, f"run.dir={broken}"]})
-save(recipe, {str(broken / "resolved.yaml")!r})
-entry = [sys.executable, {str(Path(__file__).with_name("workers") / "faults.py")!r}]
-sys.exit(start.launch(recipe, pipeline.STAGES, entry=entry))
-"""
-    line = [sys.executable, "-c", program]
-    done = subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    worker = Path(__file__).with_name("workers") / "broken_run.py"
+    done = forks.script(worker, *FAST, *options, *faults, f"run.dir={broken}", cwd=place)
     said = done.stderr.splitlines()
     assert len(said) == len(RESTARTS), done.stderr
     for line, expected in zip(said, RESTARTS, strict=True):

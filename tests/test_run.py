@@ -56,7 +56,8 @@ def check_export(export: Path) -> None:
 def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     further = ("export.also=[compressed_tensors,trtllm]", "export.tensor_parallel=2", "telemetry.tensorboard=true")
     further += ("telemetry.stragglers_every_steps=2", "telemetry.quantization_every_steps=3", "export.files=3")
-    done = halfbyte("run", "tiny", *SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2", cwd=place, env=SECRETS)
+    options = (*SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2")
+    done = halfbyte("run", "tiny", *options, cwd=place, env=SECRETS, fresh=True)
     assert done.returncode == 0, done.stdout + done.stderr
     run = place / "runs" / "a"
     train = read(run / "train.json")

@@ -45,15 +45,15 @@ def wait_for(found, what: str, seconds: float = 240) -> None:
 
 def test_preempted_requeued_resumed_done(halfbyte, slurm, tmp_path):
     straight, run = tmp_path / "straight", tmp_path / "run"
-    done = halfbyte("submit", "tiny", "--nodes", "1", *OPTIONS, f"run.dir={run}", env=slurm)
+    done = halfbyte("submit", "tiny", "--nodes", "1", *OPTIONS, f"run.dir={run}", env=slurm, fresh=True)
     assert done.returncode == 0, done.stderr
     number = re.search(r"submitted as job (\d+)", done.stdout)[1]
     wait_for((run / "checkpoints" / "step_00000002").exists, "checkpoint")
     urgent = ["sbatch", "--parsable", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"]
     subprocess.run(urgent, check=True, env=os.environ | slurm, capture_output=True)
     wait_for(lambda: "stopped by SIGTERM after step" in (run / f"slurm-{number}.log").read_text(), "saving")
-    assert re.search(rf"job {number} tiny (RUN|COMPL|PEND)", halfbyte("status", str(run), env=slurm).stdout)
-    followed = halfbyte("status", str(run), "--follow", env=slurm)
+    assert re.search(rf"job {number} tiny (RUN|COMPL|PEND)", halfbyte("status", str(run), env=slurm, fresh=True).stdout)
+    followed = halfbyte("status", str(run), "--follow", env=slurm, fresh=True)
     assert followed.returncode == 0, followed.stderr
     assert "  no job in the queue\n  checkpoint after step 40 of 40\n  done: train\n" in followed.stdout
     log = (run / f"slurm-{number}.log").read_text()

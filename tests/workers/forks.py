@@ -3,13 +3,15 @@
 What runs is `halfbyte`, but for two things: nothing is imported again (8 s of CPU in every process), and the workers of
 a run are forks too instead of torchrun's children. Tests of starting, stopping and killing use the real command.
 
-Reads one JSON per line, {"argv", "script", "ranks", "cwd", "env", "stdout", "stderr"}; answers with the child's process
-id, which leads a process group, and with its exit code. With "script" the child runs that file in so many ranks.
+Reads one JSON per line, {"argv", "script", "ranks", "cwd", "env", "file_size", "stdout", "stderr"}; answers with the
+child's process id, which leads a process group, and with its exit code. With "script" the child runs that file in so
+many ranks; with "file_size" (bytes) no file may grow beyond it.
 """
 
 import atexit
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -50,7 +52,14 @@ def _fork(work: Callable[[], int]) -> int:
 
 
 def _command(
-    argv: list[str], script: str | None, ranks: int, cwd: str, env: dict[str, str], stdout: str, stderr: str
+    argv: list[str],
+    script: str | None,
+    ranks: int,
+    cwd: str,
+    env: dict[str, str],
+    file_size: int | None,
+    stdout: str,
+    stderr: str,
 ) -> int:
     os.setsid()
     os.chdir(cwd)
@@ -58,6 +67,8 @@ def _command(
     os.environ.update(env)
     for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, stdout, os.O_WRONLY), (2, stderr, os.O_WRONLY)):
         os.dup2(os.open(name, flags | (os.O_CREAT if number else 0)), number)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if script is None:
         from halfbyte.launch import cli, start
 
