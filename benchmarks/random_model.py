@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from halfbyte.training import model
+from halfbyte.training import model, typed
 from halfbyte.training.config import Recipe
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.shape import ModelShape
@@ -25,7 +25,7 @@ def random_model(shape: ModelShape, plan: Recipe, runtime: Runtime) -> GPTModel:
     and GPU draw different numbers.
     """
     gpt = model.build(shape, plan, runtime)
-    before = gpt.decoder.layers[0].layer_number - 1  # type: ignore[union-attr]  # in earlier stages
+    before = typed.layers(gpt)[0].layer_number - 1  # in earlier stages
     with torch.no_grad():
         for local, parameter in gpt.named_parameters():
             if parameter.dim() == 1:

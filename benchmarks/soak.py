@@ -96,7 +96,9 @@ def write_model(folder: Path, *, gpu: bool) -> Path:
         config = AutoConfig.from_pretrained(folder)
         config.update(GPU_SHAPE)
         torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        made = LlamaForCausalLM(config)
+        torch.nn.Module.to(made, torch.bfloat16)  # transformers decorates its own, which hides the arguments
+        made.save_pretrained(folder)
     return folder
 
 

@@ -54,12 +54,13 @@ def check(source: Checkpoint, container: Container, folder: Path) -> int:
 
 def _check_compressed(source: Checkpoint, result: Checkpoint) -> int:
     from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
     from compressed_tensors.utils.match import match_name
 
     config = QuantizationConfig.model_validate(result.config["quantization_config"])
     (scheme,) = config.config_groups.values()
-    compressor = BaseCompressor.get_value_from_registry(config.format)
+    assert isinstance(scheme, QuantizationScheme)  # a list of names is the other form, which config.json has not
+    compressor: Any = BaseCompressor.get_value_from_registry(config.format)
     quantized = source.quantized_modules()
     for module in quantized:
         if any(match_name(module, pattern) for pattern in config.ignore or []):

@@ -8,6 +8,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -88,7 +89,7 @@ class Figure:
 def draw(plot: Plot) -> Figure:
     """Draw a plot twice: for the page and for files."""
     plot = replace(plot, name=re.sub(r"[^a-z0-9]+", "-", plot.name.lower()).strip("-"))
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": plot.name,
         "font.size": 8.5,

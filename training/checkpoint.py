@@ -80,7 +80,7 @@ def load(trainable: Trainable, path: Path) -> dict[str, Any]:
         _give_state(trainable.optimizer)
     try:
         untrusted.check_index(path)
-        loaded = dist_checkpointing.load(_state(trainable, loading=True), str(path))
+        loaded: Any = dist_checkpointing.load(_state(trainable, loading=True), str(path))
     except DAMAGED as error:
         raise UserError(f"checkpoint {path}: cannot be loaded ({why(error)}); remove it to use an older one") from error
     trainable.model.load_state_dict(loaded["model"], strict=False)

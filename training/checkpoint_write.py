@@ -55,6 +55,7 @@ class HostMemory:
         apply_factories(state)  # as Megatron would: the parts that they cut tensors into are what is written
         for part in nested_values(state):
             if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id):
+                assert part.data is not None  # only a part that is being loaded has none
                 part.data = self._copy((part.key, part.global_offset), part.data)
         self.saves += 1
         torch.cuda.synchronize()
@@ -144,9 +145,10 @@ class Write:
         _, _, results = self._request.async_fn_args
         written = {}
         for number, bucket in enumerate(buckets):
-            _, written[number] = FileSystemWriterAsync.write_preloaded_data(
+            made: Any = FileSystemWriterAsync.write_preloaded_data(
                 transforms, number, bucket, None, None, use_fsync=True
             )
+            written[number] = made[1]
             if isinstance(written[number], Exception):
                 raise written[number]
         results.put(written)

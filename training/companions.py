@@ -130,8 +130,8 @@ def collected(linear: Any) -> torch.Tensor:
 
 def weight_of(model: torch.nn.Module, module: str) -> torch.Tensor:
     """This rank's part of the weight [N, K] that is quantized: the parameter's own, an adapter's change added."""
-    companions, linear = of(model), model.get_submodule(module)
-    weight: torch.Tensor = linear.weight.data  # type: ignore[union-attr]
+    companions = of(model)
+    weight = model.get_submodule(module).get_parameter("weight").data
     if companions is None:
         return weight
     weight, adapter = companions.base.get(module, weight), companions.of(ADAPTERS, module)

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+from halfbyte.training import typed
 from halfbyte.training.config_distill import Distill
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.losses import compute_dtype, distillation
@@ -99,7 +100,7 @@ class Distillation:
 
 def places(model: GPTModel, layers: Sequence[int]) -> list[torch.nn.Module]:
     """The modules whose outputs are compared: layers by their number, or the last norm; of a pipeline's last stage."""
-    return [model.decoder.layers[number] for number in layers] or [model.decoder.final_layernorm]
+    return [typed.layers(model)[number] for number in layers] or [model.decoder.get_submodule("final_layernorm")]
 
 
 class Caught:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from halfbyte.training import companions
+from halfbyte.training import companions, typed
 from halfbyte.training.errors import UserError
 
 
@@ -76,8 +76,7 @@ def weights_once(model: torch.nn.Module, kept: dict[str, torch.Tensor] | None = 
 
 
 def _swap(name: str, linear: torch.nn.Module, weight: torch.Tensor, kept: dict[str, torch.Tensor] | None) -> _Swapped:
-    rule = linear.weight_quantizer._quantizer_cache
-    parameter: torch.nn.Parameter = linear.weight  # type: ignore[assignment]
+    rule, parameter = typed.quantizer(linear, "weight")._quantizer_cache, linear.get_parameter("weight")
     own = parameter.data
     with torch.no_grad():
         place = None if kept is None else kept.get(name)
@@ -99,7 +98,7 @@ def _base_forward(module: torch.nn.Module) -> Callable | None:
 def _producers(model: torch.nn.Module) -> dict[torch.nn.Module, torch.nn.Module]:
     """Linear -> the module whose output nothing else reads."""
     pairs = {}
-    for layer in model.decoder.layers:  # type: ignore[union-attr]
+    for layer in typed.layers(model):
         pairs[layer.self_attention.linear_qkv] = layer.input_layernorm
         pairs[layer.mlp.linear_fc1] = layer.pre_mlp_layernorm
         pairs[layer.mlp.linear_fc2] = layer.mlp.activation_func
@@ -111,7 +110,7 @@ def _bypass(linear: torch.nn.Module, producer: torch.nn.Module | None) -> None:
 
     Under sequence parallelism both see the shard before its gather.
     """
-    base, quantizer = _base_forward(linear), linear.input_quantizer
+    base, quantizer = _base_forward(linear), typed.quantizer(linear, "input")
     assert base is not None
     rounding = quantizer._quantizer_cache if quantizer.is_enabled else None
     if rounding is not None and rounding.limit is not None:

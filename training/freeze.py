@@ -3,7 +3,7 @@
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from halfbyte.training import companions
+from halfbyte.training import companions, typed
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import FUSED
 from halfbyte.training.shape import NORMS, excluded
@@ -69,6 +69,6 @@ def hf_modules(model: GPTModel, name: str) -> tuple[str, ...]:
         found = OUTSIDE[module]
         return TIED if model.share_embeddings_and_output_weights and found[0] in TIED else found
     _, _, local, inside = module.split(".", 3)
-    number = model.decoder.layers[int(local)].layer_number - 1
+    number = typed.layers(model)[int(local)].layer_number - 1
     parts = FUSED[inside] if inside in FUSED else (NORMS[inside],)
     return tuple(f"model.layers.{number}.{part}" for part in parts)

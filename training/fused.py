@@ -161,7 +161,7 @@ class _RMSNorm(torch.autograd.Function):
         columns = triton.next_power_of_2(hidden)
         tile = {"ROWS": max(1, ELEMENTS // columns), "COLUMNS": columns, "num_warps": 8 if columns > ELEMENTS else 4}
         if rows:
-            _norm_forward[(triton.cdiv(rows, tile["ROWS"]),)](
+            kernels.launcher(_norm_forward, (-(-rows // tile["ROWS"]),))(
                 *(x, weight, out, rstd, scale, eps, rows, hidden),
                 **(tile | {"RULE": rule, "G": kernels.width(rule), "enable_fp_fusion": False}),
             )
@@ -173,10 +173,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[override]
         x, weight, rstd = ctx.saved_tensors
         rows, hidden = len(rstd), x.shape[-1]
-        out, programs = torch.empty_like(x), min(triton.cdiv(rows, ctx.tile["ROWS"]), BACKWARD_PROGRAMS)
+        out, programs = torch.empty_like(x), min(-(-rows // ctx.tile["ROWS"]), BACKWARD_PROGRAMS)
         partial = torch.empty(programs, hidden, dtype=torch.float32, device=x.device)
         if programs:
-            _norm_backward[(programs,)](x, weight, rstd, grad.contiguous(), out, partial, rows, hidden, **ctx.tile)
+            backward = kernels.launcher(_norm_backward, (programs,))
+            backward(x, weight, rstd, grad.contiguous(), out, partial, rows, hidden, **ctx.tile)
         return out, partial.sum(0).to(weight.dtype), None, None, None
 
 
@@ -188,7 +189,7 @@ class _SwiGLU(torch.autograd.Function):
         if out.numel():
             grid, sizes, tile = _part_rows(out)
             rounding = {"RULE": rule, "G": kernels.width(rule), "enable_fp_fusion": False}
-            _swiglu_forward[grid](h, out, scale, *sizes, **(tile | rounding))
+            kernels.launcher(_swiglu_forward, grid)(h, out, scale, *sizes, **(tile | rounding))
         ctx.save_for_backward(h)
         return out
 
@@ -198,7 +199,7 @@ class _SwiGLU(torch.autograd.Function):
         out = torch.empty_like(h)
         if out.numel():
             grid, sizes, tile = _part_rows(grad)
-            _swiglu_backward[grid](h, grad.contiguous(), out, *sizes, **tile)
+            kernels.launcher(_swiglu_backward, grid)(h, grad.contiguous(), out, *sizes, **tile)
         return out, None, None
 
 
@@ -207,7 +208,7 @@ def _part_rows(out: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int], dic
     ffn = out.shape[-1]
     rows, columns = out.numel() // ffn, min(ELEMENTS // 2, max(32, ffn & -ffn))
     tile = {"ROWS": ELEMENTS // 2 // columns, "COLUMNS": columns, "num_warps": 4}
-    return (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(ffn, columns)), (rows, ffn), tile
+    return (-(-rows // tile["ROWS"]), -(-ffn // columns)), (rows, ffn), tile
 
 
 class _Rope(torch.autograd.Function):
@@ -228,7 +229,7 @@ def _turn(x_SBND: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor, sign
     sequence, batch, heads, width = x_SBND.shape
     tile = {"HEADS": triton.next_power_of_2(heads), "HALF": width // 2, "num_warps": 4 if heads > 8 else 1}
     if out.numel():
-        _rope[(sequence * batch,)](x_SBND, out, cos_SD, sin_SD, batch, heads, SIGN=sign, **tile)
+        kernels.launcher(_rope, (sequence * batch,))(x_SBND, out, cos_SD, sin_SD, batch, heads, SIGN=sign, **tile)
     return out
 
 

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from halfbyte.training import kernels
+
 COLUMNS = 4096
 """Logits per step of a row's loop."""
 _LOWEST = tl.constexpr(-3.0e38)
@@ -103,7 +105,8 @@ class _CrossEntropy(torch.autograd.Function):
         labels = labels.reshape(-1) - dist.get_rank(group) * vocab
         found = torch.empty(3, tokens, dtype=torch.float32, device=logits.device)
         if tokens:
-            _entropy_forward[(tokens,)](logits, labels, found, tokens, vocab, COLUMNS=COLUMNS, num_warps=8)
+            forward = kernels.launcher(_entropy_forward, (tokens,))
+            forward(logits, labels, found, tokens, vocab, COLUMNS=COLUMNS, num_warps=8)
         top, total, picked = found
         total, top = _combine(total, top, group)
         if dist.get_world_size(group) > 1:
@@ -116,9 +119,10 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[override]
         logits, labels, norm = ctx.saved_tensors
         out, vocab = torch.empty_like(logits), logits.shape[-1]
-        grid = (len(norm), triton.cdiv(vocab, COLUMNS))
+        grid = (len(norm), -(-vocab // COLUMNS))
         if out.numel():
-            _entropy_backward[grid](logits, labels, norm, grad.contiguous(), out, vocab, COLUMNS=COLUMNS, num_warps=8)
+            backward = kernels.launcher(_entropy_backward, grid)
+            backward(logits, labels, norm, grad.contiguous(), out, vocab, COLUMNS=COLUMNS, num_warps=8)
         return out, None, None
 
 
@@ -131,7 +135,7 @@ class _Divergence(torch.autograd.Function):
         found = torch.empty(5, tokens, dtype=torch.float32, device=student.device)
         ctx.inverse = 1.0 / temperature
         if tokens:
-            _divergence_forward[(tokens,)](
+            kernels.launcher(_divergence_forward, (tokens,))(
                 student, teacher, found, ctx.inverse, tokens, vocab, COLUMNS=COLUMNS // 2, num_warps=8
             )
         top_s, top_t, total_s, total_t, cross = found
@@ -145,9 +149,9 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[override]
         student, teacher, norm_s, norm_t = ctx.saved_tensors
         out, vocab = torch.empty_like(student), student.shape[-1]
-        grid = (len(norm_s), triton.cdiv(vocab, COLUMNS))
+        grid = (len(norm_s), -(-vocab // COLUMNS))
         if out.numel():
-            _divergence_backward[grid](
+            kernels.launcher(_divergence_backward, grid)(
                 *(student, teacher, norm_s, norm_t, grad.contiguous(), out, ctx.inverse, vocab),
                 COLUMNS=COLUMNS,
                 num_warps=8,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
+from halfbyte.training import typed
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.model import Attention
 from halfbyte.training.schedule import collect, token_batch
@@ -131,7 +132,7 @@ class Decoder:
             cache.advance()
         answer = torch.cat(chosen) if chosen else torch.empty(len(rows), dtype=torch.int64, device=self.device)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            group = parallel_state.get_pipeline_model_parallel_group()
+            group = typed.pipeline_group()
             dist.broadcast(answer, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
         return answer.tolist()
 

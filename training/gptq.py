@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from halfbyte.training import numerics
+from halfbyte.training import numerics, typed
 from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.errors import UserError
 from halfbyte.training.formats import GRIDS, SPECS
@@ -103,7 +103,7 @@ def _inverse_factor(hessian_KK: Tensor) -> Tensor:
     """Upper triangular U with U^T U the inverse of the damped Hessian; FP64."""
     diagonal = hessian_KK.diagonal()
     damping = DAMPING * diagonal.mean()
-    damped = hessian_KK + torch.diag(torch.full_like(diagonal, damping if damping > 0 else 1.0))
+    damped = hessian_KK + torch.diag(torch.full_like(diagonal, float(damping) if damping > 0 else 1.0))
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         return torch.linalg.cholesky(inverse, upper=True)
@@ -126,9 +126,9 @@ def apply(model: torch.nn.Module, layer: Planned, hessian_KK: Tensor) -> dict[st
         For quantize.json: the weight's relative RMS error, and the output's on the calibration data, by rounding and by
         GPTQ, both with exact inputs.
     """
-    linear = model.get_submodule(layer.module)
+    linear = typed.linear(model, layer.module)
     rule, parameter = linear.weight_quantizer._quantizer_cache, linear.weight
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = typed.tensor_group()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if is_row_parallel(linear):  # each rank takes some rows of the whole weight
         whole_NK = gather_from_tensor_model_parallel_region(parameter.detach())

@@ -106,7 +106,7 @@ def without_generator() -> Iterator[None]:
     Under sequence parallelism it makes one around each dropout, also around those of probability 0, and this project's
     models have no others.
     """
-    tracker = get_cuda_rng_tracker()
+    tracker: Any = get_cuda_rng_tracker()
     tracker.fork = lambda *_, **__: nullcontext()
     try:
         yield

@@ -85,7 +85,7 @@ class InPlace(TemplateLM):
             UserError: a continuation is empty.
         """
         for request in requests:
-            if not request.args[1]:
+            if not _args(request)[1]:
                 raise UserError(f"{_name(request)}: its continuation is empty; fix the task's target or choices")
         self._requests = list(requests)
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -159,7 +159,7 @@ class InPlace(TemplateLM):
         return postprocess_generated_text(output.text, list(prompt.stops), None)
 
     def _prompt(self, index: int, request: Instance) -> Prompt:
-        context, settings = request.args
+        context, settings = _args(request)
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings))
         unknown = wanted.keys() - GENERATION_KEYS
         if unknown:
@@ -202,6 +202,11 @@ def joined(parts: Sequence[Score], size: int) -> Score:
         kl_at=at,
         output=first.output,
     )
+
+
+def _args(request: Instance) -> tuple[Any, ...]:
+    """Prompt and what goes with it; lm-eval's annotation says that there is nothing."""
+    return request.args
 
 
 def _name(request: Instance) -> str:

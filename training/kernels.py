@@ -15,6 +15,9 @@ Shapes: T blocks of a tile, G elements of a block (16 or 32).
 
 # pyright: reportIndexIssue=false
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -179,6 +182,11 @@ def supports(x: torch.Tensor, rounding: Rounding, block_scale: BlockScale) -> bo
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and whole
 
 
+def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """A kernel over a grid of programs; triton's own type lacks what a launch takes besides arguments (num_warps)."""
+    return kernel[grid]
+
+
 def fake(
     x: torch.Tensor,
     rounding: Rounding,
@@ -205,6 +213,8 @@ def fake(
     blocks = x.numel() // block
     if blocks:
         tile = ELEMENTS // block
-        grid = (triton.cdiv(blocks, tile),)
-        _fake[grid](x, out, scale, blocks, RULE=rule, T=tile, G=block, num_warps=WARPS, enable_fp_fusion=False)
+        grid = (-(-blocks // tile),)
+        launcher(_fake, grid)(
+            x, out, scale, blocks, RULE=rule, T=tile, G=block, num_warps=WARPS, enable_fp_fusion=False
+        )
     return out

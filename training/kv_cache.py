@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from halfbyte.training import numerics
+from halfbyte.training import numerics, typed
 from halfbyte.training.errors import UserError
 from halfbyte.training.formats import Rounding
 from halfbyte.training.kv_format import SCALES, KVCache
@@ -145,8 +145,7 @@ def scales_as_served(model: torch.nn.Module, scales: Mapping[str, float]) -> Ite
 
 def _attentions(model: torch.nn.Module) -> dict[int, Attention]:
     """Layer number, counted from 0 over the whole model -> its attention."""
-    layers: Any = model.decoder.layers  # type: ignore[union-attr]
-    return {layer.layer_number - 1: layer.self_attention.core_attention for layer in layers}
+    return {layer.layer_number - 1: layer.self_attention.core_attention for layer in typed.layers(model)}
 
 
 def _roundings(model: torch.nn.Module) -> dict[tuple[int, str], CacheRounding]:

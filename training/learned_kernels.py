@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.training import kernels
 from halfbyte.training.kernels import ELEMENTS, WARPS
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again, FP32 is rounded to whole numbers
@@ -158,7 +159,7 @@ def fake(
     w, log2 = w.contiguous(), log2.contiguous()
     out, tables = torch.empty_like(w), _tables(values, midpoints, w.device)
     if blocks := log2.numel():
-        _fake[_grid(blocks, block)](
+        kernels.launcher(_fake, _grid(blocks, block))(
             *(w, log2, out, *tables, scale_2, blocks), **_constants(block, len(midpoints), limits), num_warps=WARPS
         )
     return out
@@ -195,7 +196,7 @@ def gradient(
     w, grad, log2 = w.contiguous(), grad.contiguous(), log2.contiguous()
     out, tables = torch.empty_like(log2), _tables(values, midpoints, w.device)
     if blocks := log2.numel():
-        _gradient[_grid(blocks, block)](
+        kernels.launcher(_gradient, _grid(blocks, block))(
             *(w, grad, log2, out, *tables, scale_2, root, blocks),
             **_constants(block, len(midpoints), limits),
             num_warps=WARPS,
@@ -204,7 +205,7 @@ def gradient(
 
 
 def _grid(blocks: int, block: int) -> tuple[int]:
-    return (triton.cdiv(blocks, ELEMENTS // block),)
+    return (-(-blocks // (ELEMENTS // block)),)
 
 
 def _constants(block: int, count: int, limits: tuple[float, float]) -> dict[str, float | bool]:

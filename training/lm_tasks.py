@@ -97,7 +97,7 @@ class _Session:
         model = InPlace(self.crew, setting.tokenizer, setting.max_length, compared=self._is_gold, seed=setting.seed)
         lm.set_fewshot_seed(FEW_SHOT_SEED)  # every stage draws the same examples
         with blamed(self.task, self.crew), quiet():
-            results = evaluator.evaluate(
+            results: Any = evaluator.evaluate(
                 model,
                 {"tasks": {self.task.name: lm}, "groups": {}},
                 samples={self.task.name: self.loaded.items},  # type: ignore[arg-type] - a range will do, and is fast

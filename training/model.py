@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch.nn import functional
 from tqdm import tqdm
 
+from halfbyte.training import typed
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.runtime import Runtime, on_first_rank
@@ -201,13 +202,14 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
         module=MLP,
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU),
     )
+    bias_dropout_add: Any = get_bias_dropout_add  # Megatron's own specs pass the function; it is annotated as a class
     submodules = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=attention,
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
         mlp=mlp,
-        mlp_bda=get_bias_dropout_add,
+        mlp_bda=bias_dropout_add,
     )
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
@@ -271,9 +273,10 @@ def build(shape: ModelShape, recipe: Recipe, runtime: Runtime) -> GPTModel:
     cuda = runtime.device.type == "cuda"
     config = transformer_config(shape, recipe, runtime.dtype, cuda=cuda)
     layers = get_num_layers_to_build(config)
+    blocks: Any = TransformerBlockSubmodules(layer_specs=[layer_spec(shape)] * layers, layer_norm=RMSNorm)
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer_spec(shape)] * layers, layer_norm=RMSNorm),
+        blocks,  # Megatron takes them where the annotation asks for the spec of a single layer
         vocab_size=shape.vocab,
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -318,7 +321,7 @@ def import_hf(model: GPTModel, model_dir: Path, shape: ModelShape, runtime: Runt
     megatron_importer.tqdm = _quiet_bar
     import_mcore_gpt_from_hf(model, str(model_dir), dtype=runtime.dtype)
     model.to(runtime.dtype)
-    before = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0  # in earlier stages
+    before = next((layer.layer_number - 1 for layer in typed.layers(model)), 0)  # in earlier stages
     for local, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             name = re.sub(r"(?<=layers\.)\d+", lambda match: str(int(match[0]) + before), local)

@@ -47,7 +47,7 @@ def observe(
         run(model)
 
 
-def is_row_parallel(linear: torch.nn.Module) -> bool:
+def is_row_parallel(linear: object) -> bool:
     """Whether tensor parallelism splits the linear's input channels (and not its output channels)."""
     return isinstance(linear, RowParallelLinear)
 

@@ -39,12 +39,17 @@ def ungathered(optimizer: Any) -> Iterator[None]:
         if isinstance(part, DistributedOptimizer) and part.data_parallel_group.size() == 1
     ]
     for part in alone:
-        part.get_parameter_state_dp_zero = lambda part=part, **_: _state(part)
+        part.get_parameter_state_dp_zero = _instead(part)
     try:
         yield
     finally:
         for part in alone:
             del part.get_parameter_state_dp_zero
+
+
+def _instead(part: DistributedOptimizer) -> Any:
+    """What stands in for its method, whose options are about gathering."""
+    return lambda **_: _state(part)
 
 
 def _state(part: DistributedOptimizer) -> dict[Any, Any]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
-from halfbyte.training import companions, kv_cache
+from halfbyte.training import companions, kv_cache, typed
 from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.config import Format, LayerFormat, Quantize, Recipe
 from halfbyte.training.errors import UserError
@@ -61,7 +61,7 @@ def plan(model: torch.nn.Module, quantize: Quantize) -> list[Planned]:
         UserError: the recipe would split a fused linear (q/k/v or gate/up).
     """
     planned = []
-    for local, layer in enumerate(model.decoder.layers):  # type: ignore[union-attr]
+    for local, layer in enumerate(typed.layers(model)):
         number = layer.layer_number - 1
         for name, parts in FUSED.items():
             hf = tuple(f"model.layers.{number}.{part}" for part in parts)
@@ -126,7 +126,7 @@ def quantize(
     """
     planned = plan(model, recipe.quantize)
     for layer in planned:
-        if not torch.isfinite(model.get_submodule(layer.module).weight).all():
+        if not torch.isfinite(typed.linear(model, layer.module).weight).all():
             raise UserError(f"quantize: {layer.key}.weight holds NaN or Inf; check the weights")
     kv_cache.insert(model, recipe.quantize.kv_cache)
     with kv_cache.collecting(model):
@@ -160,9 +160,9 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
     with damage(report):
         _same_plan(content, model, planned, recipe.quantize, report)
         for layer in planned:
-            linear = model.get_submodule(layer.module)
+            linear = typed.linear(model, layer.module)
             for side, amax in content["layers"][layer.key]["amax"].items():
-                quantizer = linear.get_submodule(f"{side}_quantizer")
+                quantizer = typed.quantizer(linear, side)
                 quantizer.amax = torch.tensor(amax, dtype=linear.weight.dtype, device=linear.weight.device)
         if recipe.quantize.kv_cache is not KVCache.none:
             kv_cache.restore(model, content["caches"])
@@ -173,7 +173,7 @@ def restore(model: torch.nn.Module, recipe: Recipe, report: Path) -> dict[str, A
 def _same_plan(
     content: dict[str, Any], model: torch.nn.Module, planned: list[Planned], quantize: Quantize, report: Path
 ) -> None:
-    here = {layer.layer_number - 1 for layer in model.decoder.layers}  # type: ignore[union-attr]
+    here = {layer.layer_number - 1 for layer in typed.layers(model)}
     listed = {(key, entry["format"]) for key, entry in content["layers"].items() if int(key.split(".")[2]) in here}
     differing = sorted({key for key, _ in listed ^ {(layer.key, layer.format.value) for layer in planned}})
     block_scale = content.get("block_scale", "amax")  # absent in run folders older than the key
@@ -239,7 +239,7 @@ def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:
     learned = companions.of(model)
     for name, quantizer in enabled_quantizers(model):
         calibrated = GRIDS[roundings[name]].per_tensor
-        amax = quantizer.amax if calibrated else None
+        amax: torch.Tensor | None = quantizer.amax if calibrated else None  # type: ignore[assignment] - torch says Tensor | Module
         if calibrated and (amax is None or not torch.isfinite(amax).all()):
             found = "nothing" if amax is None else amax.item()
             raise UserError(f"quantize: {name} was calibrated to {found}; check the weights and the calibration data")
@@ -285,7 +285,7 @@ def as_exported(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _describe(model: torch.nn.Module, layer: Planned) -> dict[str, Any]:
-    linear = model.get_submodule(layer.module)
+    linear = typed.linear(model, layer.module)
     entry: dict[str, Any] = {
         "hf": list(layer.hf),
         "format": layer.format.value,
@@ -294,10 +294,11 @@ def _describe(model: torch.nn.Module, layer: Planned) -> dict[str, Any]:
         "scale_2": {},
     }
     for side in SIDES:
-        quantizer = linear.get_submodule(f"{side}_quantizer")
-        if quantizer.is_enabled and quantizer._quantizer_cache.scale is not None:
+        quantizer = typed.quantizer(linear, side)
+        rule = quantizer._quantizer_cache if quantizer.is_enabled else None
+        if rule is not None and rule.scale is not None:
+            assert quantizer.amax is not None  # the scale was computed from it
             entry["amax"][side] = float(quantizer.amax)
-            rule = quantizer._quantizer_cache
             kind = "scale" if GRIDS[rule.rounding].block_scale is None else "scale_2"
             entry.setdefault(kind, {})[side] = float(rule.scale)
     return entry
@@ -305,8 +306,8 @@ def _describe(model: torch.nn.Module, layer: Planned) -> dict[str, Any]:
 
 def _weight_error(model: torch.nn.Module, module: str) -> float:
     with torch.no_grad():
-        weight, quantizer = companions.weight_of(model, module), model.get_submodule(module).weight_quantizer
-        error = (quantizer(weight).float() - weight.float()).square().sum()  # type: ignore[operator]
+        weight, quantizer = companions.weight_of(model, module), typed.linear(model, module).weight_quantizer
+        error = (quantizer(weight).float() - weight.float()).square().sum()
         weight = weight.float()
         sums = torch.stack([error, weight.square().sum()]).double()
     # Row- and column-parallel shards cover the weight exactly once: sums over the group are sums over the whole.

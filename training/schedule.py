@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from halfbyte.training import typed
 from halfbyte.training.data import MicroBatch
 
 Loss = Callable[[torch.Tensor, MicroBatch, int], torch.Tensor]
@@ -119,7 +120,7 @@ def step_loss(total: torch.Tensor) -> StepLoss:
     """
     own = total[0].clone()
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group = typed.pipeline_group()
     dist.broadcast(total, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     if total[1] == 0:
         return StepLoss(float("nan"), 0, own)
@@ -153,7 +154,7 @@ def collect(
         return list(_run(model, batches, forward_step, forward_only=True, collect_non_loss_data=True))
 
 
-def _run(model: torch.nn.Module, batches: Sequence[MicroBatch], forward_step: Callable, **mode: bool) -> list[Any]:
+def _run(model: torch.nn.Module, batches: Sequence[MicroBatch], forward_step: Callable, **mode: Any) -> list[Any]:
     rows, length = batches[0].tokens.shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,

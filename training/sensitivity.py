@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from halfbyte.training import quantize, tasks
+from halfbyte.training import quantize, tasks, typed
 from halfbyte.training.allocation import Choice, Group
 from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.config import Format, Recipe
@@ -44,7 +44,7 @@ class Variants:
         everything = replace(recipe.quantize, format=Format.fp8, layers={})
         planned = quantize.plan(model, everything)
         for layer in planned:
-            if not torch.isfinite(model.get_submodule(layer.module).weight).all():
+            if not torch.isfinite(typed.linear(model, layer.module).weight).all():
                 raise UserError(f"sensitivity: {layer.key}.weight holds NaN or Inf; check the weights")
         quantize.insert(model, planned, everything, calibrate)
         quantize.refresh_scales(model, everything)

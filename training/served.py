@@ -3,11 +3,10 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from halfbyte.training import kv_cache
+from halfbyte.training import kv_cache, typed
 from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.config import Quantize
 from halfbyte.training.errors import UserError
@@ -27,15 +26,15 @@ def weights_as_served(model: torch.nn.Module, quantize: Quantize, scales: Mappin
     Raises:
         UserError: the files lack the scale of a layer whose input is quantized with one, or members differ.
     """
-    layers = [(layer, model.get_submodule(layer.module)) for layer in plan(model, quantize)]
-    before: list[tuple[Any, Arithmetic]] = []
+    layers = [(layer, typed.linear(model, layer.module)) for layer in plan(model, quantize)]
+    before: list[tuple[typed.Quantizer, Arithmetic]] = []
     try:
         for layer, linear in layers:
             linear.weight_quantizer.disable()
             quantizer = linear.input_quantizer
-            if not quantizer.is_enabled or quantizer._quantizer_cache.scale is None:
+            rule = quantizer._quantizer_cache if quantizer.is_enabled else None
+            if rule is None or rule.scale is None:
                 continue
-            rule = quantizer._quantizer_cache
             before.append((quantizer, rule))
             scale = torch.full_like(rule.scale, _one_scale(layer, scales))
             quantizer._quantizer_cache = replace(rule, scale=scale)

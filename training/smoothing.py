@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from halfbyte.training import typed
 from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.config import Quantize, Smoothing
 from halfbyte.training.formats import SPECS
@@ -139,9 +140,9 @@ class _Site:
 
     @classmethod
     def of(cls, model: torch.nn.Module, layer: Planned, seen: Channels) -> "_Site":
-        linear = model.get_submodule(layer.module)
+        linear = typed.linear(model, layer.module)
         weight, row_parallel = linear.weight, is_row_parallel(linear)
-        amax, total, w_amax = seen.amax, seen.total, weight.abs().amax(0).double()  # type: ignore[operator]
+        amax, total, w_amax = seen.amax, seen.total, weight.abs().amax(0).double()
         tokens = torch.tensor(float(seen.tokens), dtype=torch.float64, device=amax.device)
         if not row_parallel:
             # Ranks hold parts of the tokens (sequence parallelism) or all of them; sums over sums serve both.
@@ -152,12 +153,9 @@ class _Site:
                 dist.all_reduce(value, group=group)
         mean = total / tokens
         if layer.module.endswith("linear_proj"):
-            config = model.config
-            heads_per_group = config.num_attention_heads // config.num_query_groups  # type: ignore[union-attr]
-            amax, w_amax, mean = (
-                _shared(value, heads_per_group, config.kv_channels)  # type: ignore[union-attr]
-                for value in (amax, w_amax, mean)
-            )
+            config: Any = model.config
+            heads_per_group = config.num_attention_heads // config.num_query_groups
+            amax, w_amax, mean = (_shared(value, heads_per_group, config.kv_channels) for value in (amax, w_amax, mean))
         return cls(weight, row_parallel, amax, mean, w_amax, torch.cat(seen.sample) if seen.sample else None)
 
     def smoothquant(self, alpha: float) -> torch.Tensor:
@@ -234,7 +232,7 @@ def _fold(model: torch.nn.Module, layer: Planned, s_K: torch.Tensor) -> None:
     """Multiply the linear's columns by s, and divide what makes its input channels."""
     prefix, _, name = layer.module.rpartition(".")
     block: Any = model.get_submodule(prefix.rpartition(".")[0])
-    model.get_submodule(layer.module).weight.mul_(s_K)  # type: ignore[operator]
+    typed.linear(model, layer.module).weight.mul_(s_K)
     if name == "linear_qkv":
         block.input_layernorm.weight.div_(s_K)
     elif name == "linear_fc1":

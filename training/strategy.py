@@ -69,7 +69,10 @@ class Processes(ClusterEnvironment):
 class MegatronStrategy(ParallelStrategy):
     """Lightning strategy over an open Runtime."""
 
-    restore_checkpoint_after_setup = True  # the optimizer must exist before its state is loaded
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Lightning asks: the optimizer must exist before its state is loaded."""
+        return True
 
     def __init__(self, runtime: Runtime):
         super().__init__(

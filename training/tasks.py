@@ -126,7 +126,9 @@ def _encode(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
 
 def prefix_token(tokenizer: "PreTrainedTokenizerFast") -> int:
     """What every text starts with: BOS, or EOS for a tokenizer without one."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    assert isinstance(found, int)  # one token; fetch.load_tokenizer has checked that there is one
+    return found
 
 
 class Tokenized(Protocol):
