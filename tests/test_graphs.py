@@ -52,6 +52,32 @@ def test_kept_weights_keep_their_place_and_are_never_stale():
         assert linear.weight.data_ptr() != place
 
 
+@pytest.mark.slow
+def test_no_micro_batch_pays_for_modelopts_lookup(monkeypatch):
+    from modelopt.torch.opt.dynamic import DynamicModule
+
+    from halfbyte.training import quantize
+    from halfbyte.training.fast_path import weights_once
+
+    helpers = runpy.run_path(str(WORKERS / "world.py"))
+    with helpers["world_of_one"]() as runtime:
+        recipe = Recipe()
+        gpt = helpers["random_model"](runtime, recipe)
+        tokens = torch.arange(32).view(1, 32)
+        quantize.quantize(gpt, recipe, lambda stage: stage(tokens, tokens, None))
+        linear = gpt.decoder.layers[0].mlp.linear_fc1
+        asked = []
+        plain = DynamicModule.__getattr__
+        monkeypatch.setattr(DynamicModule, "__getattr__", lambda self, name: asked.append(name) or plain(self, name))
+        with weights_once(gpt):
+            asked.clear()
+            gpt(tokens, tokens, None).sum().backward()
+            assert asked == []
+            assert "weight" in linear.__dict__
+        assert "weight" not in linear.__dict__
+        assert isinstance(gpt.decoder.layers[0].mlp, DynamicModule)  # else there was nothing to save
+
+
 def test_where_graphs_are_used():
     from halfbyte.training import graphs
     from halfbyte.training.runtime import Runtime
