@@ -24,7 +24,6 @@ LONG = (
     "train.global_batch=64",
     "train.warmup_steps=40",
     "train.learning_rate=7e-4",
-    "distill.cross_entropy=0.2",
 )
 MXFP4 = ("quantize.format=mxfp4",)
 AWQ = ("quantize.smoothing=awq_lite",)
@@ -67,13 +66,18 @@ ROWS = (
     Row("mxfp4_qad_awq", "MXFP4 QAD, full KL, from AWQ-lite", (*MXFP4, *AWQ)),
     Row("mxfp4_qad_lsq", "MXFP4 QAD, full KL, learned scales, from AWQ-lite", (*MXFP4, *AWQ, *SCALES)),
     Row(
+        "mxfp4_qad_repeat",
+        "MXFP4 QAD, full KL + 0.2 CE, from AWQ-lite, 26 M tokens",
+        (*LONG, "distill.cross_entropy=0.2", *MXFP4, *AWQ, "train.steps=400"),
+    ),
+    Row(
         "nvfp4_qad_long",
-        "NVFP4 QAD, full KL + 0.2 CE, from AWQ-lite and Four-Over-Six, 79 M tokens",
-        (*LONG, *AWQ, *FOUR_OVER_SIX, "train.steps=1200"),
+        "NVFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 46 M tokens",
+        (*LONG, *MIX, *AWQ, *SCALES, "train.steps=700"),
     ),
     Row(
         "mxfp4_qad_long",
-        "MXFP4 QAD, full KL + 0.2 CE, from AWQ-lite, 26 M tokens",
-        (*LONG, *MXFP4, *AWQ, "train.steps=400"),
+        "MXFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 23 M tokens",
+        (*LONG, *MIX, *MXFP4, *AWQ, *SCALES, "train.steps=350"),
     ),
 )
