@@ -3,6 +3,7 @@
 The agent starts relay.py, which asks here for a fork that runs the worker's script, and stands for it from then on.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import NoReturn
 
 RELAY = Path(__file__).with_name("relay.py")
-POLL_S = 0.05
 
 
 def open_nursery() -> list[str]:
@@ -61,11 +61,11 @@ def _keep(connection: socket.socket) -> NoReturn:
         runpy.run_path(sys.argv[0], run_name="__main__")
         sys.exit(0)
     connection.sendall(f"{worker}\n".encode())
-    while True:
-        done, status = os.waitpid(worker, os.WNOHANG)
-        if done:
-            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-            os._exit(0)
-        if select.select([connection], [], [], POLL_S)[0]:  # nothing more is sent: it was closed
-            os.kill(worker, signal.SIGKILL)
-            os._exit(0)
+    ended = os.pidfd_open(worker)
+    readable = select.select([connection, ended], [], [])[0]
+    if ended not in readable:  # nothing more is sent: the relay is gone
+        os.kill(worker, signal.SIGKILL)
+    _, status = os.waitpid(worker, 0)
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
