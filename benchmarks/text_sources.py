@@ -142,13 +142,6 @@ SOURCES = (
         readers.html,
         "usr/share/doc/c++-annotations/html/*.html",
     ),
-    Source(
-        "ada",
-        "ada-reference-manual-2012=1:2020.1commit85143dcb-4",
-        "its own, free to copy",
-        readers.html,
-        "usr/share/doc/ada-reference-manual-2012/aarm2012.html/*.html",
-    ),
     Source("git", "git-doc=1:2.39.5-0+deb12u3", "GPL-2", readers.html, "usr/share/doc/git-doc/**/*.html"),
     Source(
         "postgresql",
