@@ -1,6 +1,6 @@
 """A run under a real Slurm: submitted, preempted after its first checkpoint, requeued, resumed, done.
 
-Needs root and Debian's slurm-wlm; it takes about a minute, and continuous integration does not install it.
+Needs root and Debian's slurm-wlm, which .ci/run installs; it takes about a minute.
 """
 
 import json
