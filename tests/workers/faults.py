@@ -34,12 +34,15 @@ FAULTS = {
 """Name -> (rank, after how many steps, what happens)."""
 
 
-def strike(name: str, folder: Path, steps: int) -> None:
-    """Let a fault happen if it is its turn, place and time."""
+def strike(name: str, folder: Path, steps: int, before: set[str]) -> None:
+    """Let a fault happen if it is its turn, place and time.
+
+    Its turn comes when all earlier ones had happened before this process began: a rank that still trains while another
+    one is being killed must not take the next fault with it.
+    """
     rank, after, happen = FAULTS[name]
     order = list(FAULTS)
-    earlier = all((folder / f"fault.{other}").exists() for other in order[: order.index(name)])
-    if earlier and (rank, after) == (RANK, steps) and not (folder / f"fault.{name}").exists():
+    if before == set(order[: order.index(name)]) and (rank, after) == (RANK, steps):
         (folder / f"fault.{name}").write_text(str(time.time()))
         happen()
 
@@ -50,26 +53,26 @@ def plant(folder: Path) -> None:
 
     from halfbyte.training import integrity, module
 
-    done = {"steps": 0}
+    done, before = {"steps": 0}, {name for name in FAULTS if (folder / f"fault.{name}").exists()}
     whole_pass, step, digests = module.Training._pass, module.MegatronOptimizer.step, integrity.digests
     layer = TransformerLayer.forward
 
     def broken_pass(self, batch, quantizes):
         done["steps"] = len(self.progress.losses)
-        strike("hang", folder, done["steps"])
+        strike("hang", folder, done["steps"], before)
         return whole_pass(self, batch, quantizes)
 
     def broken_layer(self, *args, **kwargs):
-        strike("forward", folder, done["steps"])
+        strike("forward", folder, done["steps"], before)
         return layer(self, *args, **kwargs)
 
     def broken_step(self, closure=None):
-        strike("optimizer", folder, done["steps"])
+        strike("optimizer", folder, done["steps"], before)
         return step(self, closure)
 
     def broken_digests(path, names):
         if path.suffix == ".tmp":  # .step_NNNNNNNN.tmp, in a thread of its own while training goes on
-            strike("save", folder, int(path.stem.removeprefix(".step_")))
+            strike("save", folder, int(path.stem.removeprefix(".step_")), before)
         return digests(path, names)
 
     module.Training._pass, module.MegatronOptimizer.step = broken_pass, broken_step
