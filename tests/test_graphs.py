@@ -1,5 +1,6 @@
 """CUDA graphs: where they are used, what keeps its address for them, and that a replayed step is the plain one."""
 
+import contextlib
 import json
 import runpy
 import subprocess
@@ -26,10 +27,10 @@ def test_rounding_into_a_tensor_is_rounding(rounding):
     assert torch.equal(out, fake_quantize(x, rounding, scale))
 
 
-@pytest.mark.slow
-def test_kept_weights_keep_their_place_and_are_never_stale():
+@contextlib.contextmanager
+def quantized():
+    """A tiny GPTModel calibrated on [1, 32] tokens, and these."""
     from halfbyte.training import quantize
-    from halfbyte.training.fast_path import weights_once
 
     helpers = runpy.run_path(str(WORKERS / "world.py"))
     with helpers["world_of_one"]() as runtime:
@@ -37,6 +38,14 @@ def test_kept_weights_keep_their_place_and_are_never_stale():
         gpt = helpers["random_model"](runtime, recipe)
         tokens = torch.arange(32).view(1, 32)
         quantize.quantize(gpt, recipe, lambda stage: stage(tokens, tokens, None))
+        yield gpt, tokens
+
+
+@pytest.mark.slow
+def test_kept_weights_keep_their_place_and_are_never_stale():
+    from halfbyte.training.fast_path import weights_once
+
+    with quantized() as (gpt, _):
         linear = gpt.decoder.layers[0].mlp.linear_fc1
         rule = linear.weight_quantizer._quantizer_cache
         kept: dict[str, torch.Tensor] = {}
@@ -56,15 +65,9 @@ def test_kept_weights_keep_their_place_and_are_never_stale():
 def test_no_micro_batch_pays_for_modelopts_lookup(monkeypatch):
     from modelopt.torch.opt.dynamic import DynamicModule
 
-    from halfbyte.training import quantize
     from halfbyte.training.fast_path import weights_once
 
-    helpers = runpy.run_path(str(WORKERS / "world.py"))
-    with helpers["world_of_one"]() as runtime:
-        recipe = Recipe()
-        gpt = helpers["random_model"](runtime, recipe)
-        tokens = torch.arange(32).view(1, 32)
-        quantize.quantize(gpt, recipe, lambda stage: stage(tokens, tokens, None))
+    with quantized() as (gpt, tokens):
         linear = gpt.decoder.layers[0].mlp.linear_fc1
         asked = []
         plain = DynamicModule.__getattr__

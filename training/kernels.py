@@ -48,7 +48,7 @@ def _amax_bits(x):
 
 
 @triton.jit
-def _round_e2m1(y):
+def round_e2m1(y):
     """rounding.round_e2m1 for |y| up to 7."""
     exponent = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT, _ONE)
     magic = (exponent + _E2M1_MAGIC).to(tl.float32, bitcast=True)
@@ -97,7 +97,7 @@ def _squared_error(x, scale, scale_2, T: tl.constexpr):
     limit = tl.minimum(16.0 * (scale * scale_2), _LARGEST)[:, None]
     y = _divide(tl.clamp(x, -limit, limit), (scale * scale_2)[:, None])
     y = tl.clamp(y, -16.0, 16.0)
-    error = y - _round_e2m1(tl.clamp(y, -6.0, 6.0))
+    error = y - round_e2m1(tl.clamp(y, -6.0, 6.0))
     a, b = tl.split(tl.reshape(error * error, (T, 8, 2)))
     a, b = tl.split(tl.reshape(a + b, (T, 4, 2)))
     a, b = tl.split(tl.reshape(a + b, (T, 2, 2)))
@@ -115,7 +115,7 @@ def _nvfp4(x, scale_2, T: tl.constexpr, CHOOSE: tl.constexpr):
         scale = tl.where(better, four, scale)
     scale = scale * scale_2
     limit = (6.0 * scale)[:, None]
-    y = _round_e2m1(_divide(tl.clamp(x, -limit, limit), scale[:, None]))
+    y = round_e2m1(_divide(tl.clamp(x, -limit, limit), scale[:, None]))
     return y * tl.where(amax_bits > _INFINITY, float("nan"), scale)[:, None]
 
 
@@ -125,7 +125,7 @@ def _mxfp4(x):
     code = tl.minimum(tl.maximum(((amax_bits + 0x3FFFFF) >> 23) - 2, 0), 252)  # numerics.mxfp4_exponent_code
     inverse = ((254 - code) << 23).to(tl.float32, bitcast=True)
     scale = tl.where(code == 0, 0x400000, code << 23).to(tl.float32, bitcast=True)  # 2^-127 is subnormal
-    y = _round_e2m1(tl.clamp(x * inverse[:, None], -6.0, 6.0))
+    y = round_e2m1(tl.clamp(x * inverse[:, None], -6.0, 6.0))
     return y * tl.where(amax_bits > _INFINITY, float("nan"), scale)[:, None]
 
 

@@ -16,12 +16,9 @@ import triton
 import triton.language as tl
 
 from halfbyte.training import kernels
-from halfbyte.training.kernels import ELEMENTS, WARPS
+from halfbyte.training.kernels import ELEMENTS, WARPS, round_e2m1
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again, FP32 is rounded to whole numbers
-_EXPONENT = tl.constexpr(0x7F800000)
-_ONE = tl.constexpr(0x3F800000)
-_E2M1_MAGIC = tl.constexpr((22 << 23) | 0x400000)  # rounding.round_e2m1 says why
 
 
 @triton.jit
@@ -64,15 +61,6 @@ def _steps(
 
 
 @triton.jit
-def _round_e2m1(v):
-    """rounding.round_e2m1; NaN becomes 6 or -6."""
-    y = tl.clamp(v, -6.0, 6.0)
-    exponent = tl.maximum(y.to(tl.int32, bitcast=True) & _EXPONENT, _ONE)
-    magic = (exponent + _E2M1_MAGIC).to(tl.float32, bitcast=True)
-    return (y + magic) - magic
-
-
-@triton.jit
 def _fake(
     w_ptr,
     log2_ptr,
@@ -91,7 +79,8 @@ def _fake(
     step = _steps(log2_ptr, block, blocks, values_ptr, midpoints_ptr, scale_ptr, COUNT, LEAST, MOST)[:, None]
     at, inside = block[:, None] * G + tl.arange(0, G)[None, :], (block < blocks)[:, None]
     w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    rounded = _round_e2m1(tl.div_rn(w, tl.broadcast_to(step, (T, G)))) * step
+    v = tl.div_rn(w, tl.broadcast_to(step, (T, G)))
+    rounded = round_e2m1(tl.clamp(v, -6.0, 6.0)) * step
     tl.store(out_ptr + at, tl.where(w != w, w, rounded).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -116,7 +105,7 @@ def _gradient(
     step = _steps(log2_ptr, block, blocks, values_ptr, midpoints_ptr, scale_ptr, COUNT, LEAST, MOST)[:, None]
     at, inside = block[:, None] * G + tl.arange(0, G)[None, :], (block < blocks)[:, None]
     v = tl.div_rn(tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32), tl.broadcast_to(step, (T, G)))
-    q = _round_e2m1(v)
+    q = round_e2m1(tl.clamp(v, -6.0, 6.0))
     slope = tl.where(tl.abs(v) <= 6.0, q - v, tl.where(v != v, v, q))
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + block, tl.sum(grad * slope, axis=1) / root, mask=block < blocks)
