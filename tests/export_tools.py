@@ -57,13 +57,18 @@ def random_weights(source: Path, run: Recipe) -> list[HFWeight]:
     return weights
 
 
-def export(folder: Path, config: dict, run: Recipe) -> Path:
-    """A model with random weights, exported."""
-    source = folder / "source"
+def model_folder(source: Path, config: dict) -> Path:
+    """What a Hugging Face directory has besides its weights."""
     source.mkdir(parents=True)
     (source / "config.json").write_text(json.dumps(config))
     (source / "tokenizer.json").write_text("{}")
     (source / "LICENSE").write_text("yours")
+    return source
+
+
+def export(folder: Path, config: dict, run: Recipe) -> Path:
+    """A model with random weights, exported."""
+    source = model_folder(folder / "source", config)
     out, weights = folder / "hf", random_weights(source, run)
     hf.write(weights, run, model_dir=source, out=out, checkpoint="step_00000001", versions={"torch": "2"})
     record_verdict(out, {"verdict": "pass"})

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from export_tools import LLAMA, QWEN3, UNTIED, recipe
+from export_tools import LLAMA, QWEN3, UNTIED, model_folder, recipe
 from safetensors.torch import load, load_file, save, save_file
 
 from halfbyte.export import hf, nemo, quantizer_state
@@ -43,11 +43,7 @@ VERSIONS = {"torch": "2", "halfbyte": "0.1.0", "nemo-toolkit": "3.0.0"}
 
 def finished(folder: Path, config: dict, run: Recipe) -> Recipe:
     """A run folder as training leaves it, but for the training: calibrated random weights, exported and released."""
-    source = folder / "tiny-llama"
-    source.mkdir(parents=True)
-    (source / "config.json").write_text(json.dumps(config))
-    (source / "tokenizer.json").write_text("{}")
-    (source / "LICENSE").write_text("yours")
+    source = model_folder(folder / "tiny-llama", config)
     run.model.path, run.run.dir, run.train.steps = str(source), str(folder / "run"), 1
     place, shape = folder / "run", read_shape(source / "config.json")
     with WORLD["world_of_one"]() as runtime:
