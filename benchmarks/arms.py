@@ -20,11 +20,8 @@ CONTROL = ("method=bf16", "train.learning_rate=1e-4")
 QAT = ("method=qat", "train.learning_rate=1e-4")
 PTQ = ("method=ptq", "evaluate.ptq=true")
 TOP_K = ("distill.top_k=64",)
-LONG = (
-    "train.global_batch=64",
-    "train.warmup_steps=40",
-    "train.learning_rate=7e-4",
-)
+LONG = ("train.steps=1400", "train.warmup_steps=40")
+REPEAT = ("train.steps=400", "train.global_batch=64", "train.warmup_steps=40", "train.learning_rate=7e-4")
 MXFP4 = ("quantize.format=mxfp4",)
 AWQ = ("quantize.smoothing=awq_lite",)
 FOUR_OVER_SIX = ("quantize.block_scale=four_over_six",)
@@ -60,6 +57,11 @@ ROWS = (
     Row("nvfp4_qad_fast", "NVFP4 QAD, full KL, from AWQ-lite, LR 1e-3", (*AWQ, "train.learning_rate=1e-3")),
     Row("nvfp4_qad_mix", "NVFP4 QAD, full KL + 0.1 CE, from AWQ-lite", (*AWQ, *MIX)),
     Row("nvfp4_qad_lsq", "NVFP4 QAD, full KL, learned scales, from AWQ-lite", (*AWQ, *SCALES)),
+    Row(
+        "nvfp4_qad_lsq30",
+        "NVFP4 QAD, full KL, learned scales (LR x 30), from AWQ-lite",
+        (*AWQ, "train.block_scale_lr_mult=30"),
+    ),
     Row("nvfp4_qad_lora", "NVFP4 QAD, full KL, LoRA of rank 32, from AWQ-lite", (*AWQ, *LORA)),
     Row("mxfp4_qat", "MXFP4 QAT, cross-entropy", (*QAT, *MXFP4)),
     Row("mxfp4_qad", "MXFP4 QAD, full KL", MXFP4),
@@ -68,16 +70,17 @@ ROWS = (
     Row(
         "mxfp4_qad_repeat",
         "MXFP4 QAD, full KL + 0.2 CE, from AWQ-lite, 26 M tokens",
-        (*LONG, "distill.cross_entropy=0.2", *MXFP4, *AWQ, "train.steps=400"),
+        (*REPEAT, "distill.cross_entropy=0.2", *MXFP4, *AWQ),
     ),
     Row(
         "nvfp4_qad_long",
         "NVFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 46 M tokens",
-        (*LONG, *MIX, *AWQ, *SCALES, "train.steps=700"),
+        (*LONG, *MIX, *AWQ, *SCALES),
     ),
     Row(
         "mxfp4_qad_long",
-        "MXFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 23 M tokens",
-        (*LONG, *MIX, *MXFP4, *AWQ, *SCALES, "train.steps=350"),
+        "MXFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 46 M tokens",
+        (*LONG, *MIX, *MXFP4, *AWQ, *SCALES),
     ),
+    Row("nvfp4_qad_wide", "NVFP4 QAD, full KL, learned scales, from AWQ-lite, wide text", (*AWQ, *SCALES)),
 )

@@ -36,7 +36,7 @@ def weight(seed: int = 0, rows: int = 24, columns: int = 128, dtype: torch.dtype
     """Values over many octaves, a block of zeros and one of a single value."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, columns, generator=generator) * torch.randn(rows, columns, generator=generator).exp()
-    w[0, :32], w[1, 1:32] = 0.0, 0.0
+    w[0, :32], w[1:2, 1:32] = 0.0, 0.0
     return w.to(dtype)
 
 
