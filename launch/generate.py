@@ -11,6 +11,7 @@ from pathlib import Path
 from halfbyte.launch.console import Console
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import RecipeError
+from halfbyte.training.files import at_home
 from halfbyte.training.interrupt import Interrupted, Stop
 
 STAGE = "generate"
@@ -27,7 +28,7 @@ def prepare(recipe: Recipe, prompts: str, out: str) -> Recipe:
     Raises:
         RecipeError: there are no prompts, or the output would take their place.
     """
-    source, target = Path(prompts).expanduser().absolute(), Path(out).expanduser().absolute()
+    source, target = at_home(prompts).absolute(), at_home(out).absolute()
     if not source.is_file():
         raise RecipeError([f"generate.prompts = {prompts}: no such file; give a JSONL or JSONL.gz file"])
     if source == target:

@@ -7,6 +7,7 @@ from pathlib import Path
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.families import FAMILIES
+from halfbyte.training.files import at_home
 from halfbyte.training.model_config import read_config
 from halfbyte.training.shape import ModelShape, linear_sizes, shape_of
 
@@ -65,7 +66,7 @@ def named_model(name: str) -> Architecture:
     """
     folder = Path(str(importlib.resources.files("halfbyte.recipes"))) / "shapes"
     shipped = {path.stem: path for path in sorted(folder.glob("*.json"))}
-    path = Path(name).expanduser()
+    path = at_home(name)
     if not path.is_file():
         if name not in shipped:
             raise RecipeError([f"--model {name}: not known; give a config.json or one of {', '.join(shipped)}"])

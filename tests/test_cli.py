@@ -71,6 +71,12 @@ def test_check_reports_everything_and_starts_nothing(calls, capsys):
     assert calls == []
 
 
+def test_what_the_system_refuses_is_one_line(capsys):
+    assert cli.main(["report", "a" * 300]) == FAILED
+    (said,) = errors(capsys)
+    assert said.endswith("/resolved.yaml: File name too long; mend that and give the command again")
+
+
 def test_recipes_are_listed_with_a_description(capsys):
     assert cli.main(["recipes"]) == OK
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

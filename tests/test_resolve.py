@@ -76,6 +76,13 @@ def test_paths_are_absolute_and_places_resolved():
     assert Path(recipe.model.path).is_absolute()
 
 
+def test_home_is_expanded_and_lists_may_point_at_others(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/you")
+    recipe = resolve("tiny", ["run.dir=~/runs/x", "train.freeze=[lm_head]", "quantize.exclude=${train.freeze}"])
+    assert recipe.run.dir == "/home/you/runs/x"
+    assert recipe.quantize.exclude == ["lm_head"]
+
+
 def test_tasks_by_number_name_and_brackets():
     recipe = resolve(
         "tiny", ["evaluate.tasks.lambada.limit=3", "evaluate.tasks[1].limit=null", "evaluate.tasks.1.first=2"]
@@ -131,6 +138,19 @@ def test_tasks_by_number_name_and_brackets():
         ("run.project=${run.project}", "run.project = ${run.project}", "no readable key"),
         ("data.train=${package:no_such_package/x}", "data.train", "pip install"),
         ("data.train=nope.jsonl", "data.train", "no such file"),
+        ("data.train=~nobody-of-this-name/x.jsonl", "data.train", "no such file"),
+        (f"data.train={'a' * 300}/x", "data.train = ", "cannot be looked up (File name too long)"),
+        ("model.path=a\0b", "model.path = ", "cannot be looked up (embedded null byte)"),
+        ("train.steps=???", "train.steps: missing", "set it"),
+        ("method=???", "method: missing", "set it"),
+        ("run.name=???", "run.name: missing", "set it"),
+        ("quantize.layers=${run.name}", "quantize.layers = ${run.name}", "a mapping"),
+        ("quantize.exclude=${train.steps}", "quantize.exclude = ${train.steps}", "[a,b]"),
+        ("train.freeze=[[a]]", "train.freeze = [['a']]", "[a,b]"),
+        ("evaluate.tasks=${run.name}", "evaluate.tasks = ${run.name}", "a list of tasks"),
+        ("train.steps=${run.name}", "train.steps = ${run.name}", "no readable key"),
+        (f"train.seed={2**64}", f"train.seed = {2**64}", "beyond 64 bits"),
+        (f"evaluate.tasks.1.name={'a' * 65}", "evaluate.tasks.1.name = a", "at most 64"),
         ("model.fetch=llama", "model.fetch = llama", "smollm2, tiny"),
         ("train.steps=0", "train.steps = 0", "at least 1"),
         ("train.micro_batch=0", "train.micro_batch = 0", "at least 1"),

@@ -12,6 +12,14 @@ from halfbyte.training.errors import UserError
 AGAIN = "delete it and run the stage again"
 
 
+def at_home(path: str) -> Path:
+    """A path as a user gives it: `~` or `~user` at its start is that home folder, where there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write through a sibling file and a rename, so that a reader or a killed run never sees half a file.
 

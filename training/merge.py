@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from halfbyte.training.config import Recipe, Task
 from halfbyte.training.errors import RecipeError
+from halfbyte.training.files import at_home
 from halfbyte.training.resolvers import resolver_in
 
 BASE = "base"
@@ -77,7 +78,7 @@ def merge(path: Path, overrides: list[str]) -> tuple[Recipe, Merged]:
     merged = Merged()
     entries = _with_base(path)
     for override in overrides:
-        fragment = Path(override).expanduser()
+        fragment = at_home(override)
         if fragment.suffix in (".yaml", ".yml") and fragment.is_file():  # a folder's name may hold a =
             entries += [(fragment, *entry) for entry in _from_yaml(fragment)]
         else:
@@ -122,8 +123,9 @@ def _make_absolute(recipe: Recipe) -> None:
     """Make input paths absolute, so that a run folder means the same from any working directory."""
 
     def absolute(path: str | None) -> str | None:
-        return str(Path(path).expanduser().absolute()) if path else path
+        return str(at_home(path).absolute()) if path else path
 
+    recipe.run.dir = str(at_home(recipe.run.dir))
     recipe.model.path = absolute(recipe.model.path) or ""
     recipe.model.reference = absolute(recipe.model.reference)
     recipe.gate.control = absolute(recipe.gate.control)
@@ -252,6 +254,8 @@ def _apply(config: Any, key: str, value: Any) -> None:
     try:
         if hint is bool and not isinstance(value, bool | str):  # OmegaConf takes any number for true
             raise _Wrong(f"must be {_expected(hint)}")
+        if key == TASKS and not isinstance(value, list):  # OmegaConf would take an interpolation
+            raise _Wrong(f"must be {_expected(hint)}")
         # A mapping takes the place of the one below it, as a list does: its order may matter (quantize.layers).
         OmegaConf.update(config, key, value, merge=not isinstance(value, dict), force_add=False)
     except OmegaConfBaseException as error:
@@ -274,19 +278,38 @@ def _settle(merged: Merged) -> None:
     tasks = len(merged.config.evaluate.tasks)
     keys = [*HINTS, *(f"{TASKS}.{i}.{name}" for i in range(tasks) for name in TASK_HINTS)]
     for key in keys:
-        try:
-            OmegaConf.select(merged.config, key)
-        except (OmegaConfBaseException, RecursionError):
-            group, _, name = key.rpartition(".")
-            raw: Any = OmegaConf.to_container(OmegaConf.select(merged.config, group))
-            merged.report(key, raw[name], "", "points to no readable key; use ${group.key} of this recipe")
+        group, name = _section(merged.config, key)
+        if OmegaConf.is_missing(group, name):
+            if key not in merged.broken:
+                merged.problems.append(f"{key}: missing; set it in the recipe or on the command line")
+            merged.broken.add(key)
             OmegaConf.update(merged.config, key, _default(key))
-    for missing in sorted(OmegaConf.missing_keys(merged.config)):
-        key = re.sub(r"\[(\d+)\]", r".\1", missing)
-        if key not in merged.broken:
-            merged.problems.append(f"{key}: missing; set it in the recipe or on the command line")
-        merged.broken.add(key)
-        OmegaConf.update(merged.config, key, "")
+    for key in keys:  # those that point at a missing one find its default by now
+        try:
+            fits, what = _is_flat(key, OmegaConf.select(merged.config, key)), f"must be {_expected(_hint(key))}"
+        except (OmegaConfBaseException, RecursionError):
+            fits, what = False, "points to no readable key; use ${group.key} of this recipe"
+        if not fits:
+            group, name = _section(merged.config, key)
+            raw: Any = OmegaConf.to_container(group)
+            merged.report(key, raw[name], "", what)
+            OmegaConf.update(merged.config, key, _default(key), merge=False)
+
+
+def _section(config: Any, key: str) -> tuple[Any, str]:
+    """The section that holds a key, and its name in there."""
+    group, _, name = key.rpartition(".")
+    return OmegaConf.select(config, group) if group else config, name
+
+
+def _is_flat(key: str, value: Any) -> bool:
+    """Whether a list or mapping is one, and of single values: OmegaConf asks neither of an interpolation."""
+    kind = get_origin(_hint(key))
+    if key == TASKS or kind not in (list, dict):
+        return True
+    plain: Any = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    items = plain.values() if isinstance(plain, dict) else plain
+    return isinstance(plain, kind) and not any(isinstance(item, list | dict) for item in items)
 
 
 def _default(key: str) -> Any:

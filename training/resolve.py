@@ -5,6 +5,7 @@ checks types, rules.py and model_rules.py check that the values make sense toget
 """
 
 import importlib.resources
+import os
 import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import RecipeError, UserError
+from halfbyte.training.files import at_home
 from halfbyte.training.merge import merge
 from halfbyte.training.rules import leaves, problems
 
@@ -115,8 +117,8 @@ def find_recipe(recipe: str) -> Path:
     Raises:
         RecipeError: neither a file nor a shipped name; the line lists the names.
     """
-    path = Path(recipe).expanduser()
-    if path.is_file():
+    path = at_home(recipe)
+    if os.path.isfile(path):  # of a folder that may not be read, Path.is_file raises
         return path
     names = shipped()
     if recipe in names:

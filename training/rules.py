@@ -14,7 +14,7 @@ from halfbyte.training.families import TINY
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.model_source import brings_formats
 from halfbyte.training.nemo_archive import is_archive
-from halfbyte.training.run_rules import run_problems
+from halfbyte.training.run_rules import run_problems, unreachable_paths
 from halfbyte.training.shape import ModelShape, read_shape
 from halfbyte.training.task_rules import task_file_problems
 
@@ -83,10 +83,13 @@ def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
     Returns:
         One line per problem; empty for a recipe that can run.
     """
-    shape, found = find_shape(recipe)
-    found += _reference(recipe, shape)
-    found += run_problems(recipe)
-    found += [*_numbers(recipe), *_steps(recipe), *_teacher(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
+    found = [*run_problems(recipe), *_numbers(recipe), *_steps(recipe)]
+    unreachable = list(unreachable_paths(recipe))
+    if unreachable:  # the other rules look into these folders
+        return found + unreachable
+    shape, unread = find_shape(recipe)
+    found += [*unread, *_reference(recipe, shape)]
+    found += [*_teacher(recipe), *_files(recipe), *_tasks(recipe), *_gate(recipe)]
     if shape is not None:
         found += [*model_problems(recipe, shape), *export_problems(recipe, shape)]
     if need_weights:
@@ -125,6 +128,8 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key} = {value}: not finite; give a number"
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            yield f"{key} = {value}: beyond 64 bits; give a smaller number"
         elif value is not None and key in POSITIVE and value <= 0:
             least = "at least 1" if isinstance(value, int) else "a number above 0"
             yield f"{key} = {value}: must be positive; give {least}"
@@ -224,8 +229,8 @@ def _tasks(recipe: Recipe) -> Iterator[str]:
         key = f"evaluate.tasks.{i}"
         if names.index(task.name) < i:
             yield f"{key}.name = {task.name}: used twice; give every task its own name"
-        elif not re.fullmatch(r"[\w-]+", task.name) and task.name:
-            yield f"{key}.name = {task.name}: becomes a file name; use letters, digits, _ and -"
+        elif not re.fullmatch(r"[\w-]{1,64}", task.name) and task.name:
+            yield f"{key}.name = {task.name}: becomes a file name; use letters, digits, _ and -, at most 64"
         if task.kind == LM_EVAL and Path(task.data).is_file():
             yield from task_file_problems(key, task.data)
         if task.first < 0:

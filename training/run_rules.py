@@ -1,7 +1,9 @@
-"""What a recipe may call things, so that somebody else's recipe writes into its run folder and nowhere else. Pure."""
+"""What a recipe may call things, so that somebody else's recipe writes into its run folder and nowhere else."""
 
 import re
 from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
 
 from halfbyte.training.config import Recipe
 
@@ -9,6 +11,17 @@ NAME = r"[A-Za-z0-9_][\w.+-]*"
 """Of a run: it becomes a folder's name, and a job's."""
 WORD = r"[\w.,:+/@=-]+"
 """Of what is written into an sbatch file's directives."""
+PATHS = (
+    "run.dir",
+    "model.path",
+    "model.reference",
+    "model.config",
+    "data.train",
+    "quantize.calibration_data",
+    "distill.teacher",
+    "gate.control",
+    "sensitivity.data",
+)
 
 
 def run_problems(recipe: Recipe) -> Iterator[str]:
@@ -23,6 +36,21 @@ def run_problems(recipe: Recipe) -> Iterator[str]:
         if value is not None and not re.fullmatch(WORD, value):
             remedy = "stands in the sbatch file; use letters, digits and . , : + / @ = _ -"
             yield f"launch.{key} = {_printable(value)}: {remedy}"
+
+
+def unreachable_paths(recipe: Recipe) -> Iterator[str]:
+    """One line for each path that cannot even be looked up: in a closed folder, too long, or with a NUL."""
+    paths: dict[str, str | None] = {key: attrgetter(key)(recipe) for key in PATHS}
+    paths |= {f"evaluate.tasks.{i}.data": task.data for i, task in enumerate(recipe.evaluate.tasks)}
+    for key, path in paths.items():
+        try:
+            Path(path or ".").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # a rule of its own says what is missing
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            shown = _printable(path or "")[:200]
+            yield f"{key} = {shown}: cannot be looked up ({reason}); give a path that this user can read"
 
 
 def _printable(text: str) -> str:
