@@ -1,6 +1,7 @@
 """A checkpoint that is written while training goes on: what it holds, who waits for it, and what a full disk costs."""
 
 import errno
+import math
 import pickle
 import random
 import runpy
@@ -13,9 +14,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from halfbyte.training import checkpoint, checkpoint_write, integrity, retention, saving
+from halfbyte.training import checkpoint, checkpoint_write, integrity, optimizer_state, retention, saving
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import StoppedTogether, UserError
 from halfbyte.training.interrupt import Interrupted, Stop
@@ -90,10 +93,24 @@ def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, tmp_pa
 def test_what_one_rank_need_not_gather_is_what_megatron_gathers(module, monkeypatch, tmp_path):
     ours, theirs = tmp_path / "ours" / "step_00000001", tmp_path / "theirs" / "step_00000001"
     checkpoint.save(trainable(module), {}, ours)
-    monkeypatch.setattr(checkpoint.optimizer_state, "ungathered", nullcontext)
+    monkeypatch.setattr(optimizer_state, "ungathered", nullcontext)
     checkpoint.save(trainable(module), {}, theirs)
     assert content(ours) == content(theirs)
     assert "optimizer.state.exp_avg.decoder.layers.0.mlp.linear_fc1.weight_w" in content(ours)["tensors"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
+def test_a_stretch_of_a_tensor_is_a_few_boxes_in_order(shape, data):
+    count = math.prod(shape)
+    start = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(start, count))
+    numbered = torch.arange(count).view(shape)
+    found = list(optimizer_state.boxes(tuple(shape), start, stop))
+    parts = [numbered[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))].flatten() for box in found]
+    assert torch.cat([torch.arange(0), *parts]).tolist() == list(range(start, stop))
+    assert len(found) <= 2 * len(shape) - 1
+    assert all(0 not in sizes for _, sizes in found)
 
 
 @pytest.mark.gpu

@@ -3,14 +3,17 @@
 Usage: methods.py MODEL OUT.json in two or four ranks. MODEL is a Hugging Face directory. Judges
 nothing: rank 0 writes {layout: {variant: [loss of every step]}}. What is trained beside the weights adds a number made
 of all of it; "<variant>, resumed" is the same from the first layout's checkpoint after one step on, and "<variant>,
-float32" and "<variant>, float32, resumed" are what they say, in FP32 with Megatron's distributed optimizer.
+float32" and "<variant>, float32, resumed" are what they say, in FP32 with Megatron's distributed optimizer, whose
+checkpoint is saved a second time as Megatron gathers it ("<variant>.<layout>.float32.gathered" beside OUT.json).
 """
 
 import copy
 import dataclasses
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -56,6 +59,8 @@ STEPS, WINDOWS, LENGTH = 2, 8, 16
 
 BESIDE = ("lsq", "lora")
 """Variants with parameters beside the weights."""
+SHARDED = (*(("dp2", name) for name in BESIDE), ("tp2_dp2_sp", "lsq"))
+"""What is tried with the distributed optimizer."""
 AMONG_FOUR = ("forward_kl", *BESIDE)
 """Variants of four processes."""
 
@@ -133,7 +138,11 @@ def losses(
         )
         module.training_step(parts, step)
         if save is not None and step == 0:
-            checkpoint.save(checkpoint.Trainable(student, module.optimizer.megatron), {}, save)
+            trained = checkpoint.Trainable(student, module.optimizer.megatron)
+            checkpoint.save(trained, {}, save)
+            if recipe.train.dtype == "float32":
+                with mock.patch.object(checkpoint.optimizer_state, "ungathered", return_value=nullcontext()):
+                    checkpoint.save(trained, {}, save.with_name(f"{save.name}.gathered"))
     return module.progress.losses[0 if load_from is None else 1 :] + beside_weights(student)
 
 
@@ -185,8 +194,9 @@ def main(folder: Path, out: Path) -> None:
                 losses(folder, recipes[name], runtime, out.parent, save=place)
             again = losses(folder, recipes[name], runtime, out.parent, load_from=place)
             found[layout][f"{name}, resumed"] = again
-            if layout == "dp2":
-                single, place = recipe_of(name, copy.deepcopy(parallel), "float32"), out.parent / f"{name}.float32"
+            if (layout, name) in SHARDED:
+                single = recipe_of(name, copy.deepcopy(parallel), "float32")
+                place = out.parent / f"{name}.{layout}.float32"
                 fp32 = dataclasses.replace(runtime, dtype=torch.float32)
                 found[layout][f"{name}, float32"] = losses(folder, single, fp32, out.parent, save=place)
                 again = losses(folder, single, fp32, out.parent, load_from=place)
