@@ -18,20 +18,19 @@ from halfbyte.export.card import card_text
 from halfbyte.export.folder import move
 from halfbyte.export.imported import with_source_bytes
 from halfbyte.export.reader import open_checkpoint
-from halfbyte.export.record import RECORD, record_verdict
+from halfbyte.export.record import RECORD, broken_hashes, file_hash, record_verdict
 from halfbyte.export.team import ALONE, Team
 from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
+from halfbyte.launch.rescore import rescore
 from halfbyte.launch.scored import kinds, read_control, read_stages
-from halfbyte.training import gate, integrity, retention, scoring, tasks
-from halfbyte.training.config import Format, Method, Recipe, TaskKind
+from halfbyte.training import gate, integrity, retention
+from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.hf_map import HFWeight
-from halfbyte.training.jsonl import read_scores
 from halfbyte.training.model_source import is_quantized
 from halfbyte.training.shape import planned_linears, read_shape
-from halfbyte.training.statistics import paired_ratio
 
 PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "nemo-toolkit", "lightning", "transformers", "halfbyte")
 
@@ -69,6 +68,7 @@ def judge(recipe: Recipe, folder: Path) -> dict[str, Any]:
     verdict = gate.judge(recipe.gate, method=recipe.method, kinds=kinds(recipe), stages=stages, control=stage)
     verdict |= {"checkpoint": checkpoint, "control": control}
     write_json(folder / "gate.json", verdict)
+    write_json(folder / "state.json", read_json(folder / "state.json") | {"gate": checkpoint})
     return verdict
 
 
@@ -173,7 +173,7 @@ def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool, tea
         recipe: The recipe.
         folder: The run folder.
         console: Gets a line per stage.
-        resume: Keep an export of this checkpoint that was verified.
+        resume: Keep an export of this checkpoint that was verified and whose files are as they were then.
         team: The processes that call this together.
 
     Returns:
@@ -182,25 +182,59 @@ def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool, tea
     Raises:
         UserError: it does not verify; it stays a candidate, and verify.json says all that is wrong with it.
     """
-    record = folder / "export" / "export.json"
-
-    def ready() -> Path | None:
-        out = exported(folder)
-        return out if resume and out is not None and record.exists() and read_json(record).get("verified") else None
-
-    out = team.on_first(ready)
+    out = _standing(folder, console, team) if resume else None
     if out is not None:
         return out
     with console.stage("export") as notes:
-        sizes = _export(recipe, folder, record, team, console)
+        sizes = _export(recipe, folder, team, console)
         size = f"{sizes['bytes_before'] / 1e6:.1f} MB -> {sizes['bytes_after'] / 1e6:.1f} MB"
         notes.append(f"{size} in {sizes['files']} file(s)")
     with console.stage("verify") as notes:
         report = verify(recipe, folder, candidate(folder), console, team)
         notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
     raise_problems(report, folder)
-    team.on_first(lambda: write_json(record, read_json(record) | {"verified": True}))
+    team.on_first(lambda: _note(folder, verified=True))
     return candidate(folder)
+
+
+def _standing(folder: Path, console: Console, team: Team) -> Path | None:
+    """The verified export of the newest checkpoint if its files are as they were verified, each process a share."""
+
+    def verified() -> Path | None:
+        out = exported(folder)
+        return out if out is not None and _notes(folder).get("verified") else None
+
+    out = team.on_first(verified)
+    if out is None:
+        return None
+    shares = team.on_every(lambda: broken_hashes(out, rank=team.rank, size=team.size))
+    altered = [*team.on_first(lambda: _altered_record(folder, out)), *(line for share in shares for line in share)]
+    if altered:
+        console.say(f"  {altered[0]}; exporting it again")
+    return None if altered else out
+
+
+def _altered_record(folder: Path, out: Path) -> list[str]:
+    """A line if halfbyte.json, by which all other files are judged, is not as it was written last."""
+    known = _notes(folder).get("record_sha256")
+    if (out / RECORD).is_file() and file_hash(out / RECORD) == known:
+        return []
+    return [f"{out / RECORD} changed after the export (SHA-256 differs)"]
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """What the run knows about its export: checkpoint, verified, sizes, record_sha256; empty if there is none."""
+    path = folder / "export" / "export.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _note(folder: Path, **entries: Any) -> None:
+    write_json(folder / "export" / "export.json", _notes(folder) | entries)
+
+
+def forget_export(folder: Path) -> None:
+    """What was exported will not be the newest checkpoint, even if that gets the same name."""
+    (folder / "export" / "export.json").unlink(missing_ok=True)
 
 
 def raise_problems(report: dict[str, Any], folder: Path) -> None:
@@ -209,22 +243,22 @@ def raise_problems(report: dict[str, Any], folder: Path) -> None:
         raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
 
 
-def _export(recipe: Recipe, folder: Path, record: Path, team: Team, console: Console) -> dict[str, Any]:
+def _export(recipe: Recipe, folder: Path, team: Team, console: Console) -> dict[str, Any]:
     model_dir = Path(recipe.model.path)
     own = hf.own_weights(recipe, model_dir, team)
     team.on_every(lambda: _check_newest(folder, team))
-    started = {"checkpoint": team.on_first(lambda: newest_checkpoint(folder).name), "verified": False}
-    team.on_first(lambda: write_json(record, started | {"sizes": {}}))
+    checkpoint = team.on_first(lambda: newest_checkpoint(folder).name)
+    team.on_first(lambda: _note(folder, checkpoint=checkpoint, verified=False, sizes={}))
     sizes = hf.write(
         _watched(trained_weights(recipe, folder, own.keys()), console, "export", sum(own.values())),
         recipe,
         model_dir=model_dir,
         out=candidate(folder),
-        checkpoint=started["checkpoint"],
+        checkpoint=checkpoint,
         versions=versions(),
         team=team,
     )
-    team.on_first(lambda: write_json(record, started | {"sizes": sizes}))
+    team.on_first(lambda: _note(folder, sizes=sizes, record_sha256=file_hash(candidate(folder) / RECORD)))
     return sizes
 
 
@@ -246,12 +280,13 @@ def release(recipe: Recipe, folder: Path, verdict: dict[str, Any]) -> Path:
         UserError: the verdict is about another checkpoint, or there is no verified export of the newest one.
     """
     check_verdict(folder, verdict)
-    out, record = exported(folder), read_json(folder / "export" / "export.json")
-    if out is None or not record["verified"]:
+    out, record = exported(folder), _notes(folder)
+    if out is None or not record.get("verified"):
         raise UserError(f"{folder}: no verified export of the newest checkpoint; export it first (halfbyte export)")
     formats = _formats(recipe).values()
     licensed = any(out.glob("LICENSE*"))
     record_verdict(out, verdict, card_text(recipe, formats, verdict, record["sizes"], licensed=licensed))
+    _note(folder, record_sha256=file_hash(out / RECORD))
     if out != released(folder):
         move(out, released(folder))
     handoff.write_handoff(released(folder), recipe, formats, verdict, record["sizes"], versions())
@@ -259,12 +294,14 @@ def release(recipe: Recipe, folder: Path, verdict: dict[str, Any]) -> Path:
 
 
 def check_verdict(folder: Path, verdict: dict[str, Any]) -> None:
-    """Refuse a verdict about another checkpoint than the newest (UserError)."""
+    """Refuse a verdict about another checkpoint than the newest, or about scores that were replaced (UserError)."""
     newest = newest_checkpoint(folder).name
     if verdict["checkpoint"] != newest:
         raise UserError(
             f"{folder}: gate.json judges {verdict['checkpoint']}, the newest checkpoint is {newest}; gate it first"
         )
+    if read_json(folder / "state.json").get("gate") != newest:
+        raise UserError(f"{folder}: gate.json is older than the scores; gate it first (halfbyte gate {folder})")
 
 
 def withdraw(folder: Path) -> None:
@@ -272,6 +309,7 @@ def withdraw(folder: Path) -> None:
     out = exported(folder)
     if out is not None and out == released(folder):
         record_verdict(out, None)
+        _note(folder, record_sha256=file_hash(out / RECORD))
         move(out, candidate(folder))
     shutil.rmtree(released(folder), ignore_errors=True)
     (folder / "export" / "HANDOFF.md").unlink(missing_ok=True)
@@ -284,9 +322,8 @@ def check_again(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any
         UserError: nothing was exported.
     """
     report = verify(recipe, folder, exported(folder) or released(folder), console, ALONE)
-    record = folder / "export" / "export.json"
-    if record.exists():
-        write_json(record, read_json(record) | {"verified": report["ok"]})
+    if _notes(folder):
+        _note(folder, verified=report["ok"])
     return report
 
 
@@ -305,66 +342,14 @@ def verify(recipe: Recipe, folder: Path, out: Path, console: Console, team: Team
 
 
 def _rescored(recipe: Recipe, folder: Path, out: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The report with what the decoded model scores, as it is in verify.json."""
-    if report["ok"] and recipe.verify.items and recipe.evaluate.tasks:
-        report["rescored"] = _rescore(recipe, folder, out)
-        off = [name for name, task in report["rescored"].items() if not task["ok"]]
-        if off:
-            report["ok"] = False
-            report["problems"] += [
-                f"{name}: the decoded model scores differently: {report['rescored'][name]}" for name in off
-            ]
+    """The report with halfbyte.json's own state and what the decoded model scores, as it is in verify.json."""
+    found = _altered_record(folder, out)
+    if report["ok"] and not found and recipe.verify.items and recipe.evaluate.tasks:
+        report["rescored"] = rescore(recipe, folder, out)
+        off = {name: task for name, task in report["rescored"].items() if not task["ok"]}
+        found += [f"{name}: the decoded model scores differently: {task}" for name, task in off.items()]
+    report["ok"] = report["ok"] and not found
+    report["problems"] += found
+    report["problem_count"] += len(found)
     write_json(folder / "verify.json", report)
     return report
-
-
-TOLERANCE = 0.05
-"""Nats per token by which the decoded model may differ on average from the training-time model. The weights are equal
-bit for bit; FP4 activations flip codes where another order of summation moves a value across a rounding border. In
-FP32 on the CPU the two agree to the last digit; in BF16 single tokens differ by tenths of a nat, so the mean is
-judged by its 99 % interval: the check fails when the whole interval lies outside the tolerance."""
-CONFIDENCE = 0.99
-
-
-def _rescore(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
-    """Score the decoded checkpoint in transformers, without Megatron, on the first items of every task."""
-    import torch
-
-    from halfbyte.export.served import decoded_model
-    from halfbyte.training.evaluate import item_limit
-    from halfbyte.training.fetch import load_tokenizer
-
-    cuda = torch.cuda.is_available()
-    name = "bfloat16" if cuda else "float32"
-    model = decoded_model(out, dtype=getattr(torch, name)).to("cuda" if cuda else "cpu")
-    tokenizer = load_tokenizer(out)
-    limit = read_shape(out / "config.json").max_positions
-    stage = "ptq" if recipe.method == Method.ptq else trained_name(recipe)
-    report: dict[str, Any] = {}
-    for task in recipe.evaluate.tasks:
-        if task.kind == TaskKind.lm_eval:
-            continue  # lm-eval's prompts need its own code; the built-in kinds tell a wrong checkpoint as well
-        items = tasks.load_items(task, tokenizer, item_limit(task, recipe, limit))[: recipe.verify.items]
-        before = {row["item"]: row for row in read_scores(folder / "evaluate" / f"{stage}.{task.name}.jsonl")}
-        scores = []
-        for item in items:
-            with torch.no_grad():
-                logits = model(tasks.pad([item], tokenizer.eos_token_id, 1).to(model.device)).logits
-            scores += scoring.score_batch(logits, [item], reference=None, kl_positions=0)
-        report[task.name] = _drift(scores, before) | {"compute": name}
-    return report
-
-
-def _drift(scores: list[scoring.Score], before: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Mean difference of the log-likelihood per token between two scorings of the same items, with its interval."""
-    differences = [score.loglikelihood - before[score.item]["loglikelihood"] for score in scores]
-    interval = paired_ratio(differences, [score.tokens for score in scores], CONFIDENCE)
-    low, high = (interval.low, interval.high) if len(scores) > 1 else (interval.estimate, interval.estimate)
-    return {
-        "n": len(scores),
-        "nats_per_token_difference": interval.estimate,
-        "interval": [low, high],
-        "greedy_matches_equal": sum(score.correct == before[score.item]["correct"] for score in scores),
-        "tolerance": TOLERANCE,
-        "ok": low <= TOLERANCE and high >= -TOLERANCE,
-    }

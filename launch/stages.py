@@ -109,6 +109,8 @@ class Work:
 
     def _mark(self, stage: str, value: Any) -> None:
         marks = self._marks() | {stage: value}
+        if stage.startswith("evaluate."):
+            marks.pop("gate", None)  # the verdict is about other scores
         on_first_rank(self.runtime, lambda: write_json(self.folder / "state.json", marks))
 
     def evaluate(self, stage: str, *, wanted: bool) -> None:
@@ -249,6 +251,8 @@ class Work:
         with self.console.stage("train") as notes:
             teacher = self.teacher if self.recipe.distill.teacher is None else self._teacher_files(packed)
             module = Training(self.gpt, teacher=teacher, recipe=self.recipe, runtime=self.runtime, data=packed)
+            if done < steps:
+                self._forget_scores()
             seconds = fit(module, self.recipe, self.runtime, self.stop, self.shape) if done < steps else []
             progress = module.progress
             if seconds:
@@ -259,8 +263,6 @@ class Work:
                     f"{progress.losses[-1]:.4f}, {tokens * len(seconds) / sum(seconds):,.0f} tokens/s"
                 )
         self.current = bool(seconds)
-        if seconds:
-            self._forget_scores()
         self._mark("train", steps)
 
     def _trained(self, steps: int) -> bool:
@@ -269,9 +271,12 @@ class Work:
         return self._marks().get("train") == steps and newest is not None and retention.step_of(newest) == steps
 
     def _forget_scores(self) -> None:
-        """What was trained now has not been scored, even if a model of as many steps was that is lost."""
-        marks = {k: v for k, v in self._marks().items() if k in ("evaluate.bf16", "evaluate.ptq", "train")}
+        """What is trained from here on was not scored or exported, even if a lost model of as many steps was."""
+        from halfbyte.launch.handover import forget_export
+
+        marks = {k: v for k, v in self._marks().items() if k in ("evaluate.bf16", "evaluate.ptq")}
         on_first_rank(self.runtime, lambda: write_json(self.folder / "state.json", marks))
+        on_first_rank(self.runtime, lambda: forget_export(self.folder))
 
     def _teacher_files(self, packed: corpus.PackedDataset) -> TeacherFiles:
         folder = Path(self.recipe.distill.teacher or "")

@@ -242,6 +242,12 @@ def test_the_gate_judges_the_exported_files_and_the_summary_prints_it(make_run, 
     verdict = handover.judge(recipe, folder)
     assert (verdict["verdict"], verdict["judges"], verdict["checkpoint"]) == ("fail", "exported", "step_00000006")
     assert read_json(folder / "gate.json") == verdict
+    handover.check_verdict(folder, verdict)
+    marks = read_json(folder / "state.json")
+    del marks["gate"]  # as scoring does
+    write_json(folder / "state.json", marks)
+    with pytest.raises(UserError, match=r"gate.json is older than the scores; gate it first"):
+        handover.check_verdict(folder, verdict)
     recipe = load(folder / "resolved.yaml", ["gate.judges=trained", "gate.kl=0.2", "gate.agreement=0.5"])
     verdict = handover.judge(recipe, folder)
     assert (verdict["verdict"], verdict["control"]) == ("pass", None)

@@ -40,6 +40,16 @@ def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+def vouch_for(run: Path, changed: Path) -> None:
+    """Give the records of a run the hashes of a file that was altered, so that only its scores can tell."""
+    record, notes = changed.with_name("halfbyte.json"), run / "export" / "export.json"
+    content = read(record)
+    content["files"][changed.name] |= {"sha256": hashlib.sha256(changed.read_bytes()).hexdigest()}
+    record.write_text(json.dumps(content))
+    known = {"record_sha256": hashlib.sha256(record.read_bytes()).hexdigest()}
+    notes.write_text(json.dumps(read(notes) | known))
+
+
 def check_export(export: Path) -> None:
     """The release and its conversions, written by two processes."""
     folders = {path.name for path in export.iterdir() if path.is_dir()}
@@ -120,16 +130,35 @@ def test_a_finished_run_is_not_done_again(halfbyte, place):
 
 def test_a_flipped_byte_fails_verify(halfbyte, place):
     weights = place / "runs" / "a" / "export" / "hf" / "model-00002-of-00003.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
+    record = weights.with_name("halfbyte.json")
+    good = {path: path.read_bytes() for path in (weights, record)}
+    middle = len(good[weights]) // 2
+    bad = {
+        weights: good[weights][:middle] + bytes([good[weights][middle] ^ 1]) + good[weights][middle + 1 :],
+        record: good[record].replace(b'"verdict": "pass"', b'"verdict": "Pass"'),
+    }
+    for path, content in bad.items():
+        path.write_bytes(content)
     done = halfbyte("verify", "runs/a", cwd=place)
     assert done.returncode == 1
     assert done.stderr.startswith("error: verify failed: ")
-    assert read(place / "runs" / "a" / "verify.json")["ok"] is False
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
+    report = read(place / "runs" / "a" / "verify.json")
+    assert report["ok"] is False
+    assert "halfbyte.json changed after the export" in report["problems"][-1]
+    for path, content in good.items():
+        path.write_bytes(content)
     assert halfbyte("verify", "runs/a", cwd=place).returncode == 0
+
+
+def test_a_run_does_not_ship_again_what_changed_since_it_was_verified(halfbyte, place):
+    weights = place / "runs" / "a" / "export" / "hf" / "model-00002-of-00003.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    options = (*SHORT, "export.files=3", "run.dir=runs/a", "parallel.pipeline=2")
+    done = halfbyte("run", "tiny", *options, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "model-00002-of-00003.safetensors changed after the export (SHA-256 differs); exporting it" in done.stdout
+    assert weights.read_bytes() == good
 
 
 def test_a_failed_gate_leaves_nothing_to_ship_unless_it_is_asked_to(halfbyte, place):
@@ -152,6 +181,8 @@ def test_a_verdict_about_another_checkpoint_ships_nothing(halfbyte, place):
     longer = ("train.steps=4", "gate.perplexity_ratio=1000")
     assert halfbyte("gate", "runs/a", "gate.perplexity_ratio=1000", cwd=place).returncode == 0
     assert halfbyte("train", "runs/a", *longer, cwd=place).returncode == 0
+    assert set(read(place / "runs" / "a" / "state.json")) == {"evaluate.bf16", "evaluate.ptq", "train"}
+    assert not (place / "runs" / "a" / "export" / "export.json").exists()
     for stage in ("gate", "export"):
         done = halfbyte(stage, "runs/a", *longer, cwd=place)
         assert done.returncode == 1
@@ -247,6 +278,7 @@ def test_the_gate_fails_a_copy_whose_scales_were_doubled_in_one_layer(halfbyte, 
     tensors = load_file(path)
     tensors["model.layers.1.mlp.down_proj.weight_scale_2"] *= 2
     save_file(tensors, path, metadata={"format": "pt"})
+    vouch_for(run, path)
     marks = read(run / "state.json")
     del marks["evaluate.exported"]  # as if the run had been stopped before it scored the verified files
     (run / "state.json").write_text(json.dumps(marks))
