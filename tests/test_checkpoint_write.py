@@ -1,5 +1,6 @@
 """A checkpoint that is written while training goes on: what it holds, who waits for it, and what a full disk costs."""
 
+import dataclasses
 import errno
 import math
 import pickle
@@ -7,6 +8,7 @@ import random
 import runpy
 import threading
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,14 +43,34 @@ def module():
 @pytest.fixture
 def slow_disk(monkeypatch):
     """A checkpoint's thread waits before it writes until the event is set."""
-    free, write = threading.Event(), checkpoint_write.Write._write
+    free, write = threading.Event(), checkpoint_write.Write._write_shards
 
     def late(self, buckets):
         assert free.wait(30)
         write(self, buckets)
 
-    monkeypatch.setattr(checkpoint_write.Write, "_write", late)
+    monkeypatch.setattr(checkpoint_write.Write, "_write_shards", late)
     return free
+
+
+@pytest.fixture
+def copied_last(module, monkeypatch):
+    """A save is copied at the last moment, when forward and backward have run; `copied_last(write)` before a step."""
+    free, copy, update = threading.Event(), checkpoint_write.HostMemory.copy, module.optimizer.step
+
+    def late(self):
+        assert free.wait(30)
+        copy(self)
+
+    def step(write, closure=None):
+        assert not write._copied.is_set()
+        free.set()
+        write.wait_until_copied()  # as Lightning's hook does
+        free.clear()
+        update(closure)
+
+    monkeypatch.setattr(checkpoint_write.HostMemory, "copy", late)
+    return lambda write: monkeypatch.setattr(module.optimizer, "step", partial(step, write), raising=False)
 
 
 def trainable(module) -> checkpoint.Trainable:
@@ -62,7 +84,7 @@ def content(folder: Path) -> dict[str, Any]:
     return found | {"tensors": index.state_dict_metadata, "places": index.storage_data}
 
 
-def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, tmp_path):
+def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, copied_last, monkeypatch, tmp_path):
     """Saved in the background, and in the foreground before: twice, for memory is kept from save to save."""
     host = checkpoint_write.HostMemory()
     for step in (1, 2):
@@ -74,6 +96,7 @@ def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, tmp_pa
         assert (torch.get_rng_state() == states[0]).all()
         slow_disk.clear()
         write = checkpoint.begin(trainable(module), plain, behind, host)
+        copied_last(write)
         module.training_step(WORLD["batches"](step), 0)
         plain["progress"].append(3.0)
         random.random()
@@ -86,7 +109,7 @@ def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, tmp_pa
         assert content(behind) == content(before)
         assert integrity.damage(behind) is None
         assert retention.latest(behind.parent) == behind
-        assert write.stall_seconds < write.seconds
+        assert write.seconds > 0
     assert content(behind) != content(behind.with_name("step_00000001"))
 
 
@@ -117,20 +140,48 @@ def test_a_stretch_of_a_tensor_is_a_few_boxes_in_order(shape, data):
 def test_a_gpu_s_tensors_are_copied_to_pinned_memory():
     here = torch.arange(1 << 24, device="cuda", dtype=torch.float32)
     host, copies = checkpoint_write.HostMemory(), []
+
+    def state():
+        return {"a": ShardedTensor.from_rank_offsets("a", here), "b": [ShardedTensor.from_rank_offsets("b", here[7:])]}
+
+    host.reserve(state())
     for added in (0, 1):
-        state = {"a": ShardedTensor.from_rank_offsets("a", here), "b": [ShardedTensor.from_rank_offsets("b", here[7:])]}
-        host.stage(state)
+        staged = state()
+        host.stage(staged)
+        host.copy()
         here += 1
-        copies.append(state["a"].data)
-        assert (state["a"].data == torch.arange(1 << 24) + added).all()
-        assert (state["b"][0].data == torch.arange(7, 1 << 24) + added).all()
+        copies.append(staged["a"].data)
+        assert (staged["a"].data == torch.arange(1 << 24) + added).all()
+        assert (staged["b"][0].data == torch.arange(7, 1 << 24) + added).all()
     assert copies[0].is_pinned()
     assert copies[0].data_ptr() == copies[1].data_ptr()  # kept
+
+
+def test_reserved_memory_is_what_a_save_fills_and_buffers_are_copied_at_once():
+    weight, maximum = torch.ones(4, 2), torch.ones(3)
+
+    def state():
+        return {"w": ShardedTensor.from_rank_offsets("w", weight), "m": ShardedTensor.from_rank_offsets("m", maximum)}
+
+    host, staged = checkpoint_write.HostMemory(), state()
+    assert host.empty
+    host.reserve(state())
+    assert not host.empty
+    host._reservation.join()
+    reserved = dict(host._kept)
+    host.stage(staged, at_once={maximum.data_ptr()})
+    assert all(any(part.data is kept for kept in reserved.values()) for part in staged.values())
+    weight += 1
+    maximum += 1
+    host.copy()
+    assert staged["m"].data.tolist() == [1.0] * 3
+    assert (staged["w"].data == 2).all()
 
 
 def test_what_was_written_in_the_background_is_loaded(module, tmp_path):
     path = tmp_path / "step_00000001"
     write = checkpoint.begin(trainable(module), {"at": 7}, path, checkpoint_write.HostMemory())
+    write.wait_until_copied()
     saved = {name: value.clone() for name, value in module.gpt.named_parameters()}
     module.training_step(WORLD["batches"](5), 0)
     write.finish()
@@ -177,8 +228,18 @@ class Disk:
     def begin(self, path: Path, storage_options) -> None:
         step = retention.step_of(path)
         self.events.append(f"begin {step}" + ("" if storage_options is None else ", copied"))
-        finish = lambda: self.events.append(f"finish {step}")  # noqa: E731 - a method of the object below
-        self.write = SimpleNamespace(step=step, seconds=2.0, stall_seconds=0.1, done=False, finish=finish)
+        self.write = SimpleNamespace(
+            step=step,
+            seconds=2.0,
+            done=False,
+            finish=lambda: self.events.append(f"finish {step}"),
+            wait_until_copied=lambda: self.events.append(f"wait {step}"),
+        )
+
+    def reserve(self, host) -> None:
+        assert host.empty
+        host._reservation = threading.Thread(target=int)
+        self.events.append("reserve")
 
 
 @pytest.fixture
@@ -209,10 +270,46 @@ def trained(module, tmp_path):
 def test_at_most_one_save_is_under_way(trained):
     assert trained(2) == ["begin 2, copied"]
     assert trained(1, written=True) == ["finish 2"]  # as soon as all ranks have written
-    assert trained.saves == [{"step": 2, "seconds": 2.0, "stall_seconds": 0.1}]
+    assert trained.saves == [{"step": 2, "seconds": 2.0, "stall_seconds": pytest.approx(0.5, abs=0.5)}]
     assert trained(2) == ["begin 4, copied"]
     assert trained(1) == ["finish 4", "begin 6, copied"]  # the next one waits
     assert trained(3) == ["finish 6", "begin 8, copied", "finish 8", "begin 9", "finish 9"]  # and so does the end
+
+
+def test_an_update_waits_until_what_it_changes_is_copied(trained):
+    hook = partial(trained.callback.on_before_optimizer_step, None, None, None)
+    hook()
+    trained(2)
+    hook()
+    assert trained(1, written=True) == ["finish 2"]
+    hook()
+    assert trained.disk.events == ["begin 2, copied", "wait 2", "finish 2"]
+
+
+@pytest.mark.parametrize(("every", "steps", "reserves"), [(3, 9, True), (0, 9, False), (8, 8, False), (1, 9, False)])
+def test_memory_to_pin_is_taken_after_the_first_step_if_a_save_needs_it(trained, every, steps, reserves):
+    trained.recipe.checkpoint.every_steps, trained.recipe.train.steps = every, steps
+    for device, reserved in (("cpu", False), ("cuda", reserves)):
+        trained.callback.runtime = dataclasses.replace(trained.callback.runtime, device=torch.device(device))
+        assert ("reserve" in trained(1)) is reserved
+    assert trained(1) == (["begin 3, copied"] if every == 3 else ["finish 2", "begin 3, copied"] if every == 1 else [])
+
+
+def test_what_need_not_stay_is_deleted_beside_training(trained, monkeypatch):
+    free, deleted = threading.Event(), []
+
+    def delete(folders):
+        assert free.wait(30)
+        deleted.append(folders)
+
+    monkeypatch.setattr(retention, "prune", lambda *_: ["old"])
+    monkeypatch.setattr(retention, "delete", delete)
+    trained(2)
+    assert trained(1, written=True) == ["finish 2"]
+    assert deleted == []
+    free.set()
+    trained(1)  # the next save waits for it
+    assert deleted == [["old"]]
 
 
 def test_a_signal_waits_for_both_saves(trained):

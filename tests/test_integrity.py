@@ -94,11 +94,14 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, keep_best, stays):
 
 
 def test_leftovers_go_with_the_next_good_checkpoint_only(tmp_path):
-    for name in (".step_00000004.tmp", "damaged_step_00000003"):
+    for name in (".step_00000004.tmp", "damaged_step_00000003", ".removed_step_00000001.7"):
         (tmp_path / name).mkdir()
-    retention.prune(tmp_path, Checkpoint(keep=1), [])
-    assert len(list(tmp_path.iterdir())) == 2
-    retention.prune(checkpoints(tmp_path, [4]), Checkpoint(keep=1), [1.0] * 4)
+    assert retention.prune(tmp_path, Checkpoint(keep=1), []) == []
+    assert len(list(tmp_path.iterdir())) == 3
+    removed = retention.prune(checkpoints(tmp_path, [2, 4]), Checkpoint(keep=1), [1.0] * 4)
+    assert len(removed) == 4
+    assert sorted(path.name for path in tmp_path.iterdir() if path not in removed) == ["last", "step_00000004"]
+    retention.delete(removed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step_00000004"]
 
 

@@ -57,12 +57,19 @@ def begin(trainable: Trainable, plain: dict[str, Any], path: Path, host: HostMem
         trainable: Model and optimizer of this rank.
         plain: Picklable values, the same on every rank.
         path: Final folder, `<run.dir>/checkpoints/step_NNNNNNNN`.
-        host: See checkpoint_write.begin: with it training may go on at once.
+        host: See checkpoint_write.begin: with it training may go on at once, up to the next optimizer step, which has
+            to call `wait_until_copied` first.
 
     Raises:
         UserError: the disk is full or not writable; what was there before stays.
     """
-    return start(lambda: _state(trainable, loading=False) | {"plain": plain, "rng": _rng()}, path, host)
+    buffers = {buffer.data_ptr() for buffer in trainable.model.buffers()}  # a forward pass may change them
+    return start(lambda: _state(trainable, loading=False) | {"plain": plain, "rng": _rng()}, path, host, buffers)
+
+
+def reserve(trainable: Trainable, host: HostMemory) -> None:
+    """Begin to take the memory that `begin` will copy to; after the first step, which makes the optimizer's state."""
+    host.reserve(_state(trainable, loading=False))
 
 
 def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:

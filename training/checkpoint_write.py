@@ -11,7 +11,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ FAILURES = (OSError, RuntimeError, CheckpointingException, CheckpointException)
 class HostMemory:
     """Copies of a rank's tensors in host memory, so that training can change them while they are written.
 
-    They are kept from save to save: on a CPU fresh memory costs more than the copy, on a GPU pinning it does.
+    Weights and optimizer state change in the optimizer step alone, so the copying may take the forward and backward
+    pass before it: `stage` only notes what to copy, `copy` copies in a thread, and the next update waits for it. The
+    memory is kept from save to save: on a CPU fresh memory costs more than the copy, on a GPU pinning it does.
 
     Attributes:
         saves: How many were staged in it, the same on every rank.
@@ -45,27 +47,83 @@ class HostMemory:
     def __init__(self) -> None:
         self.saves = 0
         self._kept: dict[Any, torch.Tensor] = {}
+        self._due: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._stream: torch.cuda.Stream | None = None
+        self._reservation: threading.Thread | None = None
 
-    def stage(self, state: dict[str, Any]) -> None:
-        """Put copies in the place of the tensors that this rank writes; returns when all are there.
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was staged or reserved yet."""
+        return self.saves == 0 and self._reservation is None
+
+    def reserve(self, state: dict[str, Any]) -> None:
+        """Begin to take the memory that `stage` will need, in a thread: pinning it takes longer than filling it.
+
+        Args:
+            state: As for `stage`.
+        """
+        wanted = [(_index(part), part.data) for part in _written(state)]
+
+        def take() -> None:
+            for index, tensor in wanted:
+                self._place(index, tensor)
+
+        self._reservation = threading.Thread(target=take, name="checkpoint memory", daemon=True)
+        self._reservation.start()
+
+    def stage(self, state: dict[str, Any], at_once: Collection[int] = ()) -> None:
+        """Put what `copy` will fill in the place of the tensors that this rank writes.
 
         Args:
             state: Megatron's sharded state dict.
+            at_once: Addresses of tensors that something else than an optimizer step may change: these are copied here.
         """
-        apply_factories(state)  # as Megatron would: the parts that they cut tensors into are what is written
-        for part in nested_values(state):
-            if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id):
-                assert part.data is not None  # only a part that is being loaded has none
-                part.data = self._copy((part.key, part.global_offset), part.data)
+        if self._reservation is not None:
+            self._reservation.join()
+            self._reservation = None
+        self._due = []
+        for part in _written(state):
+            source = part.data.detach()  # the values of now: fast_path.py points parameters elsewhere during a pass
+            part.data = self._place(_index(part), source)
+            if source.data_ptr() in at_once:
+                part.data.copy_(source)
+            else:
+                self._due.append((part.data, source))
         self.saves += 1
-        torch.cuda.synchronize()
+        if self._stream is None and any(source.is_cuda for _, source in self._due):
+            self._stream = torch.cuda.Stream()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
 
-    def _copy(self, index: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def copy(self) -> None:
+        """Copy what was staged; returns when all is there. No tensor of it may change meanwhile."""
+        due, self._due = self._due, []
+        if self._stream is None:
+            for kept, source in due:
+                kept.copy_(source)
+            return
+        with torch.cuda.stream(self._stream):  # beside what the GPU computes
+            for kept, source in due:
+                kept.copy_(source, non_blocking=True)
+        self._stream.synchronize()
+
+    def _place(self, index: Any, like: torch.Tensor) -> torch.Tensor:
         kept = self._kept.get(index)
-        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        if kept is None or (kept.shape, kept.dtype) != (like.shape, like.dtype):
+            kept = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
             self._kept[index] = kept
-        return kept.copy_(tensor, non_blocking=True)
+        return kept
+
+
+def _written(state: dict[str, Any]) -> list[Any]:
+    """The sharded tensors of a state dict that this rank writes, as the factories cut them."""
+    apply_factories(state)  # as Megatron would
+    parts = (part for part in nested_values(state) if isinstance(part, ShardedTensor))
+    return [part for part in parts if is_main_replica(part.replica_id)]
+
+
+def _index(part: ShardedTensor) -> tuple[str, tuple[int, ...]]:
+    return part.key, part.global_offset
 
 
 class Write:
@@ -73,19 +131,20 @@ class Write:
 
     Attributes:
         path: The checkpoint's folder once it is complete.
-        stall_seconds: What `begin` and `finish` have taken of the caller's time so far.
         seconds: From `begin` to the end of `finish`.
     """
 
-    def __init__(self, path: Path, request: AsyncRequest, buckets: list[Any], began: float):
-        self.path, self._request, self._began = path, request, began
+    def __init__(
+        self, path: Path, request: AsyncRequest, buckets: list[Any], began: float, host: HostMemory | None = None
+    ):
+        self.path, self._request, self._began, self._host = path, request, began, host
         self.seconds = 0.0
         self._digests: dict[str, tuple[str, int]] = {}
         self._failure: BaseException | None = RuntimeError("the thread that writes ended early; see logs/")
+        self._copied = threading.Event()
         # A daemon: a process that ends for another reason leaves the folder without its name, as kill -9 does.
         self._thread = threading.Thread(target=self._write, args=(buckets,), name="checkpoint", daemon=True)
         self._thread.start()
-        self.stall_seconds = time.perf_counter() - began
 
     @property
     def step(self) -> int:
@@ -97,13 +156,16 @@ class Write:
         """Whether this rank has written; every rank has to before `finish` returns at once."""
         return not self._thread.is_alive()
 
+    def wait_until_copied(self) -> None:
+        """Return when the tensors may change; an optimizer step has to wait for this."""
+        self._copied.wait()
+
     def finish(self) -> None:
         """Wait for all ranks, then give the checkpoint its name; collective.
 
         Raises:
             UserError: on every rank: the disk is full or not writable; what was there before stays.
         """
-        started = time.perf_counter()
         self._thread.join()
         _agreed(self._failure, self.path)
         failure: BaseException | None = None
@@ -124,11 +186,15 @@ class Write:
             failure = _name(self.path, {name: value for part in parts for name, value in part.items()})
         _agreed(failure, self.path)
         self.seconds = time.perf_counter() - self._began
-        self.stall_seconds += time.perf_counter() - started
 
     def _write(self, buckets: list[Any]) -> None:
         """The thread."""
         try:
+            try:
+                if self._host is not None:
+                    self._host.copy()
+            finally:
+                self._copied.set()
             self._write_shards(buckets)
             folder = _temporary(self.path)
             own = [name for name in integrity.written_by(folder, dist.get_rank()) if name.startswith("__")]
@@ -154,14 +220,17 @@ class Write:
         results.put(written)
 
 
-def begin(state: Callable[[], dict[str, Any]], path: Path, host: HostMemory | None = None) -> Write:
+def begin(
+    state: Callable[[], dict[str, Any]], path: Path, host: HostMemory | None = None, at_once: Collection[int] = ()
+) -> Write:
     """Plan a checkpoint and start to write it; collective over all ranks.
 
     Args:
         state: Makes Megatron's sharded state dict of this rank.
         path: Final folder, `<run.dir>/checkpoints/step_NNNNNNNN`.
-        host: Takes copies of all tensors, which may change as soon as this returns. None copies nothing that is in
-            host memory already: nothing may change before `finish` has returned.
+        host: Takes copies of all tensors, which may change as soon as `wait_until_copied` has returned. None copies
+            nothing that is in host memory already: nothing may change before `finish` has returned.
+        at_once: Addresses of tensors that may change as soon as this returns.
 
     Raises:
         UserError: on every rank: the disk is full or not writable; what was there before stays.
@@ -181,7 +250,7 @@ def begin(state: Callable[[], dict[str, Any]], path: Path, host: HostMemory | No
     try:
         content = state()
         if host is not None:
-            host.stage(content)
+            host.stage(content, at_once)
         request = dist_checkpointing.save(
             content,
             str(temporary),
@@ -196,7 +265,7 @@ def begin(state: Callable[[], dict[str, Any]], path: Path, host: HostMemory | No
         failure = error
     _agreed(failure, path)
     assert request is not None
-    return Write(path, request, buckets or [], began)
+    return Write(path, request, buckets or [], began, host)
 
 
 def _temporary(path: Path) -> Path:

@@ -1,18 +1,21 @@
 """Which training checkpoints a run folder has: their names, the newest, which ones stay. Torch-free, no collectives.
 
 A folder is called step_NNNNNNNN when all of its files stand; .step_NNNNNNNN.tmp is being written, or was left by a
-killed save; damaged_step_NNNNNNNN did not match its checksums when a run resumed, and stays until the next save; the
-link `last` names the newest complete one.
+killed save; damaged_step_NNNNNNNN did not match its checksums when a run resumed, and stays until the next save; what
+begins with .removed_ is being deleted; the link `last` names the newest complete one.
 """
 
 import shutil
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from halfbyte.training import integrity
 from halfbyte.training.config_launch import Checkpoint
 
 LAST = "last"
+REMOVED = ".removed_"
 
 
 def folder_name(step: int) -> str:
@@ -79,21 +82,33 @@ def mean_loss(step: int, losses: Sequence[float], every: int) -> float:
     return sum(since) / len(since) if since else float("inf")
 
 
-def prune(checkpoints: Path, keep: Checkpoint, losses: Sequence[float]) -> None:
-    """Delete what need not stay, and what killed saves and damaged checkpoints left; rank 0 only, after a save.
+def prune(checkpoints: Path, keep: Checkpoint, losses: Sequence[float]) -> list[Path]:
+    """Take out of the row what need not stay, and what killed saves and damaged checkpoints left; rank 0 only.
 
-    Only checkpoints whose files all have their sizes count, so that the only good one is never deleted.
+    To be called when a checkpoint is complete and before the next one is begun. Only checkpoints whose files all have
+    their sizes count, so that the only good one is never lost.
 
     Args:
         checkpoints: The folder of checkpoints.
         keep: How many of the newest and of the best stay.
         losses: Training loss of every step so far.
+
+    Returns:
+        Folders for `delete`, which takes as long as they are large: they have new names, so that nothing meets them.
     """
     whole = [path for path in on_disk(checkpoints) if integrity.complete(path)]
     if not whole:
-        return
+        return []
     ranked = sorted(whole, key=lambda path: mean_loss(step_of(path), losses, keep.every_steps))
     stay = {*whole[-keep.keep :], *ranked[: keep.keep_best]}
-    left = [*checkpoints.glob(".step_*.tmp"), *checkpoints.glob("damaged_step_*")]
+    left = [path for pattern in (".step_*.tmp", "damaged_step_*") for path in checkpoints.glob(pattern)]
     for path in [*(path for path in on_disk(checkpoints) if path not in stay), *left]:
+        with suppress(OSError):
+            path.rename(checkpoints / f"{REMOVED}{path.name}.{time.time_ns()}")
+    return sorted(checkpoints.glob(f"{REMOVED}*"))  # also those of a start that was killed while it deleted
+
+
+def delete(folders: Sequence[Path]) -> None:
+    """Free the space that `prune` found; what cannot be deleted is left to the next one."""
+    for path in folders:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,9 @@
 """When training saves: every N steps, at the end, and when a signal asks it to stop; and when it waits for that."""
 
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ class Checkpoints(Callback):
         self.folder = Path(recipe.run.dir) / "checkpoints"
         self._host = HostMemory() if recipe.checkpoint.background else None
         self._write: Write | None = None
+        self._deletion: threading.Thread | None = None
+        self._stall = 0.0
+        """Seconds that training has stood still for the save that is under way."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Take SIGTERM back: Lightning's handler, put in front of ours, ends training without a checkpoint.
@@ -42,14 +48,9 @@ class Checkpoints(Callback):
         if due or not busy:
             self._finish(pl_module)
         if due:
-            pl_module.phase = "checkpoint"
-            # After the last one nothing changes any more: it needs no copy.
-            trainer.save_checkpoint(
-                self.folder / retention.folder_name(step), storage_options=None if last else self._host
-            )
-            self._write = trainer.strategy.write  # type: ignore[attr-defined]
-            if last or self._host is None:
-                self._finish(pl_module)
+            self._begin(trainer, pl_module, step, copied=not last)
+        elif self._wants_memory(step):
+            trainer.strategy.reserve(self._host)  # type: ignore[attr-defined]
         if stopping and step < self.recipe.train.steps:
             reason = self.stop.requested or "another rank"
             (by_hand,) = agree(self.stop.requested == "SIGINT")
@@ -59,19 +60,59 @@ class Checkpoints(Callback):
                 announced=not by_hand,
             )
 
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Wait for the copy of what the step will change; backward has run."""
+        if self._write is not None:
+            with self._stalled():
+                self._write.wait_until_copied()
+
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Complete what is being written, where all ranks can; the exception is what the user is told."""
         if isinstance(exception, StoppedTogether):
             with suppress(UserError):
                 self._finish(pl_module)
 
+    def _wants_memory(self, step: int) -> bool:
+        """Whether memory that has to be pinned is needed for a save to come, and none was taken in this start."""
+        every, host = self.recipe.checkpoint.every_steps, self._host
+        if host is None or every == 0 or self.runtime.device.type != "cuda":
+            return False
+        return host.empty and step + every - step % every < self.recipe.train.steps
+
+    def _begin(self, trainer: pl.Trainer, pl_module: Any, step: int, *, copied: bool) -> None:
+        """Save; without a copy this returns when the checkpoint is complete."""
+        pl_module.phase = "checkpoint"
+        host = self._host if copied else None
+        with self._stalled():
+            self._wait_for_deletion()  # the disk need not hold one more checkpoint than before
+            trainer.save_checkpoint(self.folder / retention.folder_name(step), storage_options=host)
+        self._write = trainer.strategy.write  # type: ignore[attr-defined]
+        if host is None:
+            self._finish(pl_module)
+            self._wait_for_deletion()
+
     def _finish(self, pl_module: Any) -> None:
-        """Wait for the save that is under way, if one is, and delete what need not stay; collective."""
+        """Wait for the save that is under way, if one is, and begin to delete what need not stay; collective."""
         write, self._write = self._write, None
         if write is None:
             return
         pl_module.phase = "completing a checkpoint"
-        write.finish()
-        pl_module.saves.append({"step": write.step, "seconds": write.seconds, "stall_seconds": write.stall_seconds})
-        if self.runtime.first:
-            retention.prune(self.folder, self.recipe.checkpoint, pl_module.progress.losses)
+        with self._stalled():
+            write.finish()
+            if self.runtime.first:
+                removed = retention.prune(self.folder, self.recipe.checkpoint, pl_module.progress.losses)
+                self._deletion = threading.Thread(target=retention.delete, args=(removed,), daemon=True)
+                self._deletion.start()
+        pl_module.saves.append({"step": write.step, "seconds": write.seconds, "stall_seconds": self._stall})
+        self._stall = 0.0
+
+    def _wait_for_deletion(self) -> None:
+        if self._deletion is not None:
+            self._deletion.join()
+
+    @contextmanager
+    def _stalled(self) -> Iterator[None]:
+        """What runs in here keeps training waiting."""
+        started = time.perf_counter()
+        yield
+        self._stall += time.perf_counter() - started

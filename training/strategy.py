@@ -151,15 +151,20 @@ class MegatronStrategy(ParallelStrategy):
             filepath: The checkpoint's folder.
             storage_options: HostMemory, or None; Lightning passes it through.
         """
+        self.write = checkpoint.begin(self._trainable(), checkpoint_dict, Path(filepath), storage_options)
+
+    def reserve(self, host: checkpoint.HostMemory) -> None:
+        """Begin to take the memory that `save_checkpoint` will copy to; after the first step."""
+        checkpoint.reserve(self._trainable(), host)
+
+    def _trainable(self) -> checkpoint.Trainable:
         module = self.lightning_module
-        trainable = checkpoint.Trainable(module.gpt, module.optimizer.megatron)  # type: ignore[union-attr]
-        self.write = checkpoint.begin(trainable, checkpoint_dict, Path(filepath), storage_options)
+        return checkpoint.Trainable(module.gpt, module.optimizer.megatron)  # type: ignore[union-attr]
 
     def load_checkpoint(self, checkpoint_path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         """Load the shards in place and return Lightning's dictionary."""
         module = self.lightning_module
-        trainable = checkpoint.Trainable(module.gpt, module.optimizer.megatron)  # type: ignore[union-attr]
-        plain = checkpoint.load(trainable, Path(checkpoint_path).resolve())
+        plain = checkpoint.load(self._trainable(), Path(checkpoint_path).resolve())
         refresh_scales(module.gpt, module.recipe.quantize)  # type: ignore[union-attr]
         return plain
 
