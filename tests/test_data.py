@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from halfbyte.training import config, corpus, data
 from halfbyte.training.config import DataFormat, TooLong
+from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.errors import UserError
 from halfbyte.training.jsonl import field, read_jsonl, text_field
+from halfbyte.training.packing import PackingReport
 
 SHIPPED = Path(__file__).parent.parent / "recipes" / "data"
 PAD, BEGIN, END = 256, 257, 258
@@ -79,6 +81,8 @@ def test_lines_are_counted_and_blank_ones_passed_over(tmp_path):
         (b'{"a": 1}\n{"a": \n', r"bad\.jsonl:2: not valid JSON"),
         (b'{"a": 1}\n[1]\n', r"bad\.jsonl:2: a JSON list, not an object"),
         (b'{"a": 1}\n{"a": "\xff"}\n', r"bad\.jsonl:2: not UTF-8"),
+        (b'{"a": ' + b"[" * 100_000, r"bad\.jsonl:1: not JSON that can be read \(maximum recursion depth"),
+        (b'{"a": ' + b"1" * 5000 + b"}", r"bad\.jsonl:1: not JSON that can be read \(.*4300 digits"),
         (b"\n\n", r"bad\.jsonl: holds no records"),
         (b"", r"bad\.jsonl: holds no records"),
     ],
@@ -89,6 +93,18 @@ def test_a_bad_line_is_named(tmp_path, content, said):
     with pytest.raises(UserError, match=said) as caught:
         list(read_jsonl(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("shape", "changed"), [((5, 3), (4, 2)), ((10_000, 3), (9_999, 0))])
+def test_a_digest_tells_another_text(shape, changed):
+    def packed(tokens):
+        return PackedDataset(tokens, tokens[:, 1:], tokens[:, 1:], False, PackingReport(), Path("x.jsonl"))
+
+    tokens = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
+    other = tokens.copy()
+    other[changed] += 1
+    assert packed(tokens).digest == packed(tokens.copy()).digest
+    assert len({packed(some).digest for some in (tokens, other, tokens[:-1], tokens.reshape(-1, 1))}) == 4
 
 
 @pytest.mark.parametrize("damage", ["cut", "plain", "flipped"])

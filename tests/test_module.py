@@ -209,6 +209,20 @@ def test_a_broken_step_changes_nothing(world, broken, fault, sharded, tmp_path):
     assert bench.module.progress == control.module.progress
 
 
+def test_a_checkpoint_is_refused_when_the_text_has_changed(world):
+    bench, saved = Bench(world, make_recipe()), {}
+    bench.module.data = SimpleNamespace(path="train.jsonl", digest="one")
+    bench.step(batches(3))
+    bench.module.on_save_checkpoint(saved)
+    bench.module.on_load_checkpoint(saved)
+    bench.module.data.digest = "other"
+    with pytest.raises(
+        UserError, match=r"data.train = train.jsonl: has changed since the checkpoint after step 1; put"
+    ):
+        bench.module.on_load_checkpoint(saved)
+    bench.module.on_load_checkpoint({"progress": saved["progress"]})  # a checkpoint of an earlier version
+
+
 @pytest.mark.parametrize("sharded", [True, False])
 def test_a_batch_without_loss_changes_nothing(world, sharded):
     bench = Bench(world, make_recipe(sharded=sharded))

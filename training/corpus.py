@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ EDGE_BYTES = 1 << 16
 """Bytes at either end of a corpus that enter its key (hashing all of a large corpus would cost a read)."""
 ARRAYS = {"tokens": np.int32, "loss_mask": np.uint8, "segments": np.int32}
 """File stem -> element type; the attributes of `packing.Window`."""
+DIGEST_WINDOWS = 4096
+"""Enough to notice another text; all of a large corpus would cost a read at every start."""
 DOCUMENTS = np.int32
 """Element type of documents.npy, which is one file for all windows."""
 
@@ -64,6 +67,14 @@ class PackedDataset:
     def sequence_length(self) -> int:
         """L, tokens."""
         return self.tokens.shape[1] - 1
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the number of windows and of DIGEST_WINDOWS of them, evenly spread; of all if there are fewer."""
+        total = hashlib.sha256(f"{self.tokens.shape}".encode())
+        for row in np.linspace(0, len(self) - 1, min(len(self), DIGEST_WINDOWS)).astype(np.int64):
+            total.update(self.tokens[row].tobytes())
+        return total.hexdigest()
 
     def lines(self, window: int) -> list[int]:
         """The lines of the file that a window has tokens of, from 1."""

@@ -84,6 +84,8 @@ def _record(where: str, raw: bytes) -> dict[str, Any]:
         raise UserError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); fix or drop it") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise UserError(f"{where}: not JSON that can be read ({error}); fix or drop it") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; write one {{...}} per line")
     return record

@@ -305,9 +305,20 @@ class Training(pl.LightningModule):
         return losses.cross_entropy if self._distillation is None else self._distillation.loss(batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store losses and token counts; their length is the data position."""
+        """Store losses and token counts, whose length is the data position, and which text it is a position in."""
         checkpoint["progress"] = {"losses": list(self.progress.losses), "tokens": list(self.progress.tokens)}
+        checkpoint["text"] = None if self.data is None else self.data.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take them back.
+
+        Raises:
+            UserError: data.train holds another text by now: going on would repeat parts of it and leave out others.
+        """
         self.progress = Progress(**checkpoint["progress"])
+        text = checkpoint.get("text")  # checkpoints of earlier versions do not say
+        if text is not None and self.data is not None and text != self.data.digest:
+            raise UserError(
+                f"data.train = {self.data.path}: has changed since the checkpoint after step "
+                f"{len(self.progress.losses)}; put the old file back, or choose a new run.dir"
+            )
