@@ -173,7 +173,7 @@ class _Version(argparse.Action):
 
 def _run(args: argparse.Namespace) -> int:
     from halfbyte.launch.pipeline import SCORED, STAGES
-    from halfbyte.launch.start import RESOLVED, is_first, launch
+    from halfbyte.launch.start import RESOLVED, holding, is_first, launch
     from halfbyte.training.resolve import save
 
     recipe = cli_model.with_weights(args)
@@ -183,9 +183,10 @@ def _run(args: argparse.Namespace) -> int:
         )
     if _fits_its_folder(recipe) and is_first():
         print(f"resuming {recipe.run.dir}", flush=True)
-    # By every process that srun started: each writes the same, and none has to wait.
-    save(recipe, Path(recipe.run.dir) / RESOLVED)
-    return launch(recipe, SCORED if args.no_export else STAGES, allow_failed_gate=args.allow_failed_gate)
+    with holding(Path(recipe.run.dir)):
+        # By every process that srun started: each writes the same, and none has to wait.
+        save(recipe, Path(recipe.run.dir) / RESOLVED)
+        return launch(recipe, SCORED if args.no_export else STAGES, allow_failed_gate=args.allow_failed_gate)
 
 
 def _fits_its_folder(recipe: Recipe) -> bool:
@@ -297,14 +298,15 @@ def _stage(args: argparse.Namespace) -> int:
     if args.stage == "export" and (args.format or args.to or args.tp):
         return cli_serving.export_as(args)
     from halfbyte.launch.pipeline import TOGETHER
-    from halfbyte.launch.start import launch, run_here
+    from halfbyte.launch.start import holding, launch, run_here
     from halfbyte.training.resolve import save
 
     together = args.stage in TOGETHER
     recipe, resolved = _of_run(args, need_model=together)
-    save(recipe, resolved)
     start = launch if together else run_here
-    return start(recipe, [args.stage], allow_failed_gate=args.allow_failed_gate)
+    with holding(resolved.parent):
+        save(recipe, resolved)
+        return start(recipe, [args.stage], allow_failed_gate=args.allow_failed_gate)
 
 
 def _of_run(args: argparse.Namespace, *, need_model: bool):

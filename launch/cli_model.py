@@ -52,15 +52,16 @@ def recipe_or_run(args: argparse.Namespace):
 def sensitivity(args: argparse.Namespace) -> int:
     """`halfbyte sensitivity`: returns the exit code."""
     from halfbyte.launch.sensitivity import STAGE, prepare
-    from halfbyte.launch.start import RESOLVED, is_first, launch
+    from halfbyte.launch.start import RESOLVED, holding, is_first, launch
     from halfbyte.training.resolve import save
 
     if args.bits is not None:
         args.overrides.append(f"sensitivity.bits={args.bits}")
     recipe = recipe_or_run(args)
     measured = prepare(recipe)
-    save(measured, Path(measured.run.dir) / RESOLVED)
-    code = launch(measured, [STAGE])
+    with holding(Path(measured.run.dir)):
+        save(measured, Path(measured.run.dir) / RESOLVED)
+        code = launch(measured, [STAGE])
     plan = Path(recipe.run.dir) / "sensitivity.yaml"
     if code == OK and recipe.sensitivity.bits is not None and is_first():
         resolved = Path(args.recipe) / RESOLVED
@@ -72,22 +73,24 @@ def sensitivity(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     """`halfbyte generate`: returns the exit code."""
     from halfbyte.launch.generate import STAGE, prepare
-    from halfbyte.launch.start import RESOLVED, launch
+    from halfbyte.launch.start import RESOLVED, holding, launch
     from halfbyte.training.resolve import save
 
     recipe = prepare(recipe_or_run(args), args.prompts, args.out)
-    save(recipe, Path(recipe.run.dir) / RESOLVED)
-    return launch(recipe, [STAGE])
+    with holding(Path(recipe.run.dir)):
+        save(recipe, Path(recipe.run.dir) / RESOLVED)
+        return launch(recipe, [STAGE])
 
 
 def teacher(args: argparse.Namespace) -> int:
     """`halfbyte teacher`: returns the exit code."""
-    from halfbyte.launch.start import RESOLVED, launch
+    from halfbyte.launch.start import RESOLVED, holding, launch
     from halfbyte.launch.teacher import STAGE, prepare
     from halfbyte.training.resolve import save
 
     recipe = with_weights(args)
     folder = Path(args.out or f"{recipe.run.dir}_teacher").absolute()
     writing = prepare(recipe, folder)
-    save(writing, folder / RESOLVED)
-    return launch(writing, [STAGE])
+    with holding(folder):
+        save(writing, folder / RESOLVED)
+        return launch(writing, [STAGE])

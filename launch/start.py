@@ -5,6 +5,7 @@ would stop them before they have saved. So is its restart: it would repeat what 
 disk, the gate). Inside torchrun or srun this process already is a worker: nothing is started.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -14,12 +15,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import FAILED, OK, UserError
 
 RESOLVED = "resolved.yaml"
+LOCK = ".lock"
+"""In the run folder: which process works there."""
 TOGETHER_S = 2
 """Workers that end within this many seconds of the first one ended of the same cause."""
 
@@ -36,6 +39,47 @@ def inside_launcher() -> bool:
 def is_first() -> bool:
     """Whether this is the process that prepares the run folder: rank 0, or the only one so far."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if inside_launcher() else "0") == "0"
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Have a run folder to oneself: two that write into it at once would spoil each other's checkpoints and scores.
+
+    The lock is the kernel's and ends with the process that holds it, however that ends. Rank 0 holds it for all.
+
+    Args:
+        folder: The run folder; made if missing.
+
+    Raises:
+        UserError: another process holds it; the line names that process.
+    """
+    file = _opened(folder / LOCK) if is_first() else None
+    if file is None:
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            remedy = "wait until it has ended, or choose another run.dir"
+            raise UserError(f"run.dir = {folder}: {holder} is at work there; {remedy}") from None
+        except OSError:  # a file system without locks
+            pass
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+
+
+def _opened(path: Path) -> TextIO | None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+")
+    except OSError:  # what writes there next says why it cannot
+        return None
 
 
 def launch(

@@ -1,6 +1,7 @@
 """The command as a user meets it: exit codes, one line per problem, what `run` and the stage commands hand on."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,20 @@ def test_what_the_system_refuses_is_one_line(capsys):
     assert cli.main(["report", "a" * 300]) == FAILED
     (said,) = errors(capsys)
     assert said.endswith("/resolved.yaml: File name too long; mend that and give the command again")
+
+
+def test_a_folder_that_another_process_works_in_is_left_alone(calls, capsys, tmp_path):
+    folder = tmp_path / "runs" / "tiny"
+    with start.holding(folder):
+        assert cli.main(["run", "tiny", f"run.dir={folder}"]) == FAILED
+        assert sorted(path.name for path in folder.iterdir()) == [".lock"]
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    (said,) = errors(capsys)
+    assert said == f"run.dir = {folder}: {holder} is at work there; wait until it has ended, or choose another run.dir"
+    assert cli.main(["run", "tiny", f"run.dir={folder}"]) == OK
+    with start.holding(folder):
+        assert cli.main(["gate", str(folder)]) == FAILED
+    assert cli.main(["gate", str(folder)]) == OK
 
 
 def test_recipes_are_listed_with_a_description(capsys):
