@@ -1,6 +1,7 @@
 """`halfbyte compare`, `halfbyte gate --against`, gate.control and gate.judges on run folders written by hand."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def rows(seed, *, shift=0.0, items=1000, kl=None):
     noise, scores = random.Random(f"noise {seed}"), []
     for i in range(items):
         value = random.Random(i).gauss(-4, 2) + noise.gauss(0, 0.05) + shift
-        score = {"item": i, "loglikelihood": value, "tokens": 2, "bytes": 9, "correct": value > -3}
+        score = {"item": i, "content": f"item {i}", "loglikelihood": value, "tokens": 2, "bytes": 9}
+        score |= {"correct": value > -3}
         scores.append(score | {"kl": kl, "agreement": None if kl is None else 0.9})
     return scores
 
@@ -33,10 +35,12 @@ def write_stage(folder: Path, stage: str, scores: dict[str, list]) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in items)
         (folder / "evaluate" / f"{stage}.{task}.jsonl").write_text(lines)
     path = folder / "evaluate.json"
-    summary = {
-        task: ({"accuracy": 0.3} if task == "lambada" else {}) | {"perplexity": 9.0, "n": len(items)}
-        for task, items in scores.items()
-    }
+    summary = {}
+    for task, items in scores.items():
+        weight = len(items) if task == "lambada" else sum(row["tokens"] for row in items)
+        perplexity = math.exp(-math.fsum(row["loglikelihood"] for row in items) / weight)
+        accuracy = {"accuracy": sum(row["correct"] for row in items) / len(items)} if task == "lambada" else {}
+        summary[task] = accuracy | {"perplexity": perplexity, "n": len(items)}
     write_json(path, (read_json(path) if path.exists() else {}) | {stage: summary})
 
 
@@ -160,6 +164,18 @@ def other_tokens(folder):
     write_stage(folder, "exported", {t: [r | {"tokens": 3} for r in rows(t, items=20)] for t in TASKS})
 
 
+def other_content(folder):
+    """As of an edited data file: the sizes of all items are the same."""
+    changed = [r | {"content": "another"} if r["item"] >= 7 else r for r in rows("t", items=20)]
+    write_stage(folder, "exported", dict.fromkeys(TASKS, changed))
+
+
+def other_summary(folder):
+    content = read_json(folder / "evaluate.json")
+    content["exported"]["lambada"]["accuracy"] = 0.99
+    write_json(folder / "evaluate.json", content)
+
+
 def fewer_items(folder):
     write_stage(folder, "exported", {t: rows(t, items=19) for t in TASKS})
 
@@ -182,8 +198,10 @@ def other_recipe(folder):
     ("change", "said"),
     [
         (drop_stage, r"stage exported has no scores (there: bf16, ptq, qat); run halfbyte evaluate"),
-        (other_items, "were scored on different items (20 and 20)"),
-        (other_tokens, "were scored on different items (20 and 20)"),
+        (other_items, "were scored on different items (20 and 20, first item 0)"),
+        (other_tokens, "were scored on different items (20 and 20, first item 0)"),
+        (other_content, "were scored on different items (20 and 20, first item 7)"),
+        (other_summary, "evaluate.json says accuracy = 0.99 for"),
         (fewer_items, "were scored on different items (20 and 19)"),
         (fewer_tasks, "exported was scored on ['english', 'lambada']"),
         (no_number, "loglikelihood = nan is not a finite score"),

@@ -23,6 +23,7 @@ def make(rng, n=300, *, shift=0.0, noise=0.2, kl=None, tokens=2, base=None):
     return [
         {
             "item": i,
+            "content": f"item {i}",
             "loglikelihood": value,
             "tokens": tokens,
             "bytes": 9,
@@ -280,7 +281,7 @@ def test_inconclusive_is_held_unless_the_recipe_releases_it():
 def harness(values):
     """Rows with metrics of their own and nothing else."""
     empty = dict.fromkeys(("tokens", "bytes", "loglikelihood", "correct", "kl", "agreement"))
-    return [{"item": i} | empty | {"metrics": metrics} for i, metrics in enumerate(values)]
+    return [{"item": i, "content": ""} | empty | {"metrics": metrics} for i, metrics in enumerate(values)]
 
 
 def answers(rng, n, right):
@@ -357,7 +358,7 @@ def fewer_resamples(monkeypatch):
 def equal_answers(rng, n):
     """Two continuation tasks' worth of scores: a difficulty that both models share, noise of each model's own."""
     base = rng.normal(size=n)
-    plain = {"tokens": 3, "bytes": 9, "kl": None, "agreement": None}
+    plain = {"content": "", "tokens": 3, "bytes": 9, "kl": None, "agreement": None}
     for value in (base + rng.normal(size=(2, n))).tolist():
         yield [{"item": i, "loglikelihood": v, "correct": v > 0} | plain for i, v in enumerate(value)]
 
@@ -412,7 +413,7 @@ def test_a_candidate_exactly_at_the_threshold_rarely_passes(gained, lost):
 
 def flipped(n, gained, lost):
     """Scores of two models of which the second gains and loses so many items."""
-    plain = {"tokens": 3, "bytes": 9, "loglikelihood": -3.0, "kl": None, "agreement": None}
+    plain = {"content": "", "tokens": 3, "bytes": 9, "loglikelihood": -3.0, "kl": None, "agreement": None}
     before = [{"item": i, "correct": i >= gained} | plain for i in range(n)]
     after = [{"item": i, "correct": i < n - lost} | plain for i in range(n)]
     return before, after
@@ -498,11 +499,13 @@ def put(**fields):
         (lambda s: s["bf16"].update(t=[]), "task t of stage bf16 has no items"),
         (lambda s: s["ptq"].update(u=s["ptq"]["t"]), r"qat was scored on \['t'\], evaluate.tasks are \['t', 'u'\]"),
         (lambda s: s["qat"].update(u=s["qat"]["t"]), r"qat was scored on \['t', 'u'\], bf16 on \['t'\]"),
-        (drop_first, r"scored on different items \(49 and 50\)"),
+        (drop_first, r"scored on different items \(49 and 50, first item 0\)"),
         (rename_item, "scored on different items"),
         (twice, "an item of qat.t was scored twice"),
         (put(tokens=7), "scored on different items"),
         (put(bytes=7), "scored on different items"),
+        (put(content="of another text"), r"scored on different items \(50 and 50, first item 3\)"),
+        (put(content=None), "item 3 of qat.t: its content is no text"),
         (put(loglikelihood=math.nan), "item 3 of qat.t: loglikelihood = nan is not a finite score"),
         (put(loglikelihood=-math.inf), "item 3 of qat.t: loglikelihood = -inf is not a finite score"),
         (put(loglikelihood="-3"), "item 3 of qat.t: loglikelihood = '-3' is not a finite score"),

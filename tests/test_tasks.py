@@ -155,7 +155,15 @@ def test_scores_agree_with_sums_in_python_floats():
         assert score.loglikelihood == pytest.approx(total, abs=1e-5)
         assert score.correct == all(greedy)
         assert (score.item, score.tokens, score.bytes) == (item.index, len(greedy), item.bytes)
+        assert score.content == item.content
         assert score.kl is score.agreement is None
+
+
+def test_items_of_equal_size_are_told_apart():
+    item = Item(0, (1, 23, 4), 1, 5)
+    others = [Item(0, (1, 24, 4), 1, 5), Item(0, (1, 23, 4), 2, 5), Item(0, (12, 3, 4), 1, 5)]
+    assert item.content == Item(9, (1, 23, 4), 1, 6).content
+    assert len({item.content, *(other.content for other in others)}) == 4
 
 
 def test_correct_needs_every_token():
@@ -225,7 +233,7 @@ def test_scores_equal_the_loss_of_transformers_whatever_the_batch():
 
 
 def rows(*values: tuple[float, int, int, bool], kl=None) -> list[Score]:
-    return [Score(i, *value, kl=kl, agreement=kl) for i, value in enumerate(values)]
+    return [Score(i, *value, f"item {i}", kl=kl, agreement=kl) for i, value in enumerate(values)]
 
 
 def test_a_continuation_task_sums_up():
@@ -264,7 +272,7 @@ def test_nothing_and_nonsense_are_refused():
     with pytest.raises(UserError, match=r"item 0 has loglikelihood -1\.0 and kl nan"):
         tasks.summarize(task, rows((-1.0, 1, 1, True), kl=math.nan))
     with pytest.raises(UserError, match="only 1 of 2 items"):
-        tasks.summarize(task, [*rows((-1.0, 1, 1, True), kl=0.1), Score(1, -1.0, 1, 1, True)])
+        tasks.summarize(task, [*rows((-1.0, 1, 1, True), kl=0.1), *rows((-1.0, 1, 1, True))])
     assert math.isfinite(tasks.summarize(task, rows((-5000.0, 900, 900, False)))["perplexity"])
 
 

@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from halfbyte.training.crew import Crew
 from halfbyte.training.errors import UserError
 from halfbyte.training.generate import Output, Prompt
-from halfbyte.training.scoring import Item, Score
+from halfbyte.training.scoring import Item, Score, digest
 
 GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature"}
 """What a task may ask of generation; lm-eval's other names for the limit become max_gen_toks."""
@@ -197,6 +197,7 @@ def joined(parts: Sequence[Score], size: int) -> Score:
         tokens=sum(part.tokens or 0 for part in parts),
         bytes=size,
         correct=all(part.correct for part in parts),
+        content=digest([part.content for part in parts]),
         kl=None if at is None else sum(at) / len(at),
         agreement=agreement,
         kl_at=at,

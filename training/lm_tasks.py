@@ -24,7 +24,7 @@ from halfbyte.training.harness import InPlace, quiet
 from halfbyte.training.lm_load import LoadedTask, blamed
 from halfbyte.training.metrics import METRICS, Statistic, Value
 from halfbyte.training.runtime import Runtime
-from halfbyte.training.scoring import Item, Score
+from halfbyte.training.scoring import Item, Score, digest
 
 FEW_SHOT_SEED = 1234
 """Which examples lm-eval draws for a few-shot prompt (its own default)."""
@@ -122,16 +122,18 @@ class _Session:
         scores = []
         for sample in samples:
             mine = answers[sample["doc_id"] - self.loaded.items.start]
+            content = digest([sample["doc_hash"], sample["arguments"], sample["target_hash"]])
             if self.loaded.lm.OUTPUT_TYPE == "generate_until":
-                score = self._generated(model, mine[0])
+                score = self._generated(model, mine[0], content)
             else:
                 gold = mine[self.gold[sample["doc_id"] - self.loaded.items.start]]
                 assert isinstance(gold, Score)
                 score = replace(gold, correct=None, output=self._choice(sample, mine, gold))
-            scores.append(replace(score, item=sample["doc_id"], metrics=self._metrics(sample, score)))
+            metrics = self._metrics(sample, score)
+            scores.append(replace(score, item=sample["doc_id"], content=content, metrics=metrics))
         return scores
 
-    def _generated(self, model: InPlace, output: Any) -> Score:
+    def _generated(self, model: InPlace, output: Any, content: str) -> Score:
         text = model.text(model.prompts[output.index], output)
         return Score(
             item=output.index,
@@ -139,6 +141,7 @@ class _Session:
             tokens=None,
             bytes=None,
             correct=None,
+            content=content,
             output=text,
             output_tokens=len(output.tokens),
             cut=output.cut,

@@ -11,12 +11,12 @@ from typing import Any
 
 from halfbyte.training.config import TaskKind
 from halfbyte.training.errors import UserError
-from halfbyte.training.metrics import BLEU_ORDER, METRICS, Statistic
+from halfbyte.training.metrics import BLEU_ORDER, METRICS, Statistic, aggregate
 
 type Row = Mapping[str, Any]
 """Fields of scoring.Score of one item."""
 
-FIELDS = ("item", "tokens", "bytes", "loglikelihood", "correct", "kl", "agreement")
+FIELDS = ("item", "content", "tokens", "bytes", "loglikelihood", "correct", "kl", "agreement")
 """What every score must have; `metrics` as well for lm_eval tasks."""
 
 
@@ -104,13 +104,16 @@ def pair_up(candidate: Stage, baseline: Stage, kinds: Mapping[str, TaskKind], ag
 
 def _pair(candidate: Stage, baseline: Stage, task: str, kind: TaskKind, against: str) -> Pair:
     ours, theirs = (_checked(stage, task, kind) for stage in (candidate, baseline))
-    keys = [[(row["item"], row["tokens"], row["bytes"]) for row in rows] for rows in (ours, theirs)]
+    keys = [[(row["item"], row["content"], row["tokens"], row["bytes"]) for row in rows] for rows in (ours, theirs)]
     if keys[0] != keys[1]:
+        first = [f", first item {min(one[0], other[0])}" for one, other in zip(*keys, strict=False) if one != other][:1]
         raise UserError(
             f"gate: task {task}: {candidate.name} and {baseline.name} were scored on different items "
-            f"({len(ours)} and {len(theirs)}); evaluate both again"
+            f"({len(ours)} and {len(theirs)}{''.join(first)}); evaluate both again"
         )
     values = [_metrics(rows, kind) for rows in (ours, theirs)]
+    for stage, column, rows in zip((candidate, baseline), values, (ours, theirs), strict=True):
+        _check_summary(stage, task, _summed(column, kind, rows))
     if set(values[0]) != set(values[1]):
         raise UserError(
             f"gate: task {task}: {candidate.name} has the metrics {sorted(values[0])}, {baseline.name} "
@@ -149,6 +152,30 @@ def _column(rows: Sequence[Row], stage: Stage, task: str, field: str) -> list[fl
     return values
 
 
+def _summed(values: dict[str, list[Any]], kind: TaskKind, rows: Sequence[Row]) -> dict[str, float]:
+    """What evaluate.json should say of these rows."""
+    found = {name: aggregate(name, column) for name, column in values.items()}
+    if kind == TaskKind.text:
+        mean = math.fsum(values["perplexity"]) / sum(row["tokens"] for row in rows)
+        found["perplexity"] = aggregate("perplexity", [mean])
+    for name in ("kl", "agreement"):
+        column = [row[name] for row in rows if row[name] is not None]
+        if column:
+            found[name] = math.fsum(column) / len(column)
+    return found
+
+
+def _check_summary(stage: Stage, task: str, found: Mapping[str, float]) -> None:
+    """The table that people see and the scores that are judged are of one evaluation."""
+    said = stage.summary[task]
+    for name, value in found.items():
+        if name in said and not (_number(said[name]) and math.isclose(said[name], value, rel_tol=1e-9, abs_tol=1e-12)):
+            raise UserError(
+                f"gate: evaluate.json says {name} = {said[name]!r} for {stage.name}.{task}, its items {value!r}; "
+                "evaluate again"
+            )
+
+
 # Checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +206,9 @@ def _problem(row: Row, kind: TaskKind) -> str | None:
     if not isinstance(row["item"], int):
         return "its number is not a whole number"
     found = None
-    if row["kl"] is not None and not _number(row["kl"]):
+    if not isinstance(row["content"], str):
+        found = "its content is no text"
+    elif row["kl"] is not None and not _number(row["kl"]):
         found = f"kl = {row['kl']!r} is not a finite score"
     elif row["agreement"] is not None and not _number(row["agreement"], 0, 1):
         found = f"agreement = {row['agreement']!r} is not a score in 0 .. 1"

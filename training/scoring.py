@@ -4,11 +4,13 @@ Shapes: B = rows of a batch, S = padded length in tokens, V = vocabulary, T = sc
 item.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +42,16 @@ class Item:
     bytes: int
     compared: bool = True
 
+    @property
+    def content(self) -> str:
+        """Digest of the tokens and of where the scored ones start: Score.content."""
+        return digest([self.first_target, *self.tokens])
+
+
+def digest(content: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of anything JSON can hold: equal for equal content."""
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Score:
@@ -51,6 +63,7 @@ class Score:
         tokens: Scored tokens; None likewise.
         bytes: Scored bytes; None likewise.
         correct: Whether every scored token is the model's first choice; None for tasks with metrics of their own.
+        content: Digest of what the model was asked and is judged by; models are compared on equal content only.
         kl: Mean over the KL positions of KL(reference || this), nats; None without a reference.
         agreement: Share of the KL positions where both models have the same first choice; None without a reference.
         kl_at: KL at each of the KL positions, nats, in the order of `kl_rows`; None without a reference.
@@ -67,6 +80,7 @@ class Score:
     tokens: int | None
     bytes: int | None
     correct: bool | None
+    content: str
     kl: float | None = None
     agreement: float | None = None
     kl_at: list[float] | None = None
@@ -178,6 +192,7 @@ def score_batch(
                     tokens=size,
                     bytes=item.bytes,
                     correct=tuple(mine) == target,
+                    content=item.content,
                     kl=None if kl_at is None else math.fsum(kl_at) / len(kl_at),
                     agreement=agreement,
                     kl_at=kl_at,
