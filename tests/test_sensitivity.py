@@ -14,7 +14,7 @@ from scipy.special import rel_entr
 from halfbyte.launch.check import plan_text
 from halfbyte.launch.sensitivity import prepare
 from halfbyte.training.allocation import groups
-from halfbyte.training.config import Format, LayerFormat, Method, Quantize, Recipe
+from halfbyte.training.config import Format, LayerFormat, Method, Quantize, Recipe, Smoothing
 from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.resolve import resolve
 from halfbyte.training.rules import find_shape
@@ -110,6 +110,24 @@ def test_a_variant_is_the_model_that_a_recipe_of_that_layer_alone_makes(world, d
             assert not torch.equal(forward(variants.model), plain)
     variants.choose({})
     assert torch.equal(forward(variants.model), plain)
+
+
+@pytest.mark.slow
+def test_layers_are_smoothed_before_they_are_measured(world):
+    from halfbyte.training import ptq, sensitivity
+
+    build, shape, _ = world
+    recipe = Recipe(quantize=Quantize(smoothing=Smoothing.smoothquant))
+    variants = sensitivity.Variants(build(recipe), recipe, forward)
+    gpt, unsmoothed = build(recipe), build(recipe)
+    ptq.calibrate(gpt, recipe, forward)
+    assert not torch.equal(
+        variants.model.decoder.layers[0].mlp.linear_fc1.weight, unsmoothed.decoder.layers[0].mlp.linear_fc1.weight
+    )
+    variants.choose(dict.fromkeys(groups(shape, recipe), recipe.quantize.format))
+    assert torch.equal(forward(variants.model), forward(gpt))
+    variants.choose({})
+    assert torch.equal(forward(variants.model), forward(unsmoothed))  # smoothing is exact
 
 
 @pytest.mark.slow
