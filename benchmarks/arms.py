@@ -20,7 +20,7 @@ CONTROL = ("method=bf16", "train.learning_rate=1e-4")
 QAT = ("method=qat", "train.learning_rate=1e-4")
 PTQ = ("method=ptq", "evaluate.ptq=true")
 TOP_K = ("distill.top_k=64",)
-LONG = ("train.steps=1400", "train.warmup_steps=40")
+LONG = ("train.steps=1000", "train.warmup_steps=40")
 REPEAT = ("train.steps=400", "train.global_batch=64", "train.warmup_steps=40", "train.learning_rate=7e-4")
 MXFP4 = ("quantize.format=mxfp4",)
 AWQ = ("quantize.smoothing=awq_lite",)
@@ -74,12 +74,12 @@ ROWS = (
     ),
     Row(
         "nvfp4_qad_long",
-        "NVFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 46 M tokens",
+        "NVFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 33 M tokens",
         (*LONG, *MIX, *AWQ, *SCALES),
     ),
     Row(
         "mxfp4_qad_long",
-        "MXFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 46 M tokens",
+        "MXFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 33 M tokens",
         (*LONG, *MIX, *MXFP4, *AWQ, *SCALES),
     ),
     Row("nvfp4_qad_wide", "NVFP4 QAD, full KL, learned scales, from AWQ-lite, wide text", (*AWQ, *SCALES)),
