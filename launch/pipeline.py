@@ -205,7 +205,7 @@ def _work(folder: Path, words: Sequence[str], flags: Sequence[str], *, in_file: 
         _report(folder, str(error), error.code)
         return error.code
     except BaseException as error:  # noqa: BLE001 - the process ends here: one line says why, a file has the traceback
-        message = f"{type(error).__name__}: {_line(error)}"
+        message = _memory(error) or f"{type(error).__name__}: {_line(error)}"
         details = _report(folder, message, FAILED, died=_lost(error)).with_suffix(".txt")
         with suppress(OSError):  # where there is no room for it, its line has to do
             details.write_text(traceback.format_exc())
@@ -222,7 +222,22 @@ def _lost(error: BaseException) -> bool:
     """Whether a device or a peer went away: the same start, repeated, may well succeed."""
     import torch
 
-    return isinstance(error, torch.AcceleratorError | torch.distributed.DistError)
+    return isinstance(error, torch.AcceleratorError | torch.distributed.DistError) and not _memory(error)
+
+
+def _memory(error: BaseException | None) -> str | None:
+    """What to do where a GPU's memory ran out, also in the capture of a graph, which ends in another error."""
+    import torch
+
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return None
+    facts = ". ".join(_line(error).split(". ")[:3])
+    return (
+        f"GPU memory ran out ({facts}): lower train.micro_batch, in an evaluation evaluate.tokens_per_batch, or set "
+        "train.recompute=true; halfbyte plan says what a layout needs"
+    )
 
 
 def _report(folder: Path, message: str, code: int, *, died: bool = False) -> Path:

@@ -10,9 +10,11 @@ import textwrap
 import time
 
 import pytest
+import torch
 
 from halfbyte.launch import pipeline
 from halfbyte.launch.start import Died, explain, inside_launcher, launch
+from halfbyte.training import resolve
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, HUNG, OK, USAGE, UserError
 
@@ -281,3 +283,32 @@ def test_under_srun_only_the_first_to_fail_speaks(recipe, tmp_path, monkeypatch,
     else:
         assert launch(recipe, ["train"]) == USAGE
     assert called == [str(tmp_path / "resolved.yaml"), "train"]
+
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which 1.06 GiB is "
+    "free. Including non-PyTorch memory, this process has 24.1 GiB memory in use. See documentation."
+)
+
+
+def full() -> None:
+    raise torch.OutOfMemoryError(FULL)
+
+
+def full_in_a_capture() -> None:
+    try:
+        full()
+    finally:
+        raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("fails", [full, full_in_a_capture])
+def test_a_full_gpu_is_one_line_with_a_remedy_and_no_reason_to_start_again(fails, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(resolve, "load", lambda *_: recipe)
+    monkeypatch.setattr(pipeline, "run_stages", lambda *_, **__: fails())
+    assert pipeline.worker([str(tmp_path / "resolved.yaml"), "train"]) == FAILED
+    report = json.loads((tmp_path / "errors" / "rank0.json").read_text())
+    assert report["message"].startswith("GPU memory ran out (CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has")
+    assert "lower train.micro_batch" in report["message"]
+    assert "\n" not in report["message"]
+    assert not report["died"]
