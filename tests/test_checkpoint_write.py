@@ -85,9 +85,9 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, copied_last, monkeypatch, tmp_path):
-    """Saved in the background, and in the foreground before: twice, for memory is kept from save to save."""
+    """Saved in the background, and in the foreground before: memory and plan are kept from save to save."""
     host = checkpoint_write.HostMemory()
-    for step in (1, 2):
+    for step in (1, 2, 3, 4):
         before, behind = (tmp_path / name / f"step_{step:08d}" for name in ("before", "behind"))
         states = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
         slow_disk.set()
@@ -102,7 +102,7 @@ def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, copied
         random.random()
         assert not write.done
         assert not behind.exists()
-        assert retention.latest(behind.parent) == (None if step == 1 else behind.parent / "step_00000001")
+        assert retention.latest(behind.parent) == (None if step == 1 else behind.parent / f"step_{step - 1:08d}")
         slow_disk.set()
         write.finish()
         random.setstate(states[2])
@@ -110,6 +110,7 @@ def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, copied
         assert integrity.damage(behind) is None
         assert retention.latest(behind.parent) == behind
         assert write.seconds > 0
+    assert host.plan.validated_cache_reuse
     assert content(behind) != content(behind.with_name("step_00000001"))
 
 

@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from halfbyte.training import integrity, retention
@@ -34,7 +35,9 @@ FAILURES = (OSError, RuntimeError, CheckpointingException, CheckpointException)
 
 
 class HostMemory:
-    """Copies of a rank's tensors in host memory, so that training can change them while they are written.
+    """What saves of one start have in common: the copies of a rank's tensors that are written, and Megatron's plan.
+
+    Training can change the tensors while their copies are written.
 
     Weights and optimizer state change in the optimizer step alone, so the copying may take the forward and backward
     pass before it: `stage` only notes what to copy, `copy` copies in a thread, and the next update waits for it. The
@@ -42,10 +45,12 @@ class HostMemory:
 
     Attributes:
         saves: How many were staged in it, the same on every rank.
+        plan: Megatron's strategy, which from the third save on neither makes nor gathers what the first two agreed on.
     """
 
     def __init__(self) -> None:
         self.saves = 0
+        self.plan = TorchDistSaveShardedStrategy(cached_metadata=True)
         self._kept: dict[Any, torch.Tensor] = {}
         self._due: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._stream: torch.cuda.Stream | None = None
@@ -254,6 +259,7 @@ def begin(
         request = dist_checkpointing.save(
             content,
             str(temporary),
+            None if host is None else host.plan,  # type: ignore[arg-type] - Megatron's own default
             # All ranks compare what each of them would write, which stays what it was in a run's first save.
             validate_access_integrity=host is None or host.saves == 1,
             async_sharded_save=True,
