@@ -29,6 +29,7 @@ from halfbyte.export.source import cache_of, formats_of
 from halfbyte.export.verify import broken_directory
 from halfbyte.launch.console import Console
 from halfbyte.launch.export import place, serving_checkpoint
+from halfbyte.launch.sbatch import log_option
 from halfbyte.launch.start import RESOLVED
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Recipe
@@ -193,7 +194,7 @@ def sbatch_text(recipe: Recipe, command: Sequence[str], ranks: int) -> str:
     """The Slurm job of one build: one node, one GPU per rank, partition, account and container of the recipe."""
     start = recipe.launch
     directives = [f"--job-name={recipe.run.name}_engine", "--nodes=1", "--ntasks=1", f"--gpus-per-node={ranks}"]
-    directives += [f"--time={start.time}", f"--output={Path(recipe.run.dir) / 'export'}/engine-%j.log"]
+    directives += [f"--time={start.time}", log_option(Path(recipe.run.dir) / "export" / "engine-%j.log")]
     directives += [
         f"--{key}={value}" for key, value in vars(start).items() if key in ("partition", "account") and value
     ]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from math import isqrt
 
 from halfbyte.launch.plan_memory import memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
@@ -110,4 +111,5 @@ def _choices(recipe: Recipe, plain: Layout) -> Iterator[Layout]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [i for i in range(1, number + 1) if number % i == 0]
+    small = [i for i in range(1, isqrt(number) + 1) if number % i == 0]
+    return sorted({*small, *(number // i for i in small)})

@@ -6,6 +6,7 @@ ran out of time is put back into the queue by the script, or the next job of the
 started again within the job.
 """
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,19 @@ def _directives(recipe: Recipe, job: Job) -> list[str]:
         f"--signal=B:USR1@{GRACE_S}",
         "--requeue",
         "--open-mode=append",
-        f"--output={folder}/slurm-{log}.log",
+        log_option(folder / f"slurm-{log}.log"),
         *(f"--{name}={value}" for name, value in optional.items() if value),
     ]
+
+
+def log_option(path: Path) -> str:
+    """`--output` of an sbatch directive, which Slurm reads by rules of its own: blanks and # end an option.
+
+    Args:
+        path: Its name may hold Slurm's replacement symbols (%j); in the name of its folder % stands for itself.
+    """
+    shown = f"{str(path.parent).replace('%', '%%')}/{path.name}"
+    if re.fullmatch(r"[\w./%+=@:,-]+", shown, re.ASCII):
+        return f"--output={shown}"
+    escaped = shown.replace("\\", "\\\\").replace('"', '\\"')
+    return f'--output="{escaped}"'

@@ -126,6 +126,13 @@ def test_a_pipeline_that_is_not_filled_runs_but_is_not_searched():
     assert refused["TP1 PP16"].startswith("train.global_batch gives a rank 8 micro-batches at most, too few for 16")
 
 
+def test_any_number_of_gpus_is_searched_at_once():
+    """By divisors, which are found without counting to the number: this one would take hours."""
+    layout, refused = best(resolve("llama31_8b_nvfp4_qat", []), named_model("llama31_8b"), GPUS["H200"], 10**12)
+    assert layout is None
+    assert len({name for name in refused if name.endswith(" PP1")}) == 13 * 13  # 10^12 = 2^12 5^12
+
+
 def test_links_carry_what_the_layout_sends():
     recipe, model = resolve("llama31_8b_nvfp4_qat", []), named_model("llama31_8b")
     h200 = GPUS["H200"]

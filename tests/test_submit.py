@@ -93,6 +93,20 @@ def test_a_small_world_takes_as_many_tasks_as_it_has_processes():
     assert '[ "$attempt" -ge 0 ]; then break' in text
 
 
+@pytest.mark.parametrize(
+    ("folder", "option"),
+    [
+        ("runs/a-b.c_1", "--output=runs/a-b.c_1/slurm-%j.log"),
+        ("my runs/x", '--output="my runs/x/slurm-%j.log"'),
+        ("50%", "--output=50%%/slurm-%j.log"),
+        ("größe#1", '--output="größe#1/slurm-%j.log"'),
+        ('a"b\\c', '--output="a\\"b\\\\c/slurm-%j.log"'),
+    ],
+)
+def test_the_log_of_a_job_is_in_the_run_folder_whatever_its_name(folder, option):
+    assert sbatch.log_option(Path(folder) / "slurm-%j.log") == option
+
+
 def test_jobs_in_a_row_are_an_array_that_nobody_requeues():
     (job,) = sbatch.jobs(recipe(), Path("submit.yaml"), 2, array=5)
     text = sbatch.text(recipe(), job, programs=None, revision=None)
