@@ -60,12 +60,12 @@ def test_defaults_then_yaml_then_overrides(tmp_path):
 def test_overrides_are_typed_by_their_field():
     recipe = resolve(
         "tiny",
-        ["run.name=007", "train.learning_rate=3e-4", "quantize.exclude=[lm_head, '*.mlp.*']", "run.project=a: b=c"],
+        ["run.name=007", "train.learning_rate=3e-4", "quantize.exclude=[lm_head, '*.mlp.*']", "description=a: b=c"],
     )
     assert recipe.run.name == "007"
     assert recipe.train.learning_rate == 3e-4
     assert recipe.quantize.exclude == ["lm_head", "*.mlp.*"]
-    assert recipe.run.project == "a: b=c"  # text is taken as it is
+    assert recipe.description == "a: b=c"  # text is taken as it is
 
 
 def test_paths_are_absolute_and_places_resolved():
@@ -134,6 +134,8 @@ def test_tasks_by_number_name_and_brackets():
         ("train.seed=[1", "train.seed = [1", "not a valid value"),
         ("foo", "foo", "key=value"),
         ("=5", "=5", "key=value"),
+        ("run.project=a/b", "run.project = a/b", "none of / "),
+        ("run.project=" + "x" * 129, "run.project = xxx", "at most 128"),
         ("run.project=${run.nam}", "run.project = ${run.nam}", "no readable key"),
         ("run.project=${run.project}", "run.project = ${run.project}", "no readable key"),
         ("data.train=${package:no_such_package/x}", "data.train", "pip install"),

