@@ -47,6 +47,20 @@ def test_a_run_needs_files_and_top_k_and_no_hidden_states(tmp_path):
         "holds top-k only",
         "holds no hidden states",
     ]
+    made = {"distill.top_k": 4, "distill.temperature": 1.0, "sequence length": 64}
+    (tmp_path / "teacher.json").write_text(json.dumps({"made from": made}))
+    fitting = ["method=qad", f"distill.teacher={tmp_path}", "distill.top_k=4"]
+    assert resolve("tiny", fitting).distill.top_k == 4
+    with pytest.raises(RecipeError) as caught:
+        resolve("tiny", [*fitting, "distill.top_k=8", "distill.temperature=2", "train.sequence_length=32"])
+    assert [line.partition(": ")[2].partition(";")[0] for line in caught.value.problems] == [
+        "made with distill.top_k = 4, not 8",
+        "made with distill.temperature = 1.0, not 2.0",
+        "made with sequence length = 64, not 32",
+    ]
+    (tmp_path / "teacher.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"^distill.teacher = .*teacher.json: damaged \(no 'made from'\); delete it"):
+        resolve("tiny", fitting)
     recipe = Recipe(method=Method.qad, distill=Distill(top_k=4, teacher="x"))
     with pytest.raises(RecipeError, match="there are files already"):
         prepare(recipe, tmp_path)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.training.config import GateRule, Method, Recipe, TaskKind
-from halfbyte.training.errors import RecipeError
+from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.export_rules import export_problems
 from halfbyte.training.families import TINY
+from halfbyte.training.files import damage, read_json
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.model_source import brings_formats
 from halfbyte.training.nemo_archive import is_archive
@@ -20,6 +21,8 @@ from halfbyte.training.task_rules import task_file_problems
 
 FETCHABLE = ("smollm2", *TINY)
 LM_EVAL = TaskKind.lm_eval
+TEACHER = "teacher.json"
+"""In the folder that `halfbyte teacher` writes."""
 
 POSITIVE = (
     "parallel.tensor",
@@ -182,12 +185,29 @@ def _teacher(recipe: Recipe) -> Iterator[str]:
     if distill.teacher is None:
         return
     key = f"distill.teacher = {distill.teacher}"
-    if not (Path(distill.teacher) / "teacher.json").is_file():
+    if not (Path(distill.teacher) / TEACHER).is_file():
         yield f"{key}: holds no teacher.json; write the files with halfbyte teacher, or set null"
+    else:
+        yield from _other_teacher(recipe, Path(distill.teacher))
     if distill.top_k is None:
         yield f"{key}: holds top-k only; give distill.top_k the files' number"
     if distill.hidden:
         yield f"{key}: holds no hidden states; set distill.hidden=0, or distill.teacher=null to load a teacher"
+
+
+def _other_teacher(recipe: Recipe, folder: Path) -> Iterator[str]:
+    """What the files were made with and this recipe has not; text and model are compared when both are read."""
+    values = {"distill.top_k": recipe.distill.top_k, "distill.temperature": recipe.distill.temperature}
+    values |= {"sequence length": recipe.train.sequence_length}
+    try:
+        with damage(folder / TEACHER):
+            made: dict[str, Any] = read_json(folder / TEACHER)["made from"]
+            other = {name: made[name] for name, value in values.items() if value not in (None, made[name])}
+    except UserError as error:
+        yield f"distill.teacher = {error}"
+        return
+    for name, value in other.items():
+        yield f"distill.teacher = {folder}: made with {name} = {value}, not {values[name]}; take that, or make it again"
 
 
 def _files(recipe: Recipe) -> Iterator[str]:
