@@ -338,6 +338,8 @@ def test_formats_methods_and_gate_combinations(with_shape):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}, "low_freq_factor = 2.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),  # where old files have it
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"architectures": 5}, "another kind than models have"),
         ({"rope_parameters": "none"}, "another kind than models have"),

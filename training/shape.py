@@ -237,8 +237,9 @@ def _is_size(value: Any) -> bool:
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.pop("type", "default"))  # `type` is the spelling before transformers 4.43
-    if "rope_theta" not in rope and "rope_theta" in config:
-        rope["rope_theta"] = config["rope_theta"]
+    for key in ("rope_theta", "partial_rotary_factor"):  # where files before transformers 5 have them
+        if key not in rope and config.get(key) is not None:
+            rope[key] = config[key]
     return rope
 
 
