@@ -44,7 +44,7 @@ def wait_for(found, what: str, seconds: float = 240) -> None:
 
 
 def test_preempted_requeued_resumed_done(halfbyte, slurm, tmp_path):
-    straight, run = tmp_path / "straight", tmp_path / "run"
+    straight, run = tmp_path / "straight", tmp_path / "my #1 run, 50% 'quoted'"
     done = halfbyte("submit", "tiny", "--nodes", "1", *OPTIONS, f"run.dir={run}", env=slurm, fresh=True)
     assert done.returncode == 0, done.stderr
     number = re.search(r"submitted as job (\d+)", done.stdout)[1]
@@ -55,7 +55,7 @@ def test_preempted_requeued_resumed_done(halfbyte, slurm, tmp_path):
     assert re.search(rf"job {number} tiny (RUN|COMPL|PEND)", halfbyte("status", str(run), env=slurm, fresh=True).stdout)
     followed = halfbyte("status", str(run), "--follow", env=slurm, fresh=True)
     assert followed.returncode == 0, followed.stderr
-    assert "  no job in the queue\n  checkpoint after step 40 of 40\n  done: train\n" in followed.stdout
+    assert "  no job in the queue\n  checkpoint after step 40 of 40\n  done: train, gate\n" in followed.stdout
     log = (run / f"slurm-{number}.log").read_text()
     saved = re.search(r"stopped by SIGTERM after step (\d+) of 40: checkpoint saved", log)
     assert f"40 steps (from {saved[1]})" in log
