@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from halfbyte.training import checkpoint, checkpoint_write, integrity, optimizer_state, retention, saving
+from halfbyte.training.checkpoint_memory import HostMemory
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import StoppedTogether, UserError
 from halfbyte.training.interrupt import Interrupted, Stop
@@ -56,7 +57,7 @@ def slow_disk(monkeypatch):
 @pytest.fixture
 def copied_last(module, monkeypatch):
     """A save is copied at the last moment, when forward and backward have run; `copied_last(write)` before a step."""
-    free, copy, update = threading.Event(), checkpoint_write.HostMemory.copy, module.optimizer.step
+    free, copy, update = threading.Event(), HostMemory.copy, module.optimizer.step
 
     def late(self):
         assert free.wait(30)
@@ -69,7 +70,7 @@ def copied_last(module, monkeypatch):
         free.clear()
         update(closure)
 
-    monkeypatch.setattr(checkpoint_write.HostMemory, "copy", late)
+    monkeypatch.setattr(HostMemory, "copy", late)
     return lambda write: monkeypatch.setattr(module.optimizer, "step", partial(step, write), raising=False)
 
 
@@ -86,7 +87,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, copied_last, monkeypatch, tmp_path):
     """Saved in the background, and in the foreground before: memory and plan are kept from save to save."""
-    host = checkpoint_write.HostMemory()
+    host = HostMemory()
     for step in (1, 2, 3, 4):
         before, behind = (tmp_path / name / f"step_{step:08d}" for name in ("before", "behind"))
         states = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
@@ -140,7 +141,7 @@ def test_a_stretch_of_a_tensor_is_a_few_boxes_in_order(shape, data):
 @pytest.mark.gpu
 def test_a_gpu_s_tensors_are_copied_to_pinned_memory():
     here = torch.arange(1 << 24, device="cuda", dtype=torch.float32)
-    host, copies = checkpoint_write.HostMemory(), []
+    host, copies = HostMemory(), []
 
     def state():
         return {"a": ShardedTensor.from_rank_offsets("a", here), "b": [ShardedTensor.from_rank_offsets("b", here[7:])]}
@@ -164,7 +165,7 @@ def test_reserved_memory_is_what_a_save_fills_and_buffers_are_copied_at_once():
     def state():
         return {"w": ShardedTensor.from_rank_offsets("w", weight), "m": ShardedTensor.from_rank_offsets("m", maximum)}
 
-    host, staged = checkpoint_write.HostMemory(), state()
+    host, staged = HostMemory(), state()
     assert host.empty
     host.reserve(state())
     assert not host.empty
@@ -181,7 +182,7 @@ def test_reserved_memory_is_what_a_save_fills_and_buffers_are_copied_at_once():
 
 def test_what_was_written_in_the_background_is_loaded(module, tmp_path):
     path = tmp_path / "step_00000001"
-    write = checkpoint.begin(trainable(module), {"at": 7}, path, checkpoint_write.HostMemory())
+    write = checkpoint.begin(trainable(module), {"at": 7}, path, HostMemory())
     write.wait_until_copied()
     saved = {name: value.clone() for name, value in module.gpt.named_parameters()}
     module.training_step(WORLD["batches"](5), 0)
@@ -191,7 +192,7 @@ def test_what_was_written_in_the_background_is_loaded(module, tmp_path):
     assert all((value == saved[name]).all() for name, value in module.gpt.named_parameters())
 
 
-@pytest.mark.parametrize("place", ["shards", "sums", "name"])
+@pytest.mark.parametrize("place", ["shards", "sums", "index", "name"])
 def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(module, monkeypatch, tmp_path, place):
     checkpoint.save(trainable(module), {}, tmp_path / "step_00000001")
 
@@ -205,11 +206,12 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(module, monkeyp
     owner, name = {
         "shards": (checkpoint_write.filesystem_async, "_write_item"),
         "sums": (integrity, "digests"),
+        "index": (checkpoint_write, "save_config"),
         "name": (integrity, "write"),
     }[place]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full)
-        write = checkpoint.begin(trainable(module), {}, tmp_path / "step_00000002", checkpoint_write.HostMemory())
+        write = checkpoint.begin(trainable(module), {}, tmp_path / "step_00000002", HostMemory())
         with pytest.raises(UserError) as caught:
             write.finish()
     assert "\n" not in str(caught.value)

@@ -22,7 +22,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from halfbyte.training import gradients, optimizer_state, untrusted
-from halfbyte.training.checkpoint_write import HostMemory, Write
+from halfbyte.training.checkpoint_memory import HostMemory
+from halfbyte.training.checkpoint_write import Write
 from halfbyte.training.checkpoint_write import begin as start
 from halfbyte.training.errors import UserError
 

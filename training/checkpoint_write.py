@@ -15,120 +15,24 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.storage import WriteResult
 
 from halfbyte.training import integrity, retention
+from halfbyte.training.checkpoint_memory import HostMemory, Plan
 from halfbyte.training.errors import UserError
 
 FAILURES = (OSError, RuntimeError, CheckpointingException, CheckpointException)
 """What a disk that is full or not writable raises, here or from inside Megatron."""
 
-
-class HostMemory:
-    """What saves of one start have in common: the copies of a rank's tensors that are written, and Megatron's plan.
-
-    Training can change the tensors while their copies are written.
-
-    Weights and optimizer state change in the optimizer step alone, so the copying may take the forward and backward
-    pass before it: `stage` only notes what to copy, `copy` copies in a thread, and the next update waits for it. The
-    memory is kept from save to save: on a CPU fresh memory costs more than the copy, on a GPU pinning it does.
-
-    Attributes:
-        saves: How many were staged in it, the same on every rank.
-        plan: Megatron's strategy, which from the third save on neither makes nor gathers what the first two agreed on.
-    """
-
-    def __init__(self) -> None:
-        self.saves = 0
-        self.plan = TorchDistSaveShardedStrategy(cached_metadata=True)
-        self._kept: dict[Any, torch.Tensor] = {}
-        self._due: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._stream: torch.cuda.Stream | None = None
-        self._reservation: threading.Thread | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was staged or reserved yet."""
-        return self.saves == 0 and self._reservation is None
-
-    def reserve(self, state: dict[str, Any]) -> None:
-        """Begin to take the memory that `stage` will need, in a thread: pinning it takes longer than filling it.
-
-        Args:
-            state: As for `stage`.
-        """
-        wanted = [(_index(part), part.data) for part in _written(state)]
-
-        def take() -> None:
-            for index, tensor in wanted:
-                self._place(index, tensor)
-
-        self._reservation = threading.Thread(target=take, name="checkpoint memory", daemon=True)
-        self._reservation.start()
-
-    def stage(self, state: dict[str, Any], at_once: Collection[int] = ()) -> None:
-        """Put what `copy` will fill in the place of the tensors that this rank writes.
-
-        Args:
-            state: Megatron's sharded state dict.
-            at_once: Addresses of tensors that something else than an optimizer step may change: these are copied here.
-        """
-        if self._reservation is not None:
-            self._reservation.join()
-            self._reservation = None
-        self._due = []
-        for part in _written(state):
-            source = part.data.detach()  # the values of now: fast_path.py points parameters elsewhere during a pass
-            part.data = self._place(_index(part), source)
-            if source.data_ptr() in at_once:
-                part.data.copy_(source)
-            else:
-                self._due.append((part.data, source))
-        self.saves += 1
-        if self._stream is None and any(source.is_cuda for _, source in self._due):
-            self._stream = torch.cuda.Stream()
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-
-    def copy(self) -> None:
-        """Copy what was staged; returns when all is there. No tensor of it may change meanwhile."""
-        due, self._due = self._due, []
-        if self._stream is None:
-            for kept, source in due:
-                kept.copy_(source)
-            return
-        with torch.cuda.stream(self._stream):  # beside what the GPU computes
-            for kept, source in due:
-                kept.copy_(source, non_blocking=True)
-        self._stream.synchronize()
-
-    def _place(self, index: Any, like: torch.Tensor) -> torch.Tensor:
-        kept = self._kept.get(index)
-        if kept is None or (kept.shape, kept.dtype) != (like.shape, like.dtype):
-            kept = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
-            self._kept[index] = kept
-        return kept
-
-
-def _written(state: dict[str, Any]) -> list[Any]:
-    """The sharded tensors of a state dict that this rank writes, as the factories cut them."""
-    apply_factories(state)  # as Megatron would
-    parts = (part for part in nested_values(state) if isinstance(part, ShardedTensor))
-    return [part for part in parts if is_main_replica(part.replica_id)]
-
-
-def _index(part: ShardedTensor) -> tuple[str, tuple[int, ...]]:
-    return part.key, part.global_offset
+Digests = dict[str, tuple[str, int]]
+"""File name -> SHA-256, bytes."""
 
 
 class Write:
@@ -140,11 +44,12 @@ class Write:
     """
 
     def __init__(
-        self, path: Path, request: AsyncRequest, buckets: list[Any], began: float, host: HostMemory | None = None
+        self, path: Path, plan: Plan, request: AsyncRequest, buckets: list[Any], host: HostMemory | None, began: float
     ):
-        self.path, self._request, self._began, self._host = path, request, began, host
+        self.path, self._plan, self._request, self._host, self._began = path, plan, request, host, began
         self.seconds = 0.0
-        self._digests: dict[str, tuple[str, int]] = {}
+        self._results: list[WriteResult] = []
+        self._digests: Digests = {}
         self._failure: BaseException | None = RuntimeError("the thread that writes ended early; see logs/")
         self._copied = threading.Event()
         # A daemon: a process that ends for another reason leaves the folder without its name, as kill -9 does.
@@ -172,23 +77,13 @@ class Write:
             UserError: on every rank: the disk is full or not writable; what was there before stays.
         """
         self._thread.join()
-        _agreed(self._failure, self.path)
-        failure: BaseException | None = None
-        try:
-            for finalize in self._request.finalize_fns:
-                finalize()
-            if dist.get_rank() == 0:  # what Megatron has written just now
-                folder = _temporary(self.path)
-                left = set(integrity.written_by(folder, 0)) - self._digests.keys()
-                self._digests |= integrity.digests(folder, sorted(left))
-        except FAILURES as error:
-            failure = error
-        # Every rank must agree that all files stand before the rename makes the checkpoint visible.
-        _agreed(failure, self.path)
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self._digests)
-        if dist.get_rank() == 0:
-            failure = _name(self.path, {name: value for part in parts for name, value in part.items()})
+        first = dist.get_rank() == 0
+        parts: list[Any] | None = [None] * dist.get_world_size() if first else None
+        dist.gather_object((self._failure is None, self._results, self._digests), parts)
+        failure = self._failure
+        # All files must stand before the rename makes the checkpoint visible.
+        if parts is not None and all(written for written, _, _ in parts):
+            failure = _complete(self.path, self._plan, parts)
         _agreed(failure, self.path)
         self.seconds = time.perf_counter() - self._began
 
@@ -213,16 +108,13 @@ class Write:
         if self._request.async_fn is None:  # nothing to write on this rank
             return
         transforms, _ = self._request.async_fn.args  # type: ignore[attr-defined] - a functools.partial
-        _, _, results = self._request.async_fn_args
-        written = {}
         for number, bucket in enumerate(buckets):
             made: Any = FileSystemWriterAsync.write_preloaded_data(
                 transforms, number, bucket, None, None, use_fsync=True
             )
-            written[number] = made[1]
-            if isinstance(written[number], Exception):
-                raise written[number]
-        results.put(written)
+            if isinstance(made[1], Exception):
+                raise made[1]
+            self._results += made[1]
 
 
 def begin(
@@ -251,7 +143,7 @@ def begin(
     _agreed(failure, path)
     # Of this save alone. Megatron would make one in a process of its own, which outlives a worker that is killed.
     filesystem_async._results_queue = queue.SimpleQueue()
-    request = buckets = None
+    plan, request, buckets = Plan() if host is None else host.plan, None, None
     try:
         content = state()
         if host is not None:
@@ -259,7 +151,7 @@ def begin(
         request = dist_checkpointing.save(
             content,
             str(temporary),
-            None if host is None else host.plan,  # type: ignore[arg-type] - Megatron's own default
+            plan,
             # All ranks compare what each of them would write, which stays what it was in a run's first save.
             validate_access_integrity=host is None or host.saves == 1,
             async_sharded_save=True,
@@ -271,17 +163,21 @@ def begin(
         failure = error
     _agreed(failure, path)
     assert request is not None
-    return Write(path, request, buckets or [], began, host)
+    return Write(path, plan, request, buckets or [], host, began)
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _name(path: Path, digests: dict[str, tuple[str, int]]) -> OSError | None:
-    """Complete a checkpoint whose shards and index stand; rank 0 only. Returns why that could not be done."""
+def _complete(path: Path, plan: Plan, parts: list[tuple[bool, list[WriteResult], Digests]]) -> BaseException | None:
+    """Give a checkpoint whose shards stand its index, sums and name; rank 0 only. Returns why that failed."""
     temporary = _temporary(path)
+    digests = {name: value for _, _, own in parts for name, value in own.items()}
     try:
+        plan.writer.finish(plan.index, [results for _, results, _ in parts])
+        save_config(CheckpointingConfig(plan.backend, plan.version), str(temporary))
+        digests |= integrity.digests(temporary, sorted(set(integrity.written_by(temporary, 0)) - digests.keys()))
         integrity.write(temporary, digests)
         for file in [*temporary.iterdir(), temporary]:
             handle = os.open(file, os.O_RDONLY)
@@ -290,7 +186,7 @@ def _name(path: Path, digests: dict[str, tuple[str, int]]) -> OSError | None:
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         retention.point(path)
-    except OSError as error:
+    except FAILURES as error:
         return error
     return None
 

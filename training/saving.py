@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from halfbyte.training import retention
-from halfbyte.training.checkpoint_write import HostMemory, Write
+from halfbyte.training.checkpoint_memory import HostMemory
+from halfbyte.training.checkpoint_write import Write
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import StoppedTogether, UserError
 from halfbyte.training.interrupt import Interrupted, Stop

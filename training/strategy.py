@@ -124,8 +124,9 @@ class MegatronStrategy(ParallelStrategy):
         """The model was built on its device."""
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks."""
-        dist.barrier()
+        """Wait for all ranks; a save that has begun needs no more of it."""
+        if name != "Trainer.save_checkpoint":
+            dist.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Any picklable object from `src` to all."""

@@ -51,11 +51,11 @@ def plant(folder: Path) -> None:
     """Hook the faults into the places that they are named after."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from halfbyte.training import checkpoint_write, integrity, module
+    from halfbyte.training import checkpoint_memory, integrity, module
 
     done, before = {"steps": 0}, {name for name in FAULTS if (folder / f"fault.{name}").exists()}
     whole_pass, step, digests = module.Training._pass, module.MegatronOptimizer.step, integrity.digests
-    layer, copy = TransformerLayer.forward, checkpoint_write.HostMemory.copy
+    layer, copy = TransformerLayer.forward, checkpoint_memory.HostMemory.copy
 
     def broken_pass(self, batch, quantizes):
         done["steps"] = len(self.progress.losses)
@@ -81,7 +81,7 @@ def plant(folder: Path) -> None:
 
     module.Training._pass, module.MegatronOptimizer.step = broken_pass, broken_step
     TransformerLayer.forward, integrity.digests = broken_layer, broken_digests
-    checkpoint_write.HostMemory.copy = late_copy
+    checkpoint_memory.HostMemory.copy = late_copy
 
 
 if __name__ == "__main__":
