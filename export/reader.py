@@ -224,8 +224,12 @@ def read_header(file: Path) -> dict[str, Entry]:
     Raises:
         UserError: it is not a whole safetensors file.
     """
-    total = file.stat().st_size
-    with file.open("rb") as stream:
+    try:
+        total = file.stat().st_size
+        stream = file.open("rb")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); export again") from error
+    with stream:
         length = struct.unpack("<Q", stream.read(8))[0] if total >= 8 else 0
         if not 2 <= length <= min(total - 8, MOST_HEADER_BYTES):
             raise UserError(f"{file}: damaged: no safetensors header in its {total} bytes; export again")

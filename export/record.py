@@ -92,6 +92,13 @@ def record_verdict(out: Path, verdict: dict[str, Any] | None, card: str | None =
     write_json(out / RECORD, record | {"gate": verdict, "files": files})
 
 
+def altered_record(out: Path, known: str | None) -> list[str]:
+    """A line if a directory's halfbyte.json, by which its other files are judged, is not the one with this SHA-256."""
+    if (out / RECORD).is_file() and file_hash(out / RECORD) == known:
+        return []
+    return [f"{out / RECORD} changed after the export (SHA-256 differs)"]
+
+
 def broken_hashes(out: Path, *, rank: int = 0, size: int = 1) -> list[str]:
     """Files of a directory that are not as they were written, by the list in halfbyte.json; a line each.
 
@@ -113,9 +120,13 @@ def broken_hashes(out: Path, *, rank: int = 0, size: int = 1) -> list[str]:
         problems += [f"{out / name} is listed in {RECORD} but missing" for name in sorted(hashes.keys() - present)]
         problems += [f"{out / name} is not listed in {RECORD}" for name in sorted(present - hashes.keys())]
     both = sorted(present & hashes.keys())[rank::size]
-    changed = [
-        name
-        for name in both
-        if (out / name).stat().st_size != sizes[name] or file_hash(out / name) != hashes[name]  # the size is quick
-    ]
+    changed = [name for name in both if not _unchanged(out / name, sizes[name], hashes[name])]
     return problems + [f"{out / name} changed after the export (SHA-256 differs)" for name in changed]
+
+
+def _unchanged(path: Path, size: int, sha256: str) -> bool:
+    """Whether a file is as it was; the size is quick. One that cannot be read, or is none, is not."""
+    try:
+        return path.is_file() and path.stat().st_size == size and file_hash(path) == sha256
+    except OSError:
+        return False

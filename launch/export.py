@@ -8,14 +8,14 @@ from typing import Any
 
 from halfbyte.export import nemo
 from halfbyte.export.convert import convert, origin
-from halfbyte.export.record import RECORD
+from halfbyte.export.record import RECORD, altered_record, broken_hashes, file_hash
 from halfbyte.launch import handover
 from halfbyte.launch.console import Console
 from halfbyte.launch.start import RESOLVED
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import USAGE, UserError
-from halfbyte.training.files import read_json
+from halfbyte.training.files import damage, read_json
 from halfbyte.training.nemo_archive import SUFFIX, is_archive, read
 from halfbyte.training.resolve import load
 
@@ -58,6 +58,8 @@ def export_as(source: Path, container: str, to: Path | None, ranks: int | None, 
         _archive(recipe, source, checkpoint, out, Console(True))
     else:
         _convert(checkpoint, kind, out, size, Console(True))
+    if recipe is not None and out == place(source, kind):
+        _note(source, kind)
     return out
 
 
@@ -79,6 +81,33 @@ def serving_checkpoint(recipe: Recipe, folder: Path, *, allow_failed_gate: bool)
     return out
 
 
+def altered(folder: Path) -> list[str]:
+    """Files of the further layouts of a run that are not as they were made; a line each.
+
+    Raises:
+        UserError: export/export.json is damaged.
+    """
+    return [line for name, sha256 in _known(folder).items() for line in _altered(place(folder, name), sha256)]
+
+
+def _known(folder: Path) -> dict[Container, str]:
+    """The layouts that were made, each with the SHA-256 of its halfbyte.json, or of the archive."""
+    with damage(folder / "export" / "export.json"):
+        return {Container(name): str(sha256) for name, sha256 in handover.known(folder).get("also", {}).items()}
+
+
+def _altered(out: Path, sha256: str | None) -> list[str]:
+    if out.is_file():
+        return [] if file_hash(out) == sha256 else [f"{out} changed after the export (SHA-256 differs)"]
+    return [*altered_record(out, sha256), *broken_hashes(out)] if out.exists() else []
+
+
+def _note(folder: Path, container: Container) -> None:
+    """Remember a layout as it was made: `altered` compares with it."""
+    out = place(folder, container)
+    handover.remember(folder, also=_known(folder) | {container: file_hash(out if out.is_file() else out / RECORD)})
+
+
 def place(folder: Path, container: Container) -> Path:
     """Where a run keeps a conversion: a directory, or the .nemo archive."""
     return folder / "export" / (f"model{SUFFIX}" if container is Container.nemo else container.value)
@@ -94,11 +123,13 @@ def convert_also(recipe: Recipe, folder: Path, console: Console) -> None:
     for container in Container:
         out = place(folder, container)
         current = origin(source, container, ranks).items() <= _record(out).items()
+        current = current and not _altered(out, _known(folder).get(container))
         if container in recipe.export.also and not current:
             if container is Container.nemo:
                 _archive(recipe, folder, source, out, console)
             else:
                 _convert(source, container, out, ranks, console)
+            _note(folder, container)
         elif not current:
             _remove(out)
 

@@ -8,17 +8,18 @@ and released.
 
 import shutil
 import subprocess
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from halfbyte.export import handoff, hf
 from halfbyte.export.card import card_text
+from halfbyte.export.copied import broken_copies
 from halfbyte.export.folder import move
 from halfbyte.export.imported import with_source_bytes
 from halfbyte.export.reader import open_checkpoint
-from halfbyte.export.record import RECORD, broken_hashes, file_hash, record_verdict
+from halfbyte.export.record import RECORD, altered_record, broken_hashes, file_hash, record_verdict
 from halfbyte.export.team import ALONE, Team
 from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
@@ -193,7 +194,7 @@ def prepare(recipe: Recipe, folder: Path, console: Console, *, resume: bool, tea
         report = verify(recipe, folder, candidate(folder), console, team)
         notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
     raise_problems(report, folder)
-    team.on_first(lambda: _note(folder, verified=True))
+    team.on_first(lambda: remember(folder, verified=True))
     return candidate(folder)
 
 
@@ -202,34 +203,32 @@ def _standing(folder: Path, console: Console, team: Team) -> Path | None:
 
     def verified() -> Path | None:
         out = exported(folder)
-        return out if out is not None and _notes(folder).get("verified") else None
+        return out if out is not None and known(folder).get("verified") else None
 
     out = team.on_first(verified)
     if out is None:
         return None
     shares = team.on_every(lambda: broken_hashes(out, rank=team.rank, size=team.size))
-    altered = [*team.on_first(lambda: _altered_record(folder, out)), *(line for share in shares for line in share)]
+    record = team.on_first(lambda: altered_record(out, known(folder).get("record_sha256")))
+    altered = [*record, *(line for share in shares for line in share)]
     if altered:
         console.say(f"  {altered[0]}; exporting it again")
     return None if altered else out
 
 
-def _altered_record(folder: Path, out: Path) -> list[str]:
-    """A line if halfbyte.json, by which all other files are judged, is not as it was written last."""
-    known = _notes(folder).get("record_sha256")
-    if (out / RECORD).is_file() and file_hash(out / RECORD) == known:
-        return []
-    return [f"{out / RECORD} changed after the export (SHA-256 differs)"]
+def known(folder: Path) -> dict[str, Any]:
+    """What the run knows about its export (export/export.json), empty if there is none.
 
-
-def _notes(folder: Path) -> dict[str, Any]:
-    """What the run knows about its export: checkpoint, verified, sizes, record_sha256; empty if there is none."""
+    Keys: checkpoint, verified, sizes; record_sha256, of the export's halfbyte.json; also, further layout -> SHA-256 of
+    its halfbyte.json, or of the archive.
+    """
     path = folder / "export" / "export.json"
     return read_json(path) if path.exists() else {}
 
 
-def _note(folder: Path, **entries: Any) -> None:
-    write_json(folder / "export" / "export.json", _notes(folder) | entries)
+def remember(folder: Path, **entries: Any) -> None:
+    """Put entries into export/export.json."""
+    write_json(folder / "export" / "export.json", known(folder) | entries)
 
 
 def forget_export(folder: Path) -> None:
@@ -248,7 +247,7 @@ def _export(recipe: Recipe, folder: Path, team: Team, console: Console) -> dict[
     own = hf.own_weights(recipe, model_dir, team)
     team.on_every(lambda: _check_newest(folder, team))
     checkpoint = team.on_first(lambda: newest_checkpoint(folder).name)
-    team.on_first(lambda: _note(folder, checkpoint=checkpoint, verified=False, sizes={}))
+    team.on_first(lambda: remember(folder, checkpoint=checkpoint, verified=False, sizes={}))
     sizes = hf.write(
         _watched(trained_weights(recipe, folder, own.keys()), console, "export", sum(own.values())),
         recipe,
@@ -258,7 +257,7 @@ def _export(recipe: Recipe, folder: Path, team: Team, console: Console) -> dict[
         versions=versions(),
         team=team,
     )
-    team.on_first(lambda: _note(folder, sizes=sizes, record_sha256=file_hash(candidate(folder) / RECORD)))
+    team.on_first(lambda: remember(folder, sizes=sizes, record_sha256=file_hash(candidate(folder) / RECORD)))
     return sizes
 
 
@@ -280,13 +279,13 @@ def release(recipe: Recipe, folder: Path, verdict: dict[str, Any]) -> Path:
         UserError: the verdict is about another checkpoint, or there is no verified export of the newest one.
     """
     check_verdict(folder, verdict)
-    out, record = exported(folder), _notes(folder)
+    out, record = exported(folder), known(folder)
     if out is None or not record.get("verified"):
         raise UserError(f"{folder}: no verified export of the newest checkpoint; export it first (halfbyte export)")
     formats = _formats(recipe).values()
     licensed = any(out.glob("LICENSE*"))
     record_verdict(out, verdict, card_text(recipe, formats, verdict, record["sizes"], licensed=licensed))
-    _note(folder, record_sha256=file_hash(out / RECORD))
+    remember(folder, record_sha256=file_hash(out / RECORD))
     if out != released(folder):
         move(out, released(folder))
     handoff.write_handoff(released(folder), recipe, formats, verdict, record["sizes"], versions())
@@ -309,21 +308,31 @@ def withdraw(folder: Path) -> None:
     out = exported(folder)
     if out is not None and out == released(folder):
         record_verdict(out, None)
-        _note(folder, record_sha256=file_hash(out / RECORD))
+        remember(folder, record_sha256=file_hash(out / RECORD))
         move(out, candidate(folder))
     shutil.rmtree(released(folder), ignore_errors=True)
     (folder / "export" / "HANDOFF.md").unlink(missing_ok=True)
 
 
-def check_again(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
+def check_again(recipe: Recipe, folder: Path, console: Console, further: Sequence[str] = ()) -> dict[str, Any]:
     """Verify what stands: the export of the newest checkpoint, or else what was released before it.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder.
+        console: Gets a bar.
+        further: Lines about what was made from the export.
 
     Raises:
         UserError: nothing was exported.
     """
     report = verify(recipe, folder, exported(folder) or released(folder), console, ALONE)
-    if _notes(folder):
-        _note(folder, verified=report["ok"])
+    if further:
+        report |= {"ok": False, "problems": [*report["problems"], *further]}
+        report["problem_count"] += len(further)
+        write_json(folder / "verify.json", report)
+    if known(folder):
+        remember(folder, verified=report["ok"])
     return report
 
 
@@ -342,8 +351,8 @@ def verify(recipe: Recipe, folder: Path, out: Path, console: Console, team: Team
 
 
 def _rescored(recipe: Recipe, folder: Path, out: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The report with halfbyte.json's own state and what the decoded model scores, as it is in verify.json."""
-    found = _altered_record(folder, out)
+    """The report with what the weights do not tell, as it is in verify.json: copied files, what the model scores."""
+    found = [*altered_record(out, known(folder).get("record_sha256")), *broken_copies(out, Path(recipe.model.path))]
     if report["ok"] and not found and recipe.verify.items and recipe.evaluate.tasks:
         report["rescored"] = rescore(recipe, folder, out)
         off = {name: task for name, task in report["rescored"].items() if not task["ok"]}

@@ -163,7 +163,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
                 also.convert_also(recipe, folder, console)
     if "verify" in stages and not resume:
         with console.stage("verify") as notes:
-            report = handover.check_again(recipe, folder, console)
+            report = handover.check_again(recipe, folder, console, also.altered(folder))
             notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
         handover.raise_problems(report, folder)
     with console.stage("report") as notes:

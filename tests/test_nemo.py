@@ -94,7 +94,7 @@ def test_a_run_from_an_archive_exports_the_same_bytes(tmp_path: Path, kind: str)
     run = finished(tmp_path, config, made)
     place = Path(run.run.dir)
     archive = export.export_as(place, "nemo", None, None, allow_failed_gate=False)
-    assert {path.name for path in place.glob("export/*")} == {"hf", archive.name}
+    assert {path.name for path in place.glob("export/*")} == {"hf", archive.name, "export.json"}
     again = next_run(tmp_path, archive)
     source, shape, report = Path(again.model.path), read_shape(place / "export/hf/config.json"), tmp_path / "q.json"
     assert read_shape(source / "config.json") == shape
@@ -215,6 +215,12 @@ def test_a_release_gets_its_archive_and_loses_it(run: Recipe, archive: Path, tmp
     wanted = replace(run, export=replace(run.export, also=[Container.nemo]))
     export.convert_also(wanted, place, Console(False))
     assert archive.stat().st_ino == inode
+    assert export.altered(place) == []
+    archive.write_bytes(before[:-1] + b"x")  # behind the last file: nobody reads it, but it is not what was made
+    assert export.altered(place) == [f"{archive} changed after the export (SHA-256 differs)"]
+    export.convert_also(wanted, place, Console(False))
+    assert archive.read_bytes()[-1] == 0
+    assert export.altered(place) == []
     older = content(archive)
     older["halfbyte.json"] = older["halfbyte.json"].replace(b"source_sha256", b"source_sha512")
     packed(archive, older)

@@ -128,37 +128,41 @@ def test_a_finished_run_is_not_done_again(halfbyte, place):
     assert digest(place / "runs" / "a") == before
 
 
+def flip(path: Path) -> bytes:
+    """Flip a bit of a file's last byte; what it held before."""
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    return good
+
+
 def test_a_flipped_byte_fails_verify(halfbyte, place):
-    weights = place / "runs" / "a" / "export" / "hf" / "model-00002-of-00003.safetensors"
-    record = weights.with_name("halfbyte.json")
-    good = {path: path.read_bytes() for path in (weights, record)}
-    middle = len(good[weights]) // 2
-    bad = {
-        weights: good[weights][:middle] + bytes([good[weights][middle] ^ 1]) + good[weights][middle + 1 :],
-        record: good[record].replace(b'"verdict": "pass"', b'"verdict": "Pass"'),
-    }
-    for path, content in bad.items():
-        path.write_bytes(content)
+    export = place / "runs" / "a" / "export"
+    weights, engine = export / "hf" / "model-00002-of-00003.safetensors", export / "trtllm" / "rank1.safetensors"
+    record = export / "hf" / "halfbyte.json"
+    good = {weights: flip(weights), record: record.read_bytes(), engine: flip(engine)}
+    record.write_bytes(good[record].replace(b'"verdict": "pass"', b'"verdict": "Pass"'))
     done = halfbyte("verify", "runs/a", cwd=place)
     assert done.returncode == 1
     assert done.stderr.startswith("error: verify failed: ")
     report = read(place / "runs" / "a" / "verify.json")
     assert report["ok"] is False
-    assert "halfbyte.json changed after the export" in report["problems"][-1]
+    for path, line in zip(good, report["problems"][-3:], strict=True):
+        assert f"{path.name} changed after the export (SHA-256 differs)" in line
     for path, content in good.items():
         path.write_bytes(content)
     assert halfbyte("verify", "runs/a", cwd=place).returncode == 0
 
 
 def test_a_run_does_not_ship_again_what_changed_since_it_was_verified(halfbyte, place):
-    weights = place / "runs" / "a" / "export" / "hf" / "model-00002-of-00003.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    options = (*SHORT, "export.files=3", "run.dir=runs/a", "parallel.pipeline=2")
+    export = place / "runs" / "a" / "export"
+    weights, engine = export / "hf" / "model-00002-of-00003.safetensors", export / "trtllm" / "rank1.safetensors"
+    good = {path: flip(path) for path in (weights, engine)}
+    further = ("export.also=[trtllm]", "export.tensor_parallel=2", "export.files=3")
+    options = (*SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2")
     done = halfbyte("run", "tiny", *options, cwd=place)
     assert done.returncode == 0, done.stderr
     assert "model-00002-of-00003.safetensors changed after the export (SHA-256 differs); exporting it" in done.stdout
-    assert weights.read_bytes() == good
+    assert {path: path.read_bytes() for path in good} == good
 
 
 def test_a_failed_gate_leaves_nothing_to_ship_unless_it_is_asked_to(halfbyte, place):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from halfbyte.export import hf
+from halfbyte.export.copied import broken_copies
 from halfbyte.export.pack import fake
 from halfbyte.export.reader import open_checkpoint
 from halfbyte.export.served import decoded_model
@@ -332,6 +333,44 @@ def test_files_lost_added_truncated_or_swapped(out: Path, model_dir: Path, train
     first.write_bytes(contents[1])
     rehash(sharded)
     assert "is not in model-0000" in problems(sharded, trained)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("change", [lambda path: path.symlink_to("nowhere"), Path.mkdir])
+def test_a_file_that_cannot_be_read_is_a_finding(out: Path, trained: list[HFWeight], name: str, change: Callable):
+    (out / name).unlink()
+    change(out / name)
+    assert f"{name} changed after the export" in problems(out, trained)
+
+
+def setting(**changes: object) -> Callable[[Path], object]:
+    """Change config.json: as a converter might, or somebody who wants a longer context."""
+
+    def change(out: Path) -> None:
+        path = out / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (setting(rms_norm_eps=1e-2), "config.json: rms_norm_eps = 0.01, and should be 1e-05"),
+        (setting(rope_theta=5e5), "config.json: rope_theta = 500000.0, and should be None"),
+        (setting(auto_map={"AutoModel": "evil.Model"}), "config.json: auto_map = "),
+        (setting(torch_dtype="float16"), "config.json: torch_dtype = 'float16', and should be 'bfloat16'"),
+        (lambda out: (out / "tokenizer.json").write_text("[]"), "tokenizer.json: is not what "),
+        (lambda out: (out / "evil.py").write_text(""), "evil.py: belongs to no export"),
+    ],
+)
+def test_what_the_weights_do_not_tell_is_compared_with_the_source(
+    out: Path, model_dir: Path, change: Callable[[Path], object], said: str
+):
+    assert broken_copies(out, model_dir) == []
+    change(out)
+    (line,) = broken_copies(out, model_dir)
+    assert said in line
 
 
 def test_another_models_files_do_not_verify(out: Path, trained: list[HFWeight]):
