@@ -131,7 +131,7 @@ def test_inconclusive_releases_where_the_recipe_says_so(make_run, capsys):
     ("words", "said"),
     [
         (("train.steps=3",), "train.steps: a comparison takes gate.* only"),
-        (("gate.confidence=2",), "gate.confidence = 2.0: must lie between 0.5 and 0.999"),
+        (("gate.confidence=2",), "gate.confidence = 2.0: must lie between 0.5 and 0.9999"),
         (("gate.thresholds_pp.nope=1",), "gate.thresholds_pp.nope = 1.0: no such task; evaluate.tasks has lambada"),
         (("gate.treshold_pp=1",), "gate.treshold_pp = 1: no such key"),
     ],

@@ -255,7 +255,7 @@ class Gate:
     perplexity_ratio: float = 1.01
     """Largest tolerated perplexity against BF16, as a ratio."""
     confidence: float = 0.95
-    """Level of the paired intervals that must lie inside the thresholds, all together (see correction)."""
+    """Level of the paired intervals that must lie inside the thresholds together (see correction); 0.5 to 0.9999."""
     thresholds_pp: dict[str, float] = field(default_factory=dict)
     """Task name -> its own threshold_pp; gate.thresholds_pp.NAME=0.5 on the command line."""
     kl: float | None = None

@@ -73,7 +73,8 @@ NOT_NEGATIVE = (
     "launch.max_restarts",
     "launch.hang_seconds",
 )
-FRACTIONS = ("train.beta1", "train.beta2", "distill.beta", "gate.confidence")
+RANGES = dict.fromkeys(("train.beta1", "train.beta2", "distill.beta"), (0, 1)) | {"gate.confidence": (0.5, 0.9999)}
+"""Both ends are excluded. Of more confidence a bootstrap needs millions of resamples; of less, nothing is certain."""
 
 
 def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
@@ -138,8 +139,9 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
             yield f"{key} = {value}: must be positive; give {least}"
         elif value is not None and key in NOT_NEGATIVE and value < 0:
             yield f"{key} = {value}: must not be negative; give 0 or more"
-        elif value is not None and key in FRACTIONS and not 0 < value < 1:
-            yield f"{key} = {value}: must lie between 0 and 1; the default is {dict(leaves(Recipe()))[key]}"
+        elif value is not None and key in RANGES and not RANGES[key][0] < value < RANGES[key][1]:
+            low, high = RANGES[key]
+            yield f"{key} = {value}: must lie between {low} and {high}; the default is {dict(leaves(Recipe()))[key]}"
     if recipe.telemetry.straggler_ratio <= 1:
         yield (
             f"telemetry.straggler_ratio = {recipe.telemetry.straggler_ratio}: half of all ranks take the median or "
