@@ -143,7 +143,12 @@ def test_bleu_is_sacrebleus(exam, gpt):
 
 def test_kl_is_taken_on_what_bf16_said(exam, gpt, opened, tiny_model):
     made = exam(**KINDS)
+    stale = [made.folder / "cache" / f"reference.choice.{rank}.pt" for rank in (1, 2)]  # of a start with more ranks
+    stale[0].parent.mkdir(parents=True, exist_ok=True)
+    for path in stale:
+        torch.save({0: torch.zeros(1, 512)}, path)
     evaluate(made, gpt, "bf16")
+    assert not any(path.exists() for path in stale)
     said = json.loads((made.folder / "cache" / "outputs.translation.json").read_text())
     same = evaluate(exam(**KINDS), gpt, "ptq")  # another start of the run: the reference comes from its files
     assert all(abs(scores["kl"]) < 1e-5 and scores["agreement"] == 1 for scores in same.values())

@@ -4,6 +4,7 @@ passes.py brings items through the model, harness.py the tasks of lm-eval. The B
 positions are kept on disk, so that later stages (and later starts of the run) compare with the very same reference.
 """
 
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -246,8 +247,12 @@ def _reference_file(exam: Examination, task: Task, rank: int) -> Path:
 
 
 def _save_reference(exam: Examination, task: Task, rows: dict[int, torch.Tensor]) -> None:
-    path = _reference_file(exam, task, parallel_state.get_data_parallel_rank())
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    path = _reference_file(exam, task, rank)
     temporary = path.with_suffix(".tmp")
+    later = itertools.takewhile(Path.exists, (_reference_file(exam, task, rank + n * size) for n in itertools.count(1)))
+    for stale in list(later):  # of an earlier start with more ranks: readers take all files
+        stale.unlink()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({key: value.cpu() for key, value in rows.items()}, temporary)
