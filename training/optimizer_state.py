@@ -7,7 +7,7 @@ None of this is needed: a stretch of a flat parameter is a few boxes of the para
 piece of a row), and the format takes boxes of any place and size. Keys, shapes and what loads them stay as they are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -66,7 +66,7 @@ def _instead(part: DistributedOptimizer) -> Any:
     return lambda weights, *_: _state(part, weights)
 
 
-def _state(part: DistributedOptimizer, weights: Mapping[str, Any]) -> dict[int, Any]:
+def _state(part: DistributedOptimizer, weights: dict[str, Any]) -> dict[int, Any]:
     """As DistributedOptimizer.sharded_param_state_fully_reshardable: number -> name -> what this rank stores."""
     stored = {
         entry.data: entry
@@ -95,8 +95,9 @@ def _state(part: DistributedOptimizer, weights: Mapping[str, Any]) -> dict[int, 
 
 def _whole(entry: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTensor, int]]:
     """What a parameter is stored as, without data, and where in the flat parameter each tensor begins."""
-    without = replace(entry, data=torch.empty(entry.data.shape, dtype=entry.data.dtype, device="meta"))
-    tensors = [without] if isinstance(without, ShardedTensor) else list(nested_values(without.build()))
+    held: Any = entry.data  # declared Optional, which it is in plans only
+    without = replace(entry, data=torch.empty(held.shape, dtype=held.dtype, device="meta"))
+    tensors: list[Any] = [without] if isinstance(without, ShardedTensor) else list(nested_values(without.build()))
     assert all(tensor.data.is_contiguous() for tensor in tensors)
     return [(tensor, tensor.data.storage_offset()) for tensor in tensors]
 
