@@ -11,8 +11,8 @@ from halfbyte.export.record import CARD, RECORD
 from halfbyte.training.errors import UserError
 from halfbyte.training.model_config import read_config
 
-WRITTEN_KEYS = {"dtype": "bfloat16", "torch_dtype": "bfloat16", "quantization_config": None}
-"""Keys of config.json that an export writes itself, with the value that is always the same."""
+WRITTEN_KEYS = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+"""Keys of config.json that an export writes itself, beside quantization_config."""
 WRITTEN = (RECORD, CARD, "config.json", "hf_quant_config.json", "model*.safetensors", "model.safetensors.index.json")
 """Files that an export writes itself."""
 MAY_BE_WRITTEN = "generation_config.json"
@@ -34,7 +34,7 @@ def broken_copies(out: Path, model_dir: Path) -> list[str]:
         config = open_checkpoint(out).config
     except UserError:
         return []  # verify has said so
-    expected = {**source, **{key: value for key, value in WRITTEN_KEYS.items() if value}}
+    expected = source | WRITTEN_KEYS
     names = sorted((expected.keys() | config.keys()) - {"quantization_config"})
     problems = [
         f"{out / 'config.json'}: {name} = {config.get(name)!r}, and should be {expected.get(name)!r} as at {model_dir}"

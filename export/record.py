@@ -92,11 +92,13 @@ def record_verdict(out: Path, verdict: dict[str, Any] | None, card: str | None =
     write_json(out / RECORD, record | {"gate": verdict, "files": files})
 
 
-def altered_record(out: Path, known: str | None) -> list[str]:
-    """A line if a directory's halfbyte.json, by which its other files are judged, is not the one with this SHA-256."""
-    if (out / RECORD).is_file() and file_hash(out / RECORD) == known:
-        return []
-    return [f"{out / RECORD} changed after the export (SHA-256 differs)"]
+def altered_file(path: Path, sha256: str | None) -> list[str]:
+    """A line if a file is not the one with this SHA-256: halfbyte.json, by which others are judged, or an archive."""
+    return [] if path.is_file() and file_hash(path) == sha256 else [_changed(path)]
+
+
+def _changed(path: Path) -> str:
+    return f"{path} changed after the export (SHA-256 differs)"
 
 
 def broken_hashes(out: Path, *, rank: int = 0, size: int = 1) -> list[str]:
@@ -121,7 +123,7 @@ def broken_hashes(out: Path, *, rank: int = 0, size: int = 1) -> list[str]:
         problems += [f"{out / name} is not listed in {RECORD}" for name in sorted(present - hashes.keys())]
     both = sorted(present & hashes.keys())[rank::size]
     changed = [name for name in both if not _unchanged(out / name, sizes[name], hashes[name])]
-    return problems + [f"{out / name} changed after the export (SHA-256 differs)" for name in changed]
+    return problems + [_changed(out / name) for name in changed]
 
 
 def _unchanged(path: Path, size: int, sha256: str) -> bool:

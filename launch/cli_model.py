@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from halfbyte.training.config import Recipe
 from halfbyte.training.errors import OK, RecipeError
 
 
@@ -52,16 +53,13 @@ def recipe_or_run(args: argparse.Namespace):
 def sensitivity(args: argparse.Namespace) -> int:
     """`halfbyte sensitivity`: returns the exit code."""
     from halfbyte.launch.sensitivity import STAGE, prepare
-    from halfbyte.launch.start import RESOLVED, holding, is_first, launch
-    from halfbyte.training.resolve import save
+    from halfbyte.launch.start import RESOLVED, is_first
 
     if args.bits is not None:
         args.overrides.append(f"sensitivity.bits={args.bits}")
     recipe = recipe_or_run(args)
     measured = prepare(recipe)
-    with holding(Path(measured.run.dir)):
-        save(measured, Path(measured.run.dir) / RESOLVED)
-        code = launch(measured, [STAGE])
+    code = _start(measured, STAGE)
     plan = Path(recipe.run.dir) / "sensitivity.yaml"
     if code == OK and recipe.sensitivity.bits is not None and is_first():
         resolved = Path(args.recipe) / RESOLVED
@@ -73,24 +71,25 @@ def sensitivity(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     """`halfbyte generate`: returns the exit code."""
     from halfbyte.launch.generate import STAGE, prepare
-    from halfbyte.launch.start import RESOLVED, holding, launch
-    from halfbyte.training.resolve import save
 
-    recipe = prepare(recipe_or_run(args), args.prompts, args.out)
-    with holding(Path(recipe.run.dir)):
-        save(recipe, Path(recipe.run.dir) / RESOLVED)
-        return launch(recipe, [STAGE])
+    return _start(prepare(recipe_or_run(args), args.prompts, args.out), STAGE)
 
 
 def teacher(args: argparse.Namespace) -> int:
     """`halfbyte teacher`: returns the exit code."""
-    from halfbyte.launch.start import RESOLVED, holding, launch
     from halfbyte.launch.teacher import STAGE, prepare
-    from halfbyte.training.resolve import save
 
     recipe = with_weights(args)
     folder = Path(args.out or f"{recipe.run.dir}_teacher").absolute()
-    writing = prepare(recipe, folder)
+    return _start(prepare(recipe, folder), STAGE)
+
+
+def _start(recipe: Recipe, stage: str) -> int:
+    """Run a stage that is not one of a run, in a run folder of its own; returns the exit code."""
+    from halfbyte.launch.start import RESOLVED, holding, launch
+    from halfbyte.training.resolve import save
+
+    folder = Path(recipe.run.dir)
     with holding(folder):
-        save(writing, folder / RESOLVED)
-        return launch(writing, [STAGE])
+        save(recipe, folder / RESOLVED)
+        return launch(recipe, [stage])

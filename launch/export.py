@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte.export import nemo
 from halfbyte.export.convert import convert, origin
-from halfbyte.export.record import RECORD, altered_record, broken_hashes, file_hash
+from halfbyte.export.record import RECORD, altered_file, broken_hashes, file_hash
 from halfbyte.launch import handover
 from halfbyte.launch.console import Console
 from halfbyte.launch.start import RESOLVED
@@ -98,8 +98,8 @@ def _known(folder: Path) -> dict[Container, str]:
 
 def _altered(out: Path, sha256: str | None) -> list[str]:
     if out.is_file():
-        return [] if file_hash(out) == sha256 else [f"{out} changed after the export (SHA-256 differs)"]
-    return [*altered_record(out, sha256), *broken_hashes(out)] if out.exists() else []
+        return altered_file(out, sha256)
+    return [*altered_file(out / RECORD, sha256), *broken_hashes(out)] if out.exists() else []
 
 
 def _note(folder: Path, container: Container) -> None:

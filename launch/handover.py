@@ -19,7 +19,7 @@ from halfbyte.export.copied import broken_copies
 from halfbyte.export.folder import move
 from halfbyte.export.imported import with_source_bytes
 from halfbyte.export.reader import open_checkpoint
-from halfbyte.export.record import RECORD, altered_record, broken_hashes, file_hash, record_verdict
+from halfbyte.export.record import RECORD, altered_file, broken_hashes, file_hash, record_verdict
 from halfbyte.export.team import ALONE, Team
 from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
@@ -209,7 +209,7 @@ def _standing(folder: Path, console: Console, team: Team) -> Path | None:
     if out is None:
         return None
     shares = team.on_every(lambda: broken_hashes(out, rank=team.rank, size=team.size))
-    record = team.on_first(lambda: altered_record(out, known(folder).get("record_sha256")))
+    record = team.on_first(lambda: altered_file(out / RECORD, known(folder).get("record_sha256")))
     altered = [*record, *(line for share in shares for line in share)]
     if altered:
         console.say(f"  {altered[0]}; exporting it again")
@@ -352,7 +352,10 @@ def verify(recipe: Recipe, folder: Path, out: Path, console: Console, team: Team
 
 def _rescored(recipe: Recipe, folder: Path, out: Path, report: dict[str, Any]) -> dict[str, Any]:
     """The report with what the weights do not tell, as it is in verify.json: copied files, what the model scores."""
-    found = [*altered_record(out, known(folder).get("record_sha256")), *broken_copies(out, Path(recipe.model.path))]
+    found = [
+        *altered_file(out / RECORD, known(folder).get("record_sha256")),
+        *broken_copies(out, Path(recipe.model.path)),
+    ]
     if report["ok"] and not found and recipe.verify.items and recipe.evaluate.tasks:
         report["rescored"] = rescore(recipe, folder, out)
         off = {name: task for name, task in report["rescored"].items() if not task["ok"]}

@@ -206,10 +206,11 @@ def _work(folder: Path, words: Sequence[str], flags: Sequence[str], *, in_file: 
         return error.code
     except BaseException as error:  # noqa: BLE001 - the process ends here: one line says why, a file has the traceback
         message = _memory(error) or f"{type(error).__name__}: {_line(error)}"
-        details = _report(folder, message, FAILED, died=_lost(error)).with_suffix(".txt")
+        died = _lost(error)
+        details = _report(folder, message, FAILED, died=died).with_suffix(".txt")
         with suppress(OSError):  # where there is no room for it, its line has to do
             details.write_text(traceback.format_exc())
-            _report(folder, f"{message} (traceback: {details})", FAILED, died=_lost(error))
+            _report(folder, f"{message} (traceback: {details})", FAILED, died=died)
         return FAILED
 
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+TEACHER_INDEX = "teacher.json"
+"""In the folder that `halfbyte teacher` writes and distill.teacher names: what its files were made from."""
+
 
 class Divergence(StrEnum):
     """How far the student's distribution is from the teacher's; formulas in losses.py."""

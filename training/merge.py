@@ -23,6 +23,7 @@ from halfbyte.training.config import Recipe, Task
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.files import at_home
 from halfbyte.training.resolvers import resolver_in
+from halfbyte.training.run_rules import INPUT_PATHS
 
 BASE = "base"
 """The key of a recipe file that names the recipe it differs from."""
@@ -126,15 +127,10 @@ def _make_absolute(recipe: Recipe) -> None:
         return str(at_home(path).absolute()) if path else path
 
     recipe.run.dir = str(at_home(recipe.run.dir))
-    recipe.model.path = absolute(recipe.model.path) or ""
-    recipe.model.reference = absolute(recipe.model.reference)
-    recipe.gate.control = absolute(recipe.gate.control)
-    recipe.model.config = absolute(recipe.model.config)
-    recipe.data.train = absolute(recipe.data.train)
-    recipe.quantize.calibration_data = absolute(recipe.quantize.calibration_data)
-    recipe.sensitivity.data = absolute(recipe.sensitivity.data)
-    recipe.distill.teacher = absolute(recipe.distill.teacher)
-    recipe.generate.prompts, recipe.generate.out = absolute(recipe.generate.prompts), absolute(recipe.generate.out)
+    for key in (*INPUT_PATHS, "generate.prompts", "generate.out"):
+        group, name = key.split(".")
+        section = getattr(recipe, group)
+        setattr(section, name, absolute(getattr(section, name)))
     for task in recipe.evaluate.tasks:
         task.data = absolute(task.data) or ""
 

@@ -33,7 +33,7 @@ def calibrate(model: torch.nn.Module, recipe: Recipe, run: Callable[[torch.nn.Mo
     """
     section = recipe.quantize
     planned = quantize.plan(model, section)
-    smoothed = smooth_as_asked(model, section, run)
+    smoothed = smooth(model, planned, section, run)
     percentiles = Percentiles() if section.activations is Activations.percentile else None
     hessians = gptq.Hessians(model) if section.weights is Weights.gptq else None
     if percentiles or hessians:
@@ -51,15 +51,6 @@ def calibrate(model: torch.nn.Module, recipe: Recipe, run: Callable[[torch.nn.Mo
         for key, facts in quantize.gather_layers(mine).items():
             report["layers"][key] |= facts
     return report
-
-
-def smooth_as_asked(
-    model: torch.nn.Module, section: Quantize, run: Callable[[torch.nn.Module], None]
-) -> dict[str, dict[str, Any]]:
-    """What smoothing.smooth does and returns where the recipe asks for it; nothing otherwise."""
-    if section.smoothing is Smoothing.none:
-        return {}
-    return smooth(model, quantize.plan(model, section), section, run)
 
 
 def _clip_inputs(model: torch.nn.Module, planned: Sequence[quantize.Planned], amax: Mapping[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.training.config import GateRule, Method, Recipe, TaskKind
+from halfbyte.training.config_distill import TEACHER_INDEX
 from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.export_rules import export_problems
 from halfbyte.training.families import TINY
@@ -21,8 +22,6 @@ from halfbyte.training.task_rules import task_file_problems
 
 FETCHABLE = ("smollm2", *TINY)
 LM_EVAL = TaskKind.lm_eval
-TEACHER = "teacher.json"
-"""In the folder that `halfbyte teacher` writes."""
 
 POSITIVE = (
     "parallel.tensor",
@@ -187,7 +186,7 @@ def _teacher(recipe: Recipe) -> Iterator[str]:
     if distill.teacher is None:
         return
     key = f"distill.teacher = {distill.teacher}"
-    if not (Path(distill.teacher) / TEACHER).is_file():
+    if not (Path(distill.teacher) / TEACHER_INDEX).is_file():
         yield f"{key}: holds no teacher.json; write the files with halfbyte teacher, or set null"
     else:
         yield from _other_teacher(recipe, Path(distill.teacher))
@@ -202,8 +201,8 @@ def _other_teacher(recipe: Recipe, folder: Path) -> Iterator[str]:
     values = {"distill.top_k": recipe.distill.top_k, "distill.temperature": recipe.distill.temperature}
     values |= {"sequence length": recipe.train.sequence_length}
     try:
-        with damage(folder / TEACHER):
-            made: dict[str, Any] = read_json(folder / TEACHER)["made from"]
+        with damage(folder / TEACHER_INDEX):
+            made: dict[str, Any] = read_json(folder / TEACHER_INDEX)["made from"]
             other = {name: made[name] for name, value in values.items() if value not in (None, made[name])}
     except UserError as error:
         yield f"distill.teacher = {error}"

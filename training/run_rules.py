@@ -13,8 +13,7 @@ WORD = r"[\w.,:+/@=-]+"
 """Of what is written into an sbatch file's directives."""
 PROJECT = r"[^/\\#?%:]{1,128}"
 """What W&B takes as the name of a project."""
-PATHS = (
-    "run.dir",
+INPUT_PATHS = (
     "model.path",
     "model.reference",
     "model.config",
@@ -24,6 +23,7 @@ PATHS = (
     "gate.control",
     "sensitivity.data",
 )
+"""Keys of what a run reads; the data of its tasks beside them."""
 
 
 def run_problems(recipe: Recipe) -> Iterator[str]:
@@ -44,7 +44,7 @@ def run_problems(recipe: Recipe) -> Iterator[str]:
 
 def unreachable_paths(recipe: Recipe) -> Iterator[str]:
     """One line for each path that cannot even be looked up: in a closed folder, too long, or with a NUL."""
-    paths: dict[str, str | None] = {key: attrgetter(key)(recipe) for key in PATHS}
+    paths: dict[str, str | None] = {key: attrgetter(key)(recipe) for key in ("run.dir", *INPUT_PATHS)}
     paths |= {f"evaluate.tasks.{i}.data": task.data for i, task in enumerate(recipe.evaluate.tasks)}
     for key, path in paths.items():
         try:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from halfbyte.training import ptq, quantize, tasks, typed
+from halfbyte.training import quantize, tasks, typed
 from halfbyte.training.allocation import Choice, Group
 from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.config import Format, Recipe
@@ -26,6 +26,7 @@ from halfbyte.training.fast_path import weights_once
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import collect
 from halfbyte.training.scoring import Item
+from halfbyte.training.smoothing import smooth
 from halfbyte.training.statistics import Interval, paired_ratio
 
 CONFIDENCE = 0.95
@@ -40,7 +41,7 @@ class Variants:
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, calibrate: Callable[[torch.nn.Module], None]):
         self.model, self.section = model, recipe.quantize
-        ptq.smooth_as_asked(model, recipe.quantize, calibrate)  # in the default format: BF16's logits stay as they are
+        smooth(model, quantize.plan(model, self.section), self.section, calibrate)  # BF16's logits stay as they are
         # FP8's quantizers collect one maximum per tensor on both sides, which is what every format is scaled by.
         everything = replace(recipe.quantize, format=Format.fp8, layers={})
         planned = quantize.plan(model, everything)

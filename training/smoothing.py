@@ -88,7 +88,7 @@ class Watch:
 def smooth(
     model: torch.nn.Module, planned: Sequence[Planned], section: Quantize, run: Callable[[torch.nn.Module], None]
 ) -> dict[str, dict[str, Any]]:
-    """Smooth the planned linears in place; collective.
+    """Smooth the planned linears in place, where the recipe asks for it; collective.
 
     Args:
         model: This rank's GPTModel, without quantizers.
@@ -97,8 +97,11 @@ def smooth(
         run: Runs the calibration windows through the model it is given.
 
     Returns:
-        Layer key -> {"alpha": the exponent, "least", "most": the smallest and largest s}, of all pipeline stages.
+        Layer key -> {"alpha": the exponent, "least", "most": the smallest and largest s}, of all pipeline stages; empty
+        without smoothing.
     """
+    if section.smoothing is Smoothing.none:
+        return {}
     watch = Watch(model, SAMPLE_TOKENS if section.smoothing is Smoothing.awq_lite else 0)
     observe(model, planned, run, [watch.take])
     chosen: dict[str, tuple[float, torch.Tensor]] = {}

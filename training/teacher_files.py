@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from halfbyte.training.config import Recipe
+from halfbyte.training.config_distill import TEACHER_INDEX
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import step_windows, window_batch
 from halfbyte.training.errors import UserError
@@ -26,7 +27,6 @@ from halfbyte.training.passes import GROUP
 from halfbyte.training.schedule import collect
 from halfbyte.training.topk import TopK, top_k
 
-INDEX = "teacher.json"
 FILE_BYTES = 1 << 28
 """About the size of one file; a stopped `halfbyte teacher` loses at most one per replica."""
 EDGE_BYTES = 1 << 20
@@ -95,7 +95,7 @@ def begin(folder: Path, made_from: dict[str, Any], windows: Sequence[int]) -> li
     size = windows_per_file(made_from["sequence length"], made_from["distill.top_k"])
     groups = [list(windows[start : start + size]) for start in range(0, len(windows), size)]
     content = {"made from": made_from, "files": groups}
-    index = folder / INDEX
+    index = folder / TEACHER_INDEX
     if index.exists():
         if read_json(index) != content:
             raise UserError(f"{folder}: holds the logits of another teacher or of other windows; choose another folder")
@@ -175,8 +175,8 @@ class TeacherFiles:
 
     def __init__(self, folder: Path, made_from: dict[str, Any], windows: Sequence[int]):
         self.folder = folder
-        content = read_json(folder / INDEX)
-        with damage(folder / INDEX):
+        content = read_json(folder / TEACHER_INDEX)
+        with damage(folder / TEACHER_INDEX):
             there: dict[str, Any] = content["made from"]
             groups: list[list[int]] = content["files"]
             self._place = {w: (n, row) for n, group in enumerate(groups) for row, w in enumerate(group)}
