@@ -24,6 +24,8 @@ LONG = ("train.steps=1000", "train.warmup_steps=40")
 REPEAT = ("train.steps=400", "train.global_batch=64", "train.warmup_steps=40", "train.learning_rate=7e-4")
 MXFP4 = ("quantize.format=mxfp4",)
 AWQ = ("quantize.smoothing=awq_lite",)
+DUO = ("quantize.smoothing=awq_duo",)
+FP8_GATE_UP = ("quantize.layers={'*.gate_proj': fp8, '*.up_proj': fp8}",)
 FOUR_OVER_SIX = ("quantize.block_scale=four_over_six",)
 SCALES = ("train.block_scale_lr_mult=10",)
 LORA = ("train.lora.rank=32", "train.lora.alpha=32", "train.learning_rate=2e-3")
@@ -34,6 +36,8 @@ ROWS = (
     Row("nvfp4_mse", "NVFP4 PTQ, MSE", (*PTQ, "quantize.block_scale=mse"), trained=False),
     Row("nvfp4_46", "NVFP4 PTQ, Four-Over-Six", (*PTQ, "quantize.block_scale=four_over_six"), trained=False),
     Row("nvfp4_awq", "NVFP4 PTQ, AWQ-lite", (*PTQ, "quantize.smoothing=awq_lite"), trained=False),
+    Row("nvfp4_duo", "NVFP4 PTQ, AWQ-duo", (*PTQ, *DUO), trained=False),
+    Row("nvfp4_mixed", "NVFP4 PTQ, AWQ-duo, gate and up in FP8", (*PTQ, *DUO, *FP8_GATE_UP), trained=False),
     Row("nvfp4_gptq", "NVFP4 PTQ, GPTQ", (*PTQ, "quantize.weights=gptq"), trained=False),
     Row(
         "nvfp4_all",
@@ -47,6 +51,7 @@ ROWS = (
     Row("mxfp4_max", "MXFP4 PTQ, max", (*PTQ, *MXFP4), trained=False),
     Row("mxfp4_mse", "MXFP4 PTQ, MSE", (*PTQ, *MXFP4, "quantize.block_scale=mse"), trained=False),
     Row("mxfp4_awq", "MXFP4 PTQ, AWQ-lite", (*PTQ, *MXFP4, "quantize.smoothing=awq_lite"), trained=False),
+    Row("mxfp4_duo", "MXFP4 PTQ, AWQ-duo", (*PTQ, *MXFP4, *DUO), trained=False),
     Row("mxfp4_gptq", "MXFP4 PTQ, GPTQ", (*PTQ, *MXFP4, "quantize.weights=gptq"), trained=False),
     Row("control", "BF16, trained on the same text", CONTROL),
     Row("nvfp4_qat", "NVFP4 QAT, cross-entropy", QAT),
@@ -62,11 +67,14 @@ ROWS = (
         "NVFP4 QAD, full KL, learned scales (LR x 30), from AWQ-lite",
         (*AWQ, "train.block_scale_lr_mult=30"),
     ),
+    Row("nvfp4_qad_duo", "NVFP4 QAD, full KL, learned scales, from AWQ-duo", (*DUO, *SCALES)),
+    Row("nvfp4_qad_mixed", "NVFP4 QAD, full KL, from AWQ-duo, gate and up in FP8", (*DUO, *FP8_GATE_UP)),
     Row("nvfp4_qad_lora", "NVFP4 QAD, full KL, LoRA of rank 32, from AWQ-lite", (*AWQ, *LORA)),
     Row("mxfp4_qat", "MXFP4 QAT, cross-entropy", (*QAT, *MXFP4)),
     Row("mxfp4_qad", "MXFP4 QAD, full KL", MXFP4),
     Row("mxfp4_qad_awq", "MXFP4 QAD, full KL, from AWQ-lite", (*MXFP4, *AWQ)),
     Row("mxfp4_qad_lsq", "MXFP4 QAD, full KL, learned scales, from AWQ-lite", (*MXFP4, *AWQ, *SCALES)),
+    Row("mxfp4_qad_duo", "MXFP4 QAD, full KL, learned scales, from AWQ-duo", (*MXFP4, *DUO, *SCALES)),
     Row(
         "mxfp4_qad_repeat",
         "MXFP4 QAD, full KL + 0.2 CE, from AWQ-lite, 26 M tokens",
@@ -81,6 +89,16 @@ ROWS = (
         "mxfp4_qad_long",
         "MXFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-lite, wide text, 33 M tokens",
         (*LONG, *MIX, *MXFP4, *AWQ, *SCALES),
+    ),
+    Row(
+        "nvfp4_qad_best",
+        "NVFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-duo, wide text, 33 M tokens",
+        (*LONG, *MIX, *DUO, *SCALES),
+    ),
+    Row(
+        "mxfp4_qad_best",
+        "MXFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-duo, wide text, 33 M tokens",
+        (*LONG, *MIX, *MXFP4, *DUO, *SCALES),
     ),
     Row("nvfp4_qad_wide", "NVFP4 QAD, full KL, learned scales, from AWQ-lite, wide text", (*AWQ, *SCALES)),
 )

@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("workers") / "ptq.py"
-VARIANTS = ("clipped", "searched")
+VARIANTS = ("clipped", "searched", "duo")
 
 
 def measure(model: Path, out: Path, forks, processes: int) -> dict:

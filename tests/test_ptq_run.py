@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 OPTIONS = (
     *("method=qat", "train.steps=1", "run.wandb=disabled", "verify.items=1", "gate.judges=trained"),
     *("evaluate.tasks.lambada.limit=2", "evaluate.tasks.english.limit=2", "gate.perplexity_ratio=1e100"),
-    *("quantize.smoothing=awq_lite", "quantize.block_scale=mse", "quantize.weights=gptq"),
+    *("quantize.smoothing=awq_duo", "quantize.block_scale=mse", "quantize.weights=gptq"),
 )
 
 

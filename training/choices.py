@@ -39,6 +39,8 @@ class Smoothing(StrEnum):
     """By the maxima of input and weight channels (arXiv 2211.10438)."""
     awq_lite = "awq_lite"
     """By the means of input channels, with the exponent that has the smallest output error (arXiv 2306.00978)."""
+    awq_duo = "awq_duo"
+    """awq_lite with an exponent for the weight's channels as well, and factors that are not powers of two."""
 
 
 class Weights(StrEnum):

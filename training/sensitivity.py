@@ -41,7 +41,7 @@ class Variants:
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, calibrate: Callable[[torch.nn.Module], None]):
         self.model, self.section = model, recipe.quantize
-        smooth(model, quantize.plan(model, self.section), self.section, calibrate)  # BF16's logits stay as they are
+        smooth(model, quantize.plan(model, self.section), self.section, calibrate)  # BF16's logits stay: smoothing.py
         # FP8's quantizers collect one maximum per tensor on both sides, which is what every format is scaled by.
         everything = replace(recipe.quantize, format=Format.fp8, layers={})
         planned = quantize.plan(model, everything)

@@ -1,4 +1,4 @@
-"""Smoothing: outliers move from a linear's inputs into its weight; the model's function stays as it is, bit for bit.
+"""Smoothing: outliers move from a linear's inputs into its weight; the model's function stays as it is.
 
 Each input channel k of a linear is divided by s_k and the weight's column k multiplied by it. The division is folded
 into what makes the channel, so that nothing is left to do at run time and the checkpoint looks like any other:
@@ -9,12 +9,17 @@ into what makes the channel, so that nothing is left to do at run time and the c
                                                                           query heads of its group share
     down projection             the up projection's rows                  per channel of the intermediate size
 
-s_k is a power of two: every product is then the same number times a power of two, so norm, values, activations and
-logits of the smoothed BF16 model are those of the original one, and the baseline stays what it was.
-
 * smoothquant (arXiv 2211.10438, equation 4): s_k = max|x_k|^alpha / max|w_k|^(1 - alpha), to the nearest power of two.
 * awq_lite (arXiv 2306.00978, section 3.2): s_k = mean|x_k|^alpha, alpha in 0, 0.1, ... 1 by the smallest squared error
-  of the layer's output on calibration inputs, here with weight and input rounded as the recipe says.
+  of the layer's output on calibration inputs, here with weight and input rounded as the recipe says; to the nearest
+  power of two.
+* awq_duo: s_k = mean|x_k|^alpha / rms(w_k)^beta, both exponents by the same search, alpha in 0, 0.2, ... 1, beta in 0,
+  0.25, 0.5, 0.75; to the nearest eighth of a power of two. (AutoAWQ's duo scaling is the case beta = 1 - alpha.)
+
+Where s_k is a power of two every product is the same number times a power of two, so norm, values, activations and
+logits of the smoothed BF16 model are those of the original one, bit for bit. Eighths follow the outliers more closely;
+the smoothed weights are then rounded to BF16 once more. Both grids make s the same in every layout, whose sums differ
+in their last bits.
 
 Shapes: T tokens, N output channels, K input channels, both of this tensor-parallel rank unless said otherwise.
 """
@@ -36,7 +41,13 @@ from halfbyte.training.quantize import Planned, gather_layers
 
 SAMPLE_TOKENS = 512
 """Tokens on which awq_lite compares outputs: the first of the calibration data."""
-EXPONENTS = [i / 10 for i in range(11)]
+EXPONENTS = {
+    Smoothing.awq_lite: [(i / 10, 0.0) for i in range(11)],
+    Smoothing.awq_duo: [(i / 5, j / 4) for i in range(6) for j in range(4)],
+}
+"""Pairs (alpha, beta) that are compared; of equally good ones the first is taken."""
+STEPS = {Smoothing.smoothquant: 1, Smoothing.awq_lite: 1, Smoothing.awq_duo: 8}
+"""Values of s per power of two."""
 LARGEST = 2.0**20
 """Bound of s and 1/s: far from both ends of BF16's range."""
 
@@ -97,30 +108,31 @@ def smooth(
         run: Runs the calibration windows through the model it is given.
 
     Returns:
-        Layer key -> {"alpha": the exponent, "least", "most": the smallest and largest s}, of all pipeline stages; empty
-        without smoothing.
+        Layer key -> {"alpha": the inputs' exponent, "beta": the weight's (awq_duo only), "least", "most": the smallest
+        and largest s}, of all pipeline stages; empty without smoothing.
     """
     if section.smoothing is Smoothing.none:
         return {}
-    watch = Watch(model, SAMPLE_TOKENS if section.smoothing is Smoothing.awq_lite else 0)
+    watch = Watch(model, 0 if section.smoothing is Smoothing.smoothquant else SAMPLE_TOKENS)
     observe(model, planned, run, [watch.take])
-    chosen: dict[str, tuple[float, torch.Tensor]] = {}
+    chosen: dict[str, tuple[dict[str, float], torch.Tensor]] = {}
     with torch.no_grad():
         for layer in planned:  # all from the original weights, before any is changed
             site = _Site.of(model, layer, watch.channels[layer.key])
             if section.smoothing is Smoothing.smoothquant:
-                chosen[layer.key] = section.smoothing_alpha, site.smoothquant(section.smoothing_alpha)
+                alpha = section.smoothing_alpha
+                chosen[layer.key] = {"alpha": alpha}, site.smoothquant(alpha)
             else:
                 chosen[layer.key] = site.search(layer, section)
         for layer in planned:
             _fold(model, layer, chosen[layer.key][1])
-    return gather_layers({key: _facts(alpha, s_K) for key, (alpha, s_K) in chosen.items()})
+    return gather_layers({key: exponents | _ends(s_K) for key, (exponents, s_K) in chosen.items()})
 
 
-def _facts(alpha: float, s_K: torch.Tensor) -> dict[str, float]:
+def _ends(s_K: torch.Tensor) -> dict[str, float]:
     ends = torch.stack([s_K.amax(), (1 / s_K).amax()])
     dist.all_reduce(ends, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
-    return {"alpha": alpha, "least": float(1 / ends[1]), "most": float(ends[0])}
+    return {"least": float(1 / ends[1]), "most": float(ends[0])}
 
 
 @dataclass
@@ -130,7 +142,7 @@ class _Site:
     Attributes:
         weight: [N, K].
         row_parallel: Whether K is split over the ranks; else N is.
-        x_amax, x_mean, w_amax: FP64 [K]; where channels must share one s, equal among them.
+        x_amax, x_mean, w_amax, w_rms: FP64 [K]; where channels must share one s, equal among them.
         sample: [T, K] inputs, or None.
     """
 
@@ -139,6 +151,7 @@ class _Site:
     x_amax: torch.Tensor
     x_mean: torch.Tensor
     w_amax: torch.Tensor
+    w_rms: torch.Tensor
     sample: torch.Tensor | None
 
     @classmethod
@@ -146,43 +159,51 @@ class _Site:
         linear = typed.linear(model, layer.module)
         weight, row_parallel = linear.weight, is_row_parallel(linear)
         amax, total, w_amax = seen.amax, seen.total, weight.abs().amax(0).double()
-        tokens = torch.tensor(float(seen.tokens), dtype=torch.float64, device=amax.device)
+        squares, rows, tokens = weight.double().square().sum(0), _number(len(weight), amax), _number(seen.tokens, amax)
         if not row_parallel:
             # Ranks hold parts of the tokens (sequence parallelism) or all of them; sums over sums serve both.
             group = parallel_state.get_tensor_model_parallel_group()
             for value in (amax, w_amax):
                 dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
-            for value in (total, tokens):
+            for value in (total, tokens, squares, rows):
                 dist.all_reduce(value, group=group)
-        mean = total / tokens
+        values = amax, total / tokens, w_amax, (squares / rows).sqrt()
         if layer.module.endswith("linear_proj"):
             config: Any = model.config
             heads_per_group = config.num_attention_heads // config.num_query_groups
-            amax, w_amax, mean = (_shared(value, heads_per_group, config.kv_channels) for value in (amax, w_amax, mean))
-        return cls(weight, row_parallel, amax, mean, w_amax, torch.cat(seen.sample) if seen.sample else None)
+            values = tuple(_shared(value, heads_per_group, config.kv_channels) for value in values)
+        return cls(weight, row_parallel, *values, sample=torch.cat(seen.sample) if seen.sample else None)
 
     def smoothquant(self, alpha: float) -> torch.Tensor:
         """SmoothQuant's s: FP64 [K]; 1 for channels that are never used."""
-        return _power_of_two(self.x_amax**alpha / self.w_amax ** (1 - alpha), self.x_amax * self.w_amax > 0)
+        used = self.x_amax * self.w_amax > 0
+        return _on_grid(self.x_amax**alpha / self.w_amax ** (1 - alpha), used, STEPS[Smoothing.smoothquant])
 
-    def search(self, layer: Planned, section: Quantize) -> tuple[float, torch.Tensor]:
-        """AWQ-lite's exponent and s: FP64 [K]. Collective over tensor parallelism."""
+    def search(self, layer: Planned, section: Quantize) -> tuple[dict[str, float], torch.Tensor]:
+        """AWQ's exponents and s: FP64 [K]. Collective over tensor parallelism."""
         assert self.sample is not None
-        used = self.x_mean > 0
-        ends = torch.stack([self.x_mean.amax(), (1 / self.x_mean[used]).amax() if used.any() else self.x_mean.sum()])
-        self._reduce(ends, dist.ReduceOp.MAX)
-        middle = (ends[0] / ends[1].clamp(min=1e-300)).clamp(min=1e-300).sqrt()
+        duo = section.smoothing is Smoothing.awq_duo
+        used = (self.x_mean > 0) & (self.w_rms > 0) if duo else self.x_mean > 0
+        x_K, w_K = self._centred(self.x_mean, used), self._centred(self.w_rms, used)
         x_TK = self.sample.to(torch.promote_types(self.sample.dtype, torch.float32))
         w_NK = self.weight.to(x_TK.dtype)
         right_TN = self._output(x_TK, w_NK)
-        best: tuple[float, float, torch.Tensor] | None = None
-        for alpha in EXPONENTS:
-            s_K = _power_of_two((self.x_mean / middle) ** alpha, used)
+        best: tuple[float, dict[str, float], torch.Tensor] | None = None
+        for alpha, beta in EXPONENTS[section.smoothing]:
+            s_K = _on_grid(x_K**alpha / w_K**beta, used, STEPS[section.smoothing])
             error = self._error(x_TK, w_NK, right_TN, s_K, layer, section)
             if best is None or error < best[0]:
-                best = error, alpha, s_K
+                best = error, {"alpha": alpha} | ({"beta": beta} if duo else {}), s_K
         assert best is not None
         return best[1], best[2]
+
+    def _centred(self, value_K: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+        """[K] over the geometric middle of its largest and smallest used value, so that s is about 1; else 1."""
+        value_K = torch.where(used, value_K, 1.0)
+        ends = torch.stack([value_K[used].amax(), (1 / value_K[used]).amax()]) if used.any() else value_K.new_zeros(2)
+        self._reduce(ends, dist.ReduceOp.MAX)
+        middle = (ends[0] / ends[1].clamp(min=1e-300)).clamp(min=1e-300).sqrt()
+        return torch.where(used, value_K / middle, 1.0)
 
     def _error(
         self,
@@ -219,10 +240,14 @@ class _Site:
             dist.all_reduce(value, op, group=parallel_state.get_tensor_model_parallel_group())
 
 
-def _power_of_two(s_K: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """FP64 [K], each to the nearest power of two by ratio; 1 where a channel is not used."""
+def _on_grid(s_K: torch.Tensor, used: torch.Tensor, steps: int) -> torch.Tensor:
+    """FP64 [K], each to the nearest of `steps` values per power of two, by ratio; 1 where a channel is not used."""
     s_K = torch.where(used, s_K, 1.0).clamp(1 / LARGEST, LARGEST)
-    return torch.exp2(s_K.log2().round())
+    return torch.exp2((s_K.log2() * steps).round() / steps)
+
+
+def _number(value: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(float(value), dtype=torch.float64, device=like.device)
 
 
 def _shared(value_K: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:

@@ -41,6 +41,7 @@ VARIANTS = {
         activations=Activations.percentile, percentile=99.5, smoothing=Smoothing.smoothquant, format=Format.nvfp4
     ),
     "searched": Quantize(smoothing=Smoothing.awq_lite, block_scale=BlockScale.mse, weights=Weights.gptq),
+    "duo": Quantize(smoothing=Smoothing.awq_duo, format=Format.mxfp4),
 }
 
 
