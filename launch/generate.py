@@ -61,9 +61,10 @@ def generate(recipe: Recipe, stop: Stop) -> None:
     from tqdm import tqdm
 
     from halfbyte.launch.stages import Work
-    from halfbyte.training import sampling
+    from halfbyte.training import model_identity, sampling
     from halfbyte.training.blocks import Blocks
 
+    on_first_rank(runtime, lambda: model_identity.check(recipe, Path(recipe.run.dir).parent))
     console = Console(runtime.first)
     work = Work.open(recipe, runtime, stop, console, resume=False, started=started)
     work.gpt.eval()

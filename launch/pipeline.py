@@ -76,13 +76,16 @@ def together(recipe: Recipe, stages: Sequence[str], stop: Stop, *, resume: bool)
     Returns:
         Whether this process is rank 0, which goes on alone.
     """
-    from halfbyte.training.runtime import close_runtime, open_runtime
+    from halfbyte.training.runtime import close_runtime, on_first_rank, open_runtime
 
     started = time.perf_counter()
     runtime = open_runtime(recipe)
     from halfbyte.launch.stages import Work
+    from halfbyte.training import model_identity
 
+    on_first_rank(runtime, lambda: model_identity.check(recipe, Path(recipe.run.dir)))
     work = Work.open(recipe, runtime, stop, Console(runtime.first), resume=resume, started=started)
+    on_first_rank(runtime, lambda: model_identity.begin(recipe, work.folder))
     work.evaluate("bf16", wanted="evaluate" in stages)
     if recipe.method != Method.bf16:
         work.calibrate()
@@ -137,10 +140,13 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
     from halfbyte.launch import handover
     from halfbyte.launch import report as written
     from halfbyte.launch.summary import summary_text
+    from halfbyte.training import model_identity
     from halfbyte.training.gate import exit_code
 
     console, folder = Console(True), Path(recipe.run.dir)
     code = OK
+    if {"export", "verify"} & set(stages):
+        model_identity.check(recipe, folder)
     if "gate" in stages:
         with console.stage("gate") as notes:
             notes.append(handover.judge(recipe, folder)["verdict"])

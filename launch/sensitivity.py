@@ -94,8 +94,9 @@ def measure(recipe: Recipe, stop: Stop) -> None:
     started = time.perf_counter()
     runtime = open_runtime(recipe)
     from halfbyte.launch.stages import Work
-    from halfbyte.training import sensitivity
+    from halfbyte.training import model_identity, sensitivity
 
+    on_first_rank(runtime, lambda: model_identity.check(recipe, Path(recipe.run.dir).parent))
     console = Console(runtime.first)
     work = Work.open(recipe, runtime, stop, console, resume=False, started=started)
     work.gpt.eval()

@@ -327,7 +327,8 @@ def test_a_stop_signal_to_every_process_saves_all_the_same(command, environment,
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_one_line_and_the_run_goes_on_from_an_older_one(run, copy):
+def test_a_damaged_checkpoint_is_one_line_and_the_run_goes_on_from_an_older_one(run, copy, damaged_model):
+    """The model has another place by now, which is no other model."""
     older, newer = (copy / "checkpoints" / f"step_{step:08d}" for step in (2, 3))
     shutil.copytree(older, newer)
     (copy / "checkpoints" / "last").unlink()
@@ -336,7 +337,7 @@ def test_a_damaged_checkpoint_is_one_line_and_the_run_goes_on_from_an_older_one(
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = run(*LONGER, f"run.dir={copy}")
+    done = run(*LONGER, f"run.dir={copy}", f"model.path={damaged_model}")
     assert done.returncode == 0, done.stdout + done.stderr
     reason = f"{shard.name} is not what was saved (SHA-256)"
     assert (
@@ -356,6 +357,17 @@ def test_a_damaged_checkpoint_at_export(here, copy):
     assert f"checkpoint {last}: damaged ({shard.name} has 1,000 bytes instead of" in said
     assert "remove it, and halfbyte run goes on from an older one" in said
     assert (copy / "export" / "hf" / "model.safetensors").exists()  # the old one stands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["export", "run"])
+def test_another_model_than_the_run_began_with(run, here, copy, tiny_model, command):
+    edit_json(copy / "model.json", lambda content: content["model.path"].update(weights="of another model"))
+    done = here("export", str(copy)) if command == "export" else run(*LONGER, f"run.dir={copy}", timeout=90)
+    said = error_lines(done, 1)
+    assert f"model.path = {tiny_model}: not the model that the run at {copy} began with (other: weights); put" in said
+    assert (copy / "checkpoints" / "last").resolve().name == "step_00000002"
+    assert (copy / "export" / "hf" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

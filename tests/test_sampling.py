@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,11 @@ def test_a_stopped_file_goes_on_and_becomes_the_same(bench, tmp_path, monkeypatc
     path.write_text(path.read_text() + '{"text": "more"}\n')
     with pytest.raises(UserError, match=r"was made with prompts_sha256 = "):
         Blocks(tmp_path / "stopped", 2).open(sampling.identity(bench.recipe))
+    other = shutil.copytree(bench.recipe.model.path, tmp_path / "model")
+    assert sampling.identity(replace(bench.recipe, model=Model(path=str(other)))) == sampling.identity(bench.recipe)
+    (other / "generation_config.json").unlink()
+    with pytest.raises(UserError, match=r"was made with model_sha256 = "):
+        Blocks(tmp_path / "stopped", 2).open(sampling.identity(replace(bench.recipe, model=Model(path=str(other)))))
 
 
 def test_a_file_that_it_did_not_make_is_left_alone(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from halfbyte.launch.teacher import prepare
 from halfbyte.training.config import Method, Model, Recipe, Train
@@ -87,8 +88,9 @@ def corpus(seed: int = 0, **changes) -> PackedDataset:
 @pytest.fixture
 def recipe(tmp_path) -> Recipe:
     (tmp_path / "model").mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+    for name in ("config.json", "tokenizer.json"):
         (tmp_path / "model" / name).write_text(name)
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
     train = Train(steps=2, global_batch=4, sequence_length=LENGTH, seed=3)
     distill = Distill(top_k=5, temperature=2.0)
     return Recipe(method=Method.qad, model=Model(path=str(tmp_path / "model")), train=train, distill=distill)
@@ -139,7 +141,7 @@ MISMATCHES = {
     "data": lambda recipe: {"tokens": corpus(1).tokens},
     "sequence length": lambda recipe: {"tokens": corpus().tokens[:, :-1]},
     "tokenizer": lambda recipe: Path(recipe.model.path, "tokenizer.json").write_text("other"),
-    "model": lambda recipe: Path(recipe.model.path, "model.safetensors").write_text("other"),
+    "model": lambda recipe: save_file({"weight": torch.ones(2)}, Path(recipe.model.path, "model.safetensors")),
     "distill.temperature": lambda recipe: setattr(recipe.distill, "temperature", 1.0),
     "distill.top_k": lambda recipe: setattr(recipe.distill, "top_k", 6),
 }

@@ -18,6 +18,7 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.files import at_home
 from halfbyte.training.merge import merge
+from halfbyte.training.model_source import MODEL_RECORD
 from halfbyte.training.rules import leaves, problems
 
 MAY_CHANGE = (
@@ -44,6 +45,9 @@ MAY_CHANGE = (
     "launch.*",
 )
 """Keys that an existing run may change: they do not touch what was calibrated, trained or scored so far."""
+
+MOVABLE = ("model.path", "model.reference")
+"""Keys that may name another place where the run folder knows what stood there: the start compares (model_identity)."""
 
 
 def resolve(recipe: str, overrides: list[str], *, need_weights: bool = False) -> Recipe:
@@ -134,6 +138,9 @@ def resume_problems(old: Recipe, new: Recipe) -> list[str]:
         new: The recipe asked for now.
     """
     before = dict(_resumable(old))
+    if (Path(new.run.dir) / MODEL_RECORD).is_file():
+        now = dict(leaves(new))
+        before = {key: value for key, value in before.items() if key not in MOVABLE or None in (value, now[key])}
     return [
         f"{key} = {value}: the run at {old.run.dir} has {before[key]}; keep that value or choose a new run.dir"
         for key, value in _resumable(new)

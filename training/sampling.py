@@ -19,6 +19,7 @@ from halfbyte.training import config
 from halfbyte.training.errors import UserError
 from halfbyte.training.generate import Output, Prompt
 from halfbyte.training.jsonl import read_jsonl, text_field
+from halfbyte.training.model_identity import fingerprint, joined
 from halfbyte.training.packing import is_chat, turns_of
 from halfbyte.training.tasks import prefix_token
 
@@ -119,7 +120,7 @@ def identity(recipe: config.Recipe) -> dict[str, Any]:
     """What decides about the lines of an output file, but for the rounding of another layout.
 
     Raises:
-        UserError: the prompts cannot be read.
+        UserError: the prompts cannot be read, or a weight file is damaged.
     """
     generate, path = recipe.generate, Path(recipe.generate.prompts or "")
     try:
@@ -127,7 +128,7 @@ def identity(recipe: config.Recipe) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     return {
-        "model": recipe.model.path,
+        "model_sha256": joined(fingerprint(Path(recipe.model.reference or recipe.model.path))),
         "prompts_sha256": digest,
         "data": {key: str(asdict(recipe.data)[key]) for key in ("format", "text_key", "chat_key")},
         "max_tokens": generate.max_tokens,

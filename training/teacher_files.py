@@ -6,7 +6,6 @@ Shapes: W windows of a file, L sequence length, k tokens.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,48 +22,39 @@ from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import step_windows, window_batch
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
+from halfbyte.training.model_identity import TOKENIZER, file_hashes, joined
+from halfbyte.training.model_identity import fingerprint as model_fingerprint
 from halfbyte.training.passes import GROUP
 from halfbyte.training.schedule import collect
 from halfbyte.training.topk import TopK, top_k
 
 FILE_BYTES = 1 << 28
 """About the size of one file; a stopped `halfbyte teacher` loses at most one per replica."""
-EDGE_BYTES = 1 << 20
-"""Bytes at either end of a weight file that enter its hash: the header with all names and shapes, and last tensors."""
 
 
 def fingerprint(recipe: Recipe, data: PackedDataset) -> dict[str, Any]:
     """What a teacher's logits depend on, apart from the window's number.
 
     Args:
-        recipe: model.path, distill.top_k and distill.temperature count.
+        recipe: model.path, model.reference (the teacher, where it is given), distill.top_k and distill.temperature
+            count.
         data: The packed training text; its tokens, borders of documents and length count.
+
+    Raises:
+        UserError: a weight file is damaged.
     """
     windows = hashlib.sha256(np.ascontiguousarray(data.tokens))
     if data.isolate_documents:
         windows.update(np.ascontiguousarray(data.segments))
-    folder = Path(recipe.model.path)
+    student, teacher = (Path(path) for path in (recipe.model.path, recipe.model.reference or recipe.model.path))
     return {
         "sequence length": data.sequence_length,
-        "tokenizer": _digest(folder, "tokenizer*"),
-        "model": _digest(folder, "config.json", "*.safetensors"),
+        "tokenizer": joined(file_hashes(student, TOKENIZER)),
+        "model": joined(model_fingerprint(teacher, ("config.json",))),
         "data": windows.hexdigest(),
         "distill.temperature": recipe.distill.temperature,
         "distill.top_k": recipe.distill.top_k,
     }
-
-
-def _digest(folder: Path, *patterns: str) -> str:
-    """Hash of the ends and sizes of files: a 70B model is not read from end to end at every start."""
-    total = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        size = path.stat().st_size
-        total.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            total.update(file.read(EDGE_BYTES))
-            file.seek(max(0, size - EDGE_BYTES), os.SEEK_SET)
-            total.update(file.read(EDGE_BYTES))
-    return total.hexdigest()
 
 
 def needed_windows(recipe: Recipe, data: PackedDataset) -> list[int]:
