@@ -1,4 +1,4 @@
-"""Which model a path holds: fingerprints that read a small part of its weights, and the record of them in a run folder."""
+"""Which model a path holds: a fingerprint of a small part of its weights, and the record of it in a run folder."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ WEIGHTS = "weights"
 """Key of a fingerprint: what stands in the safetensors files, however it is divided among them."""
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 BESIDE = ("config.json", "generation_config.json", "hf_quant_config.json", "quantizers.json", *TOKENIZER)
-"""Files beside the weights that change what a run computes; not model cards, nor halfbyte.json, which gets a verdict."""
+"""Files beside the weights that change what a run computes; no model card, nor halfbyte.json, which gets a verdict."""
 
 
 def fingerprint(folder: Path, beside: Sequence[str] = BESIDE) -> dict[str, str]:
