@@ -19,6 +19,7 @@ from halfbyte.training.shape import (
     linear_sizes,
     planned_linears,
 )
+from halfbyte.training.unread import unread
 
 PATTERNS = 10
 """Patterns of quantize.layers that the plan shows."""
@@ -35,7 +36,7 @@ def plan_text(recipe: Recipe, shape: ModelShape) -> str:
         At most 50 lines of `heading  text`.
     """
     sections = [
-        ("recipe", [recipe.run.name, *([recipe.description] if recipe.description else [])]),
+        ("recipe", [recipe.run.name, *([recipe.description] if recipe.description else []), *unread(recipe)]),
         ("model", _model(recipe, shape)),
         ("layout", _layout(recipe)),
         ("training", _training(recipe)),

@@ -175,14 +175,17 @@ def _run(args: argparse.Namespace) -> int:
     from halfbyte.launch.pipeline import SCORED, STAGES
     from halfbyte.launch.start import RESOLVED, holding, is_first, launch
     from halfbyte.training.resolve import save
+    from halfbyte.training.unread import unread
 
     recipe = cli_model.with_weights(args)
     if args.no_export and recipe.gate.judges == "exported" and recipe.method != "bf16":
         raise UserError(
             "--no-export leaves nothing for gate.judges = exported to judge; add gate.judges=trained", USAGE
         )
-    if _fits_its_folder(recipe) and is_first():
-        print(f"resuming {recipe.run.dir}", flush=True)
+    resumes = _fits_its_folder(recipe)
+    if is_first():
+        for line in [*unread(recipe), *([f"resuming {recipe.run.dir}"] if resumes else [])]:
+            print(line, flush=True)
     with holding(Path(recipe.run.dir)):
         # By every process that srun started: each writes the same, and none has to wait.
         save(recipe, Path(recipe.run.dir) / RESOLVED)

@@ -115,6 +115,9 @@ def test_run_fetches_saves_and_launches_all_stages(calls, tmp_path, capsys):
     assert allowed
     assert (tmp_path / "runs/tiny/resolved.yaml").is_file()
     assert "resuming" not in capsys.readouterr().out
+    cli.main(["run", "tiny", "train.steps=3", "train.seed=5", "run.dir=runs/b", "distill.top_k=4"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "note: method qat does not read distill.top_k"
 
 
 def test_a_run_without_an_export_needs_a_gate_that_can_do_without(calls, capsys):

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 from halfbyte.training.config import Method, Recipe
+from halfbyte.training.config_distill import Distill, Divergence
+from halfbyte.training.config_train import Lora
 from halfbyte.training.formats import SPECS
 from halfbyte.training.pattern_rules import pattern_problems, some, stages
 from halfbyte.training.shape import ModelShape, excluded, planned_linears
@@ -19,6 +21,7 @@ def method_problems(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         yield from _learned_scales(recipe, shape)
     if recipe.train.lora.rank > 0:
         yield from _lora(recipe, shape)
+    yield from _switched_off(recipe)
     if recipe.distill.hidden_layers:
         yield from _hidden_layers(recipe, shape)
 
@@ -28,6 +31,20 @@ def _beside(key: str, recipe: Recipe) -> Iterator[str]:
         yield f"{key}: method {recipe.method} trains no quantized weight; give 0, or method=qat or qad"
     if recipe.train.fake_quant_after_steps:
         yield f"{key}: learns from quantized weights only; give 0, or set train.fake_quant_after_steps=0"
+
+
+def _switched_off(recipe: Recipe) -> Iterator[str]:
+    """Keys of a section that the method reads, and that another key of the section switches off."""
+    lora, distill = recipe.train.lora, recipe.distill
+    if recipe.method in (Method.qat, Method.qad) and lora.rank == 0:
+        why = "train.lora.rank = 0 trains no adapters; give a rank, or leave it out"
+        if lora.alpha != Lora().alpha and lora.alpha > 0:
+            yield f"train.lora.alpha = {lora.alpha:g}: {why}"
+        if lora.targets != Lora().targets:
+            yield f"train.lora.targets = [{', '.join(lora.targets)}]: {why}"
+    read = recipe.method is not Method.qad or distill.loss is Divergence.jensen_shannon
+    if not read and distill.beta != Distill().beta and 0 < distill.beta < 1:
+        yield f"distill.beta = {distill.beta}: is read under distill.loss=jensen_shannon only; set it"
 
 
 def _learned_scales(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
