@@ -326,18 +326,24 @@ def check_again(recipe: Recipe, folder: Path, console: Console, further: Sequenc
     Raises:
         UserError: nothing was exported.
     """
-    report = verify(recipe, folder, exported(folder) or released(folder), console, ALONE)
-    if further:
-        report |= {"ok": False, "problems": [*report["problems"], *further]}
-        report["problem_count"] += len(further)
-        write_json(folder / "verify.json", report)
+    report = verify(recipe, folder, exported(folder) or released(folder), console, ALONE, further)
     if known(folder):
         remember(folder, verified=report["ok"])
     return report
 
 
-def verify(recipe: Recipe, folder: Path, out: Path, console: Console, team: Team) -> dict[str, Any]:
+def verify(
+    recipe: Recipe, folder: Path, out: Path, console: Console, team: Team, further: Sequence[str] = ()
+) -> dict[str, Any]:
     """Compare the files at `out` with the trained weights; rank 0 scores the decoded model and writes verify.json.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder.
+        out: The exported directory.
+        console: Gets a bar.
+        team: The processes that call this together.
+        further: Lines about what was made from the export, which belong into the report.
 
     Returns:
         The report; not raised, so that the caller decides what a finding means.
@@ -347,11 +353,13 @@ def verify(recipe: Recipe, folder: Path, out: Path, console: Console, team: Team
     own = hf.own_weights(recipe, Path(recipe.model.path), team)
     weights = _watched(trained_weights(recipe, folder, own.keys()), console, "verify", sum(own.values()))
     report = check.verify(out, weights, recipe, team)
-    return team.on_first(lambda: _rescored(recipe, folder, out, report))
+    return team.on_first(lambda: _completed(recipe, folder, out, report, further))
 
 
-def _rescored(recipe: Recipe, folder: Path, out: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The report with what the weights do not tell, as it is in verify.json: copied files, what the model scores."""
+def _completed(
+    recipe: Recipe, folder: Path, out: Path, report: dict[str, Any], further: Sequence[str]
+) -> dict[str, Any]:
+    """The report as it is in verify.json: with copied files, what the decoded model scores, and `further` lines."""
     found = [
         *altered_file(out / RECORD, known(folder).get("record_sha256")),
         *broken_copies(out, Path(recipe.model.path)),
@@ -360,6 +368,7 @@ def _rescored(recipe: Recipe, folder: Path, out: Path, report: dict[str, Any]) -
         report["rescored"] = rescore(recipe, folder, out)
         off = {name: task for name, task in report["rescored"].items() if not task["ok"]}
         found += [f"{name}: the decoded model scores differently: {task}" for name, task in off.items()]
+    found += further
     report["ok"] = report["ok"] and not found
     report["problems"] += found
     report["problem_count"] += len(found)

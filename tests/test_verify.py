@@ -20,9 +20,12 @@ from halfbyte.export import hf
 from halfbyte.export.copied import broken_copies
 from halfbyte.export.pack import fake
 from halfbyte.export.reader import open_checkpoint
+from halfbyte.export.record import file_hash
 from halfbyte.export.served import decoded_model
 from halfbyte.export.team import Team
 from halfbyte.export.verify import verify
+from halfbyte.launch import handover
+from halfbyte.launch.console import Console
 from halfbyte.training import numerics
 from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.errors import UserError
@@ -371,6 +374,25 @@ def test_what_the_weights_do_not_tell_is_compared_with_the_source(
     change(out)
     (line,) = broken_copies(out, model_dir)
     assert said in line
+
+
+def test_what_was_altered_beside_the_export_stands_in_the_one_report_that_is_written(
+    out: Path, model_dir: Path, trained: list[HFWeight], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A second write would leave "ok" behind where the process is killed between the two."""
+    run, written = recipe(), []
+    run.model.path = str(model_dir)
+    monkeypatch.setattr(handover, "exported", lambda folder: out)
+    monkeypatch.setattr(handover, "known", lambda folder: {"record_sha256": file_hash(out / "halfbyte.json")})
+    monkeypatch.setattr(handover, "remember", lambda folder, **entries: None)
+    monkeypatch.setattr(handover, "trained_weights", lambda recipe, folder, only: iter(trained))
+    monkeypatch.setattr(handover, "write_json", lambda path, content: written.append((path.name, content["ok"])))
+    report = handover.check_again(run, tmp_path, Console(False), ["trtllm changed"])
+    assert report["problems"] == ["trtllm changed"]
+    assert report["problem_count"] == 1
+    assert written == [("verify.json", False)]
+    assert handover.check_again(run, tmp_path, Console(False))["ok"]
+    assert written[1:] == [("verify.json", True)]
 
 
 def test_another_models_files_do_not_verify(out: Path, trained: list[HFWeight]):
