@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from halfbyte.launch.plan_memory import memory_per_rank
+from halfbyte.launch.plan_memory import WIDTH, memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.config import Activations, BlockScale, GateRule, Method, Recipe, Smoothing, Task, Weights
 from halfbyte.training.config_distill import Distill
@@ -202,9 +202,12 @@ def _size(recipe: Recipe, shape: ModelShape) -> list[str]:
 
 
 def _memory(recipe: Recipe, shape: ModelShape) -> list[str]:
-    parts = memory_per_rank(recipe, Architecture.dense("", shape), Layout.of(recipe))
+    parts, bits = (
+        memory_per_rank(recipe, Architecture.dense("", shape), Layout.of(recipe)),
+        8 * WIDTH[recipe.train.dtype],
+    )
     shown = ", ".join(f"{name} {_size_word(size)}" for name, size in parts.items() if size)
-    return [f"about {_size_word(sum(parts.values()))} per GPU in BF16: {shown}"]
+    return [f"about {_size_word(sum(parts.values()))} per process, {bits}-bit weights: {shown}"]
 
 
 def _task(task: Task, recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""Peak memory of a training process on a GPU in BF16, part by part. Torch-free.
+"""Peak memory of a training process on a GPU, part by part. Torch-free.
 
 T = tokens of a micro-batch, h = hidden size, q = heads x head size, kv = key/value heads x head size, F = width of the
 MLP, V = vocabulary, t = tensor-parallel ranks, split = t under sequence parallelism and 1 without.
@@ -7,17 +7,22 @@ MLP, V = vocabulary, t = tensor-parallel ranks, split = t under sequence paralle
 import math
 
 from halfbyte.launch.plan_model import Architecture, Layout
+from halfbyte.training.choices import Dtype
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.formats import SPECS
 from halfbyte.training.shape import ModelShape, excluded, linear_sizes, planned_linears
 
+WIDTH = {Dtype.auto: 2, Dtype.bfloat16: 2, Dtype.float32: 4, Dtype.float64: 8}
+"""Bytes of a weight, activation or logit by train.dtype; auto as on a GPU."""
+
 
 def memory_per_rank(recipe: Recipe, model: Architecture, layout: Layout) -> dict[str, float]:
-    """Peak bytes of the fullest process while it trains on a GPU in BF16; a CPU in FP32 takes about twice as much.
+    """Peak bytes of the fullest process while it trains in the recipe's type; auto is BF16, as on a GPU.
 
-    With P parameters on the rank (the layers of its stage, the embedding on the first, lm_head on the last one):
-    weights 2 P; FP32 gradients 4 P; FP32 master copy and two Adam moments 12 P, over the data-parallel ranks under the
-    distributed optimizer. Fake quantization holds one rounded copy of its linears, 2 bytes each. `activations`: what
+    With P parameters on the rank (the layers of its stage, the embedding on the first, lm_head on the last one), in
+    BF16: weights 2 P; FP32 gradients 4 P; FP32 master copy and two Adam moments 12 P, over the data-parallel ranks
+    under the distributed optimizer. FP32 needs no master copy: 4 P, 4 P and 8 P; FP64, never distributed, 8 P, 8 P and
+    16 P. Fake quantization holds one rounded copy of its linears. `activations`: what
     autograd keeps of every micro-batch in flight (stage i of p has p - i). `logits`: the vocabulary's tensors of one
     micro-batch, or the temporaries of a layer's backward pass where those are larger. What train.freeze names
     counts as the rest does; under train.lora only weights with an adapter have gradients, and none is in the optimizer.
@@ -49,33 +54,34 @@ def _stage(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> d
     shape, last = model.sizes, stage == layout.pipeline - 1
     layers, count = layout.layers(shape, stage), layout.micro_batches(recipe)
     linears, tables = parameters_of_stage(model, layout, stage)
-    held = linears + tables
+    held, width, precise = linears + tables, WIDTH[recipe.train.dtype], recipe.train.dtype is Dtype.float64
+    full = 8 if precise else 4  # bytes of what is never BF16: gradients, moments, adapters
     tokens = layout.micro_batch * recipe.train.sequence_length
     in_flight = min(layout.pipeline - stage, count)
     split = layout.tensor if layout.sequence else 1
     one = layer_activations(recipe, model, layout)
-    kept = (
-        in_flight * layers * 2 * tokens * shape.hidden / split + one if layout.recompute else in_flight * layers * one
-    )
+    ends = width * tokens * shape.hidden / split  # a layer's input: all that is kept of it under recomputation
+    kept = in_flight * layers * ends + one if layout.recompute else in_flight * layers * one
     # The last norm's input and output, and what goes back through the last layer.
-    kept += 2 * 2 * tokens * shape.hidden / split if last else 0.0
-    passing = 2 * tokens * (3 * shape.ffn / layout.tensor + 2 * shape.hidden / split)
-    shards = layout.data if recipe.train.distributed_optimizer else 1
+    kept += 2 * ends if last else 0.0
+    passing = width * tokens * (3 * shape.ffn / layout.tensor + 2 * shape.hidden / split)
+    shards = layout.data if recipe.train.distributed_optimizer and not precise else 1
     adapted, beside = _beside(recipe, shape)
+    copies = 2 if width >= full else 3
     parts = {
-        "weights": 2 * held,
-        "gradients": 4 * (held if adapted is None else adapted * linears),
-        "optimizer": 12 * held / shards if adapted is None else 0.0,
-        "beside": beside * linears * (8 + 8 / shards),
-        "rounded weights": 2 * linears * _planned_share(recipe, shape),
+        "weights": width * held,
+        "gradients": full * held if adapted is None else 4 * adapted * linears,
+        "optimizer": copies * full * held / shards if adapted is None else 0.0,
+        "beside": beside * linears * full * (2 + 2 / shards),
+        "rounded weights": width * linears * _planned_share(recipe, shape),
         "activations": kept,
         "logits": max(_vocabulary(recipe, shape, layout) if last else 0.0, passing),
     }
     if recipe.method is Method.ptq:
-        logits = 2 * tokens * shape.vocab / layout.tensor if last else 0.0
-        return {"weights": 2 * held, "activations": one, "logits": logits}
+        logits = width * tokens * shape.vocab / layout.tensor if last else 0.0
+        return {"weights": width * held, "activations": one, "logits": logits}
     if recipe.method is Method.qad and recipe.distill.teacher is None:
-        parts["teacher"] = 2 * held + (_teacher_said(recipe, shape, layout) if last else 0.0)
+        parts["teacher"] = width * held + (_teacher_said(recipe, shape, layout) if last else 0.0)
     return parts
 
 
@@ -83,19 +89,20 @@ def evaluation_memory(recipe: Recipe, model: Architecture, layout: Layout) -> tu
     """Bytes that a batch of evaluate.tokens_per_batch tokens takes while it is scored, on the last stage.
 
     Returns:
-        Logits, a shard and the gathered whole in BF16; and the key/value cache of as many tokens, where text is
+        Logits, a shard and the gathered whole; and the key/value cache of as many tokens, where text is
         generated.
     """
     shape, tokens = model.sizes, recipe.evaluate.tokens_per_batch
     shards = 1 + 1 / layout.tensor if layout.tensor > 1 else 1
     cached = model.cached * layout.layers(shape, layout.pipeline - 1) / shape.layers / layout.tensor
-    return 2 * tokens * shape.vocab * shards, 2 * tokens * cached
+    width = WIDTH[recipe.train.dtype]
+    return width * tokens * shape.vocab * shards, width * tokens * cached
 
 
 def layer_activations(recipe: Recipe, model: Architecture, layout: Layout) -> float:
     """Bytes that autograd keeps of one layer and micro-batch, without recomputation.
 
-    In BF16 numbers per token: inputs and outputs of both norms 4 h; q, k, v as the linear gave them q + 2 kv; rotated
+    In numbers per token: inputs and outputs of both norms 4 h; q, k, v as the linear gave them q + 2 kv; rotated
     q + kv (with norms of the heads once more); attention's result 2 q; the MLP's first linear 2 F (F without a gate),
     its activation F. FP4 or FP8 inputs add q: only the output projection's input is rounded into a tensor of its own.
     """
@@ -105,7 +112,7 @@ def layer_activations(recipe: Recipe, model: Architecture, layout: Layout) -> fl
     heads = (q + 2 * kv) + (q + kv) * (2 if shape.qk_norm else 1) + 2 * q + (q if rounds_inputs(recipe, shape) else 0)
     mlp = shape.ffn * (3 if model.gated else 2)
     tokens = layout.micro_batch * recipe.train.sequence_length
-    return 2 * tokens * (4 * shape.hidden / split + (heads + mlp) / layout.tensor)
+    return WIDTH[recipe.train.dtype] * tokens * (4 * shape.hidden / split + (heads + mlp) / layout.tensor)
 
 
 def rounds_inputs(recipe: Recipe, shape: ModelShape) -> bool:
@@ -138,9 +145,10 @@ def _beside(recipe: Recipe, shape: ModelShape) -> tuple[float | None, float]:
 
 
 def _vocabulary(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
-    """BF16 logits and their gradient; under QAD with a teacher beside it, the teacher's logits as well."""
+    """Logits and their gradient; under QAD with a teacher beside it, the teacher's logits as well."""
     tensors = 3 if recipe.method is Method.qad else 2
-    return tensors * 2 * layout.micro_batch * recipe.train.sequence_length * shape.vocab / layout.tensor
+    tokens = layout.micro_batch * recipe.train.sequence_length
+    return tensors * WIDTH[recipe.train.dtype] * tokens * shape.vocab / layout.tensor
 
 
 def _teacher_said(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
@@ -148,5 +156,6 @@ def _teacher_said(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
     if layout.pipeline == 1:
         return 0.0
     k, tokens = recipe.distill.top_k, layout.micro_batch * recipe.train.sequence_length
-    one = 2 * shape.vocab / layout.tensor if k is None else 6 * k + 4
+    width = WIDTH[recipe.train.dtype]
+    one = width * shape.vocab / layout.tensor if k is None else (width + 4) * k + max(width, 4)
     return layout.micro_batches(recipe) * tokens * one

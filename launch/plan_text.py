@@ -7,6 +7,7 @@ from halfbyte.launch.plan_memory import evaluation_memory
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.launch.plan_search import Candidate, best, judge, layout_problem
 from halfbyte.launch.plan_served import served_lines
+from halfbyte.training.choices import Dtype
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.hardware import GIB, GPUS, RESERVE_GIB, Gpu
@@ -77,6 +78,8 @@ def _by_counts(model: Architecture, gpu: Gpu) -> list[str]:
 def _as_written(recipe: Recipe, model: Architecture, gpu: Gpu) -> list[str]:
     layout = Layout.of(recipe)
     problem = layout_problem(recipe, model.sizes, gpu, layout)
+    if recipe.train.dtype is Dtype.float64:
+        problem = "train.dtype = float64: only for layout tests on the CPU; use bfloat16"
     if problem is not None:
         return [layout.words(), f"cannot run: {problem}"]
     return _candidate(recipe, model, judge(recipe, model, layout, gpu), gpu)
@@ -85,9 +88,16 @@ def _as_written(recipe: Recipe, model: Architecture, gpu: Gpu) -> list[str]:
 def _best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> list[str]:
     if recipe.method is Method.ptq:
         return ["nothing to search: method ptq only calibrates"]
+    if not _timed(recipe):
+        return [f"nothing to search: train.dtype = {recipe.train.dtype}, layouts are compared by time in BF16"]
     candidate, refused = best(recipe, model, gpu, gpus)
     nothing = ["none: no layout fits; take more GPUs (--nodes)"]
     return (nothing if candidate is None else _candidate(recipe, model, candidate, gpu)) + _refused(refused)
+
+
+def _timed(recipe: Recipe) -> bool:
+    """Whether the rates of training/hardware.py are those of the recipe's type."""
+    return recipe.train.dtype in (Dtype.auto, Dtype.bfloat16)
 
 
 def _refused(refused: dict[str, str]) -> list[str]:
@@ -115,6 +125,8 @@ def _candidate(recipe: Recipe, model: Architecture, candidate: Candidate, gpu: G
     ]
     if recipe.method is Method.ptq:
         return lines
+    if not _timed(recipe):
+        return [*lines, f"no step time: rates are known in BF16, not in train.dtype = {recipe.train.dtype}"]
     train = recipe.train
     tokens = train.global_batch * train.sequence_length
     seconds = {

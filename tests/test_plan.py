@@ -1,6 +1,7 @@
 """`halfbyte plan`: counts against published ones, memory and time against what was measured, search and refusals."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,22 @@ def test_every_part_is_printed(words, capsys):
     else:
         assert "GPU-hours" in out
         assert "best       TP" in out
+
+
+@pytest.mark.parametrize(("dtype", "state"), [("bfloat16", 2 + 4 + 12), ("float32", 4 + 4 + 8), ("float64", None)])
+def test_a_plan_counts_in_the_recipe_s_type_and_times_in_bf16_only(dtype, state, capsys):
+    assert cli.main(["plan", "llama31_8b_bf16_control", f"train.dtype={dtype}", "parallel.data=1"]) == OK
+    out = capsys.readouterr().out
+    assert ("GPU-hours" in out) == (dtype == "bfloat16")
+    if state is None:
+        assert "cannot run: train.dtype = float64: only for layout tests on the CPU; use bfloat16" in out
+        return
+    parts = dict(re.findall(r"(weights|gradients|optimizer) ([\d.]+)", out.split("evaluation")[0]))
+    share = named_model("llama31_8b").parameters / 4 / 2**30  # two stages of two ranks, the first as full as the last
+    assert sum(map(float, parts.values())) == pytest.approx(state * share, rel=5e-3)
+    if dtype == "float32":
+        assert "no step time: rates are known in BF16, not in train.dtype = float32" in out
+        assert "best       nothing to search: train.dtype = float32, layouts are compared by time in BF16" in out
 
 
 def test_names_of_gpus():
