@@ -8,26 +8,29 @@ import math
 
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.choices import Dtype
-from halfbyte.training.config import Method, Recipe
+from halfbyte.training.config import Method, Recipe, Smoothing, Weights
 from halfbyte.training.formats import SPECS
-from halfbyte.training.shape import ModelShape, excluded, linear_sizes, planned_linears
+from halfbyte.training.shape import ROW_PARALLEL, ModelShape, excluded, linear_sizes, planned_linears
 
 WIDTH = {Dtype.auto: 2, Dtype.bfloat16: 2, Dtype.float32: 4, Dtype.float64: 8}
 """Bytes of a weight, activation or logit by train.dtype; auto as on a GPU."""
 
+SAMPLED = 512
+"""Tokens that AWQ samples at least: SAMPLE_TOKENS of training/smoothing.py, which needs torch."""
+
 
 def memory_per_rank(recipe: Recipe, model: Architecture, layout: Layout) -> dict[str, float]:
-    """Peak bytes of the fullest process while it trains in the recipe's type; auto is BF16, as on a GPU.
+    """Peak bytes of the fullest process while it calibrates or trains in the recipe's type; auto is BF16, as on a GPU.
 
     With P parameters on the rank (the layers of its stage, the embedding on the first, lm_head on the last one), in
     BF16: weights 2 P; FP32 gradients 4 P; FP32 master copy and two Adam moments 12 P, over the data-parallel ranks
     under the distributed optimizer. FP32 needs no master copy: 4 P, 4 P and 8 P; FP64, never distributed, 8 P, 8 P and
-    16 P. Fake quantization holds one rounded copy of its linears. `activations`: what
-    autograd keeps of every micro-batch in flight (stage i of p has p - i). `logits`: the vocabulary's tensors of one
-    micro-batch, or the temporaries of a layer's backward pass where those are larger. What train.freeze names
-    counts as the rest does; under train.lora only weights with an adapter have gradients, and none is in the optimizer.
-    `beside`: FP32 adapters and learned block scales, 8 each with their gradients, and two Adam moments, 8, over the
-    data-parallel ranks as above. Method ptq has weights, one layer's activations and logits only.
+    16 P. Fake quantization holds one rounded copy of its linears. `activations`: what autograd keeps of every
+    micro-batch in flight (stage i of p has p - i). `logits`: the vocabulary's tensors of one micro-batch, or the
+    temporaries of a layer's backward pass where those are larger. What train.freeze names counts as the rest does;
+    under train.lora only weights with an adapter have gradients, and none is in the optimizer. `beside`: FP32 adapters
+    and learned block scales, 8 each with their gradients, and two Adam moments, 8, over the data-parallel ranks as
+    above. Calibration comes before there are gradients (`_calibration`); for method ptq it is all there is.
 
     Args:
         recipe: Method, formats and batch.
@@ -35,10 +38,12 @@ def memory_per_rank(recipe: Recipe, model: Architecture, layout: Layout) -> dict
         layout: Taken instead of the recipe's own.
 
     Returns:
-        Part -> bytes, of the stage with the largest sum.
+        Part -> bytes, of the stage and the time with the largest sum.
     """
-    stages = [_stage(recipe, model, layout, stage) for stage in layout.stages()]
-    return max(stages, key=lambda parts: sum(parts.values()))
+    moments = [_calibration(recipe, model, layout, stage) for stage in layout.stages() if recipe.method != Method.bf16]
+    if recipe.method is not Method.ptq:
+        moments += [_training(recipe, model, layout, stage) for stage in layout.stages()]
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def parameters_of_stage(model: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
@@ -50,7 +55,51 @@ def parameters_of_stage(model: Architecture, layout: Layout, stage: int) -> tupl
     return layers / layout.tensor, tables * shape.vocab * shape.hidden / layout.tensor
 
 
-def _stage(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> dict[str, float]:
+def _calibration(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> dict[str, float]:
+    """While calibration windows go through the BF16 model, whose layers keep nothing for a backward pass.
+
+    `inputs`: AWQ's sample of every linear's input, at least SAMPLED tokens of whole batches, all tokens on every rank.
+    `Hessians`: GPTQ's, one [K, K] in FP32 for each linear in blocks on every tensor-parallel rank, and for the largest
+    linear four FP64 [K, K] (itself, damped, inverse, factor) and two FP64 copies of the weight. AWQ is done before.
+    """
+    shape, last, width = model.sizes, stage == layout.pipeline - 1, WIDTH[recipe.train.dtype]
+    quantize, held = recipe.quantize, sum(parameters_of_stage(model, layout, stage))
+    length = quantize.calibration_length or recipe.train.sequence_length
+    tokens = max(1, recipe.evaluate.tokens_per_batch // length) * length
+    share = layout.layers(shape, stage) / shape.layers
+    kept = {"inputs": 0.0, "Hessians": 0.0}
+    if quantize.smoothing in (Smoothing.awq_lite, Smoothing.awq_duo):
+        sampled = -(-SAMPLED // tokens) * tokens
+        kept["inputs"] = width * sampled * share * sum(k / rows for _, k, rows in _watched(recipe, shape, layout))
+    if quantize.weights is Weights.gptq:
+        blocks = [(n, k) for n, k, _ in _watched(recipe, shape, layout, blocks=True)]
+        work = max((8 * (4 * k * k + 2 * n * k / layout.tensor) for n, k in blocks), default=0.0)
+        kept["Hessians"] = max(4, width) * share * sum(k * k for _, k in blocks) + work
+    largest = max(kept, key=lambda part: kept[part])
+    return {
+        "weights": width * held,
+        "teacher": width * held if recipe.method is Method.qad and recipe.distill.teacher is None else 0.0,
+        "activations": layer_activations(recipe, model, layout, tokens),
+        "logits": width * tokens * shape.vocab / layout.tensor if last else 0.0,
+        largest: kept[largest],
+    }
+
+
+def _watched(recipe: Recipe, shape: ModelShape, layout: Layout, *, blocks: bool = False) -> list[tuple[int, int, int]]:
+    """(N, K, ranks that split K) of the planned linears of all layers as Megatron fuses them; `blocks`: in blocks."""
+    sizes, planned = linear_sizes(shape), planned_linears(shape, recipe)
+    fused = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
+    found = []
+    for name, number_format in planned.items():
+        prefix, _, last = name.rpartition(".")
+        if last in ("k_proj", "v_proj", "up_proj") or (blocks and SPECS[number_format].grid.block == 1):
+            continue
+        rows = sum(sizes[f"{prefix}.{member}"][0] for member in fused.get(last, (last,)))
+        found.append((rows, sizes[name][1], layout.tensor if name.endswith(ROW_PARALLEL) else 1))
+    return found
+
+
+def _training(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> dict[str, float]:
     shape, last = model.sizes, stage == layout.pipeline - 1
     layers, count = layout.layers(shape, stage), layout.micro_batches(recipe)
     linears, tables = parameters_of_stage(model, layout, stage)
@@ -59,7 +108,7 @@ def _stage(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> d
     tokens = layout.micro_batch * recipe.train.sequence_length
     in_flight = min(layout.pipeline - stage, count)
     split = layout.tensor if layout.sequence else 1
-    one = layer_activations(recipe, model, layout)
+    one = layer_activations(recipe, model, layout, tokens)
     ends = width * tokens * shape.hidden / split  # a layer's input: all that is kept of it under recomputation
     kept = in_flight * layers * ends + one if layout.recompute else in_flight * layers * one
     # The last norm's input and output, and what goes back through the last layer.
@@ -77,9 +126,6 @@ def _stage(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> d
         "activations": kept,
         "logits": max(_vocabulary(recipe, shape, layout) if last else 0.0, passing),
     }
-    if recipe.method is Method.ptq:
-        logits = width * tokens * shape.vocab / layout.tensor if last else 0.0
-        return {"weights": width * held, "activations": one, "logits": logits}
     if recipe.method is Method.qad and recipe.distill.teacher is None:
         parts["teacher"] = width * held + (_teacher_said(recipe, shape, layout) if last else 0.0)
     return parts
@@ -99,8 +145,8 @@ def evaluation_memory(recipe: Recipe, model: Architecture, layout: Layout) -> tu
     return width * tokens * shape.vocab * shards, width * tokens * cached
 
 
-def layer_activations(recipe: Recipe, model: Architecture, layout: Layout) -> float:
-    """Bytes that autograd keeps of one layer and micro-batch, without recomputation.
+def layer_activations(recipe: Recipe, model: Architecture, layout: Layout, tokens: int) -> float:
+    """Bytes that autograd keeps of one layer and micro-batch of `tokens` tokens, without recomputation.
 
     In numbers per token: inputs and outputs of both norms 4 h; q, k, v as the linear gave them q + 2 kv; rotated
     q + kv (with norms of the heads once more); attention's result 2 q; the MLP's first linear 2 F (F without a gate),
@@ -111,7 +157,6 @@ def layer_activations(recipe: Recipe, model: Architecture, layout: Layout) -> fl
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     heads = (q + 2 * kv) + (q + kv) * (2 if shape.qk_norm else 1) + 2 * q + (q if rounds_inputs(recipe, shape) else 0)
     mlp = shape.ffn * (3 if model.gated else 2)
-    tokens = layout.micro_batch * recipe.train.sequence_length
     return WIDTH[recipe.train.dtype] * tokens * (4 * shape.hidden / split + (heads + mlp) / layout.tensor)
 
 

@@ -16,7 +16,7 @@ from halfbyte.launch import cli
 from halfbyte.launch.check import export_bytes
 from halfbyte.launch.plan_memory import memory_per_rank, parameters_of_stage
 from halfbyte.launch.plan_model import Architecture, Layout, named_model
-from halfbyte.launch.plan_search import best, layout_problem
+from halfbyte.launch.plan_search import best, judge, layout_problem
 from halfbyte.launch.plan_served import served, smallest_slice
 from halfbyte.launch.plan_text import named_gpu
 from halfbyte.launch.plan_time import step_flops, step_time
@@ -263,9 +263,10 @@ def test_cases_of_the_check():
 
 
 def test_adapters_take_gradients_of_their_weights_and_no_state_of_others():
-    recipe = resolve("tiny", ["train.lora.rank=4", "train.lora.targets=['*.down_proj']"])
+    few = "evaluate.tokens_per_batch=64"  # else calibration of so small a model takes more than its training
+    recipe = resolve("tiny", ["train.lora.rank=4", "train.lora.targets=['*.down_proj']", few])
     shape, _ = find_shape(recipe)
-    plain = resolve("tiny", ["train.block_scale_lr_mult=1"])
+    plain = resolve("tiny", ["train.block_scale_lr_mult=1", few])
     lora, scales = (memory_per_rank(one, Architecture.dense("", shape), Layout.of(one)) for one in (recipe, plain))
     down = shape.layers * shape.ffn * shape.hidden
     assert lora["gradients"] == 4 * down
@@ -273,6 +274,20 @@ def test_adapters_take_gradients_of_their_weights_and_no_state_of_others():
     assert lora["beside"] == 16 * shape.layers * 4 * (shape.ffn + shape.hidden)
     assert scales["beside"] == sum(n * k for n, k in linear_sizes(shape).values())  # a scale in 16 bytes per 16 weights
     assert scales["optimizer"] == 3 * scales["gradients"] == 6 * scales["weights"]
+
+
+def test_gptq_of_a_large_model_does_not_fit_where_its_training_does():
+    """Every tensor-parallel rank holds the Hessians of its stage's whole inputs: 4 (3 x 8192^2 + 28672^2) a layer."""
+    said = {}
+    for weights in ("round", "gptq"):
+        recipe = resolve("llama33_70b_nvfp4_qad", [f"quantize.weights={weights}"])
+        shape, _ = find_shape(recipe)
+        assert shape is not None
+        said[weights] = judge(recipe, Architecture.dense("", shape), Layout.of(recipe), GPUS["H100"])
+    assert said["round"].problem is None
+    assert "most of it Hessians" in (said["gptq"].problem or "")
+    work = 8 * (4 * 28672**2 + 2 * 8192 * 28672 / 8)
+    assert said["gptq"].memory["Hessians"] == 20 * 4 * (3 * 8192**2 + 28672**2) + work
 
 
 def test_planning_needs_no_torch(environment):

@@ -1,4 +1,4 @@
-"""Planned memory of weights, gradients and optimizer against what training holds, in FP32 and FP64."""
+"""Planned memory against what calibration and training hold."""
 
 import runpy
 from dataclasses import replace
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.launch.plan_memory import memory_per_rank
+from halfbyte.launch.plan_memory import SAMPLED, memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.choices import Dtype
-from halfbyte.training.config import Quantize, Recipe, Train
+from halfbyte.training.config import Method, Quantize, Recipe, Smoothing, Train, Weights
 
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
 
@@ -33,9 +33,39 @@ def held(module) -> dict[str, int]:
 def test_state_of_training_is_counted_in_the_recipe_s_type(dtype):
     train = Train(steps=2, global_batch=4, micro_batch=2, sequence_length=12, dtype=dtype, distributed_optimizer=False)
     recipe = Recipe(train=train, quantize=Quantize(calibration_samples=1))
+    recipe.evaluate.tokens_per_batch = 12  # calibration of so small a model may take more than its training
     with WORLD["world_of_one"]() as opened:
         module = WORLD["training"](replace(opened, dtype=getattr(torch, dtype)), recipe)
         module.training_step(WORLD["batches"](), 0)
         found = held(module)
     planned = memory_per_rank(recipe, Architecture.dense("", WORLD["SHAPE"]), Layout.of(recipe))
     assert {part: planned[part] for part in found} == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_what_calibration_keeps_of_every_input(kind):
+    from halfbyte.training import gptq, quantize, smoothing
+    from halfbyte.training.observe import observe
+
+    chosen = {"weights": Weights.gptq} if kind == "gptq" else {"smoothing": Smoothing.awq_duo}
+    train, shape = Train(dtype=Dtype.float32, sequence_length=12), WORLD["SHAPE"]
+    recipe = Recipe(method=Method.ptq, quantize=Quantize(**chosen), train=train)
+    recipe.evaluate.tokens_per_batch = 300
+    with WORLD["world_of_one"]() as opened:
+        gpt = WORLD["random_model"](opened, recipe)
+        taker = gptq.Hessians(gpt) if kind == "gptq" else smoothing.Watch(gpt, smoothing.SAMPLE_TOKENS)
+        tokens = torch.zeros(25, 12, dtype=torch.int64)  # 300 tokens, twice
+
+        def run(stage):
+            for _ in range(3):
+                stage(tokens, torch.arange(12).expand_as(tokens), None)
+
+        observe(gpt, quantize.plan(gpt, recipe.quantize), run, [taker.take])
+    planned = memory_per_rank(recipe, Architecture.dense("", shape), Layout.of(recipe))
+    if kind == "gptq":
+        work = 8 * (4 * shape.ffn**2 + 2 * shape.hidden * shape.ffn)
+        assert planned["Hessians"] - work == sum(hessian.nbytes for hessian in taker.sums.values())
+    else:
+        assert planned["inputs"] == sum(piece.nbytes for seen in taker.channels.values() for piece in seen.sample)
+        assert SAMPLED == smoothing.SAMPLE_TOKENS
