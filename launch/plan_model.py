@@ -1,6 +1,7 @@
 """What planning knows of a model and of a layout; some models can be planned only. Torch-free."""
 
 import importlib.resources
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,32 @@ from halfbyte.training.errors import RecipeError
 from halfbyte.training.families import FAMILIES
 from halfbyte.training.files import at_home
 from halfbyte.training.model_config import read_config
-from halfbyte.training.shape import ModelShape, linear_sizes, shape_of
+from halfbyte.training.shape import MOST_LAYERS, ModelShape, is_size, linear_sizes, shape_of
 
 NEMOTRON, DEEPSEEK = "NemotronForCausalLM", "DeepseekV3ForCausalLM"
 ONLY_PLANNED = {
     NEMOTRON: "Nemotron-4 (squared ReLU, LayerNorm) can be planned, not trained: training/model.py has no such layer",
     DEEPSEEK: "DeepSeek-V3 (mixture of experts, latent attention) is planned by its parameter counts; not trained here",
 }
+
+_ALL = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+SIZES = {
+    NEMOTRON: (*_ALL, "num_key_value_heads", "max_position_embeddings"),
+    DEEPSEEK: (
+        *_ALL,
+        *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+        *("first_k_dense_replace", "moe_intermediate_size", "n_routed_experts", "n_shared_experts"),
+        "num_experts_per_tok",
+    ),
+}
+"""Keys that a config.json of each must have as positive numbers."""
+CONTAINED = (
+    ("num_attention_heads", "hidden_size"),
+    ("num_key_value_heads", "num_attention_heads"),
+    ("first_k_dense_replace", "num_hidden_layers"),
+    ("num_experts_per_tok", "n_routed_experts"),
+)
+"""The first of two sizes is at most the second."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +103,35 @@ def read_architecture(path: Path, name: str) -> Architecture:
     config = read_config(path)
     try:
         kind = config["architectures"][0]
-        if kind == NEMOTRON:
-            return Architecture.dense(name, _nemotron(config), gated=False, note=ONLY_PLANNED[kind])
-        if kind == DEEPSEEK:
-            return _deepseek(config, name)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise RecipeError([f"{path}: lacks {error}; take the model's own config.json"]) from error
+    if kind in ONLY_PLANNED:
+        _check(config, path, [*SIZES[kind], *(["head_dim"] if config.get("head_dim") else [])])
+    if kind == NEMOTRON:
+        return Architecture.dense(name, _nemotron(config), gated=False, note=ONLY_PLANNED[kind])
+    if kind == DEEPSEEK:
+        return _deepseek(config, name)
     if kind not in FAMILIES:
         known = ", ".join((*FAMILIES, *ONLY_PLANNED))
         raise RecipeError([f"{path}: architectures = {kind}: only {known} can be planned"])
     return Architecture.dense(name, shape_of(config, str(path)))
 
 
+def _check(config: dict, path: Path, keys: Sequence[str]) -> None:
+    """Raise RecipeError where one of the sizes is none, or they contradict each other."""
+    wrong = [key for key in keys if not is_size(config.get(key))]
+    if wrong:
+        reason = "is missing or no positive number; take the model's own config.json"
+        raise RecipeError([f"{path}: {key} {reason}" for key in wrong])
+    for less, more in CONTAINED:
+        if less in keys and more in keys and config[less] > config[more]:
+            raise RecipeError([f"{path}: {less} = {config[less]}: more than {more}; take the model's own config.json"])
+    if config["num_hidden_layers"] > MOST_LAYERS:
+        raise RecipeError([f"{path}: num_hidden_layers = {config['num_hidden_layers']}: more than {MOST_LAYERS}"])
+
+
 def _nemotron(config: dict) -> ModelShape:
+    """Sizes of a Nemotron-4 model; what does not count on paper (rotary base, epsilon) is left at zero."""
     heads = config["num_attention_heads"]
     return ModelShape(
         layers=config["num_hidden_layers"],
@@ -105,11 +141,11 @@ def _nemotron(config: dict) -> ModelShape:
         kv_heads=config["num_key_value_heads"],
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocab=config["vocab_size"],
-        tied=config["tie_word_embeddings"],
+        tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=config["max_position_embeddings"],
-        rope_theta=float(config["rope_theta"]),
+        rope_theta=0.0,
         rope_scaling_factor=None,
-        norm_eps=float(config["norm_eps"]),
+        norm_eps=0.0,
     )
 
 

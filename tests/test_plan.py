@@ -1,6 +1,7 @@
 """`halfbyte plan`: counts against published ones, memory and time against what was measured, search and refusals."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from halfbyte.training.resolve import resolve
 from halfbyte.training.rules import find_shape
 from halfbyte.training.shape import linear_sizes
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 SPEED = Path(__file__).parent.parent / "docs/evidence/h200_speed.json"
 MEASURED = json.loads(SPEED.read_text())
 
@@ -169,11 +171,30 @@ def test_a_config_that_nobody_knows_is_refused(tmp_path):
         ("{}", "lacks 'architectures'"),
         ('{"architectures": []}', "lacks"),
         ('{"architectures": ["MambaForCausalLM"]}', "architectures = MambaForCausalLM: only LlamaForCausalLM"),
-        ('{"architectures": ["NemotronForCausalLM"]}', "lacks 'num_attention_heads'"),
+        ('{"architectures": ["NemotronForCausalLM"]}', "num_attention_heads is missing or no positive number"),
     ):
         path.write_text(text)
         with pytest.raises(RecipeError, match=reason):
             named_model(str(path))
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3_8b", "nemotron4_15b", "deepseek_r1"])
+def test_no_value_of_a_config_breaks_a_plan(name, tmp_path):
+    """Lines for those that no model has; counts that make sense for the others."""
+    recipe = resolve("llama31_8b_nvfp4_qat", [])
+    path, base = tmp_path / "config.json", json.loads((RECIPES / f"shapes/{name}.json").read_text())
+    for key in base:
+        for value in (0, -1, 1.5, "8", None, [], {}, math.nan, 2**70, True, 3):
+            path.write_text(json.dumps(base | {key: value}))
+            try:
+                found, lines = named_model(str(path)), []
+            except RecipeError as error:
+                found, lines = None, error.problems
+            assert len(set(lines)) == len(lines)
+            assert all(line.startswith(f"{path}: ") for line in lines), (key, value)
+            if found is not None:
+                assert found.parameters > found.linears > 0, (key, value)
+                assert all(served(recipe, found, of).cache > 0 for of in (None, Format.nvfp4)), (key, value)
 
 
 @pytest.mark.parametrize(

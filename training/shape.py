@@ -189,11 +189,13 @@ def _shape_of(config: dict[str, Any], where: str) -> ModelShape:
     architecture = (config.get("architectures") or ["none"])[0]
     family = FAMILIES.get(architecture, Family())
     given = [key for key in ("head_dim", "num_key_value_heads") if config.get(key)]
-    missing = [key for key in (*_REQUIRED, *family.required, *given) if not _is_size(config.get(key))]
+    missing = [key for key in dict.fromkeys((*_REQUIRED, *family.required, *given)) if not is_size(config.get(key))]
     problems = [f"{where}: {key} is missing or no positive number; take the model's own file" for key in missing]
     if not missing and config["num_hidden_layers"] > MOST_LAYERS:
         problems.append(f"{where}: num_hidden_layers = {config['num_hidden_layers']}: more than {MOST_LAYERS}")
     problems += [f"{where}: {reason}" for reason in _unsupported(config, rope)]
+    if not missing and not config.get("head_dim") and config["hidden_size"] < config["num_attention_heads"]:
+        problems.append(f"{where}: num_attention_heads = {config['num_attention_heads']}: more than hidden_size")
     if problems:
         raise RecipeError(problems)
     heads, window = config["num_attention_heads"], family.window(config)
@@ -230,8 +232,9 @@ MOST_LAYERS = 10_000
 """Far beyond any model: a damaged number must not become a list of that length."""
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
+def is_size(value: Any) -> bool:
+    """Whether a value of a config.json can be the size of something."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
