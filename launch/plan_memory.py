@@ -145,6 +145,19 @@ def evaluation_memory(recipe: Recipe, model: Architecture, layout: Layout) -> tu
     return width * tokens * shape.vocab * shards, width * tokens * cached
 
 
+def evaluated(recipe: Recipe, model: Architecture, layout: Layout) -> float:
+    """Bytes of the last stage while it scores: weights, the rounded copy, a teacher beside them, and logits.
+
+    0 without tasks. Text that is generated takes a cache as well, which evaluation_memory has.
+    """
+    if not recipe.evaluate.tasks:
+        return 0.0
+    linears, tables = parameters_of_stage(model, layout, layout.pipeline - 1)
+    copies = 2 if recipe.method is Method.qad and recipe.distill.teacher is None else 1
+    held = copies * (linears + tables) + linears * _planned_share(recipe, model.sizes)
+    return WIDTH[recipe.train.dtype] * held + evaluation_memory(recipe, model, layout)[0]
+
+
 def layer_activations(recipe: Recipe, model: Architecture, layout: Layout, tokens: int) -> float:
     """Bytes that autograd keeps of one layer and micro-batch of `tokens` tokens, without recomputation.
 

@@ -5,7 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import isqrt
 
-from halfbyte.launch.plan_memory import memory_per_rank
+from halfbyte.launch.plan_memory import evaluated, memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.launch.plan_time import Step, step_time
 from halfbyte.training.config import Recipe
@@ -14,6 +14,8 @@ from halfbyte.training.model_rules import model_problems
 from halfbyte.training.shape import ModelShape
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+NEEDS = "needs "
+"""How a layout's problem begins where memory is too small."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ def judge(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Cand
     """A layout that divides the model, with memory and time, and the reason why it does not fit, if so."""
     memory = memory_per_rank(recipe, model, layout)
     total, problem = sum(memory.values()), None
+    scored = evaluated(recipe, model, layout)
     if total > gpu.usable:
         largest = max(memory, key=lambda part: memory[part])
         problem = (
-            f"needs {total / GIB:.0f} GiB per GPU of {gpu.usable / GIB:.0f}, most of it {largest} "
+            f"{NEEDS}{total / GIB:.0f} GiB per GPU of {gpu.usable / GIB:.0f}, most of it {largest} "
             f"({memory[largest] / GIB:.0f} GiB)"
+        )
+    elif scored > gpu.usable:
+        problem = (
+            f"{NEEDS}{scored / GIB:.0f} GiB per GPU of {gpu.usable / GIB:.0f} while it evaluates; lower "
+            f"evaluate.tokens_per_batch = {recipe.evaluate.tokens_per_batch}"
         )
     return Candidate(layout, memory, step_time(recipe, model, layout, gpu), problem)
 

@@ -1,5 +1,6 @@
 """What the served model needs: weights by format, key/value cache, and what of it fits where. Torch-free."""
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -7,10 +8,13 @@ from halfbyte.launch.plan_model import Architecture
 from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.formats import BITS
 from halfbyte.training.hardware import GIB, GPUS, MIG_SLICES, Gpu, mig_name
-from halfbyte.training.shape import linear_sizes, planned_linears
+from halfbyte.training.kv_format import KVCache
+from halfbyte.training.shape import ModelShape, linear_sizes, planned_linears
 
 SERVED = (None, Format.fp8, Format.nvfp4, Format.mxfp4)
 """Formats that a plan compares; None is BF16. The recipe's own comes first where it is another."""
+CACHE_BITS = {KVCache.none: 16.0, KVCache.fp8: 8.0, KVCache.nvfp4: 4.5}
+"""Bits of a cached number with its block scale."""
 CONTEXT = 8192
 """Tokens of cache that make a model fit: one sequence of this length."""
 
@@ -34,6 +38,21 @@ class Served:
         return int((memory - self.weights) // self.cache)
 
 
+def exported(recipe: Recipe, shape: ModelShape) -> Served:
+    """What the recipe's own plan leaves: every layer in its format, the cache as quantize.kv_cache says.
+
+    Args:
+        recipe: Of a method that quantizes.
+        shape: Of a model with a gated MLP.
+    """
+    sizes, planned = linear_sizes(shape), planned_linears(shape, recipe)
+    saved = sum(
+        (BITS[None] - BITS[number_format]) / 8 * math.prod(sizes[name]) for name, number_format in planned.items()
+    )
+    numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim
+    return Served("this recipe", 2 * shape.parameters - saved, numbers * CACHE_BITS[recipe.quantize.kv_cache] / 8)
+
+
 def served(recipe: Recipe, model: Architecture, number_format: Format | None) -> Served:
     """The model in one format: what quantize.exclude leaves in BF16 stays so; the cache in FP8 unless all is BF16.
 
@@ -50,7 +69,7 @@ def served(recipe: Recipe, model: Architecture, number_format: Format | None) ->
 
 
 def _share(recipe: Recipe, model: Architecture) -> float:
-    """Share of the linears that the recipe's patterns leave to quantize.format."""
+    """Share of the linears that the recipe quantizes, in whatever format."""
     plain = deepcopy(recipe)
     plain.method = Method.ptq
     sizes = linear_sizes(model.sizes)
@@ -67,13 +86,19 @@ def smallest_slice(model: Served, gpu: Gpu) -> str | None:
 
 
 def served_lines(recipe: Recipe, model: Architecture) -> list[str]:
-    """A table: what each format needs, the smallest MIG slice, tokens of cache on one B200 and on one NVL72 rack."""
+    """A table: what each format needs, the smallest MIG slice, tokens of cache on one B200 and on one NVL72 rack.
+
+    The recipe's own row is there where it says more than the formats' do: formats of single layers, or another cache.
+    """
     one, rack = GPUS["B200"], GPUS["GB200-NVL72"]
     own = [] if recipe.quantize.format in SERVED else [recipe.quantize.format]
     head = ("weights GiB", "cache KiB/token", "MIG slice", "tokens, 1 x B200", "tokens, NVL72")
     lines = [f"{'':<16}" + "".join(f"{word:>18}" for word in head)]
-    for number_format in (*SERVED, *own):
-        it = served(recipe, model, number_format)
+    rows = [served(recipe, model, number_format) for number_format in (*SERVED, *own)]
+    if recipe.method is not Method.bf16 and model.shape is not None and model.gated:
+        mine = exported(recipe, model.shape)
+        rows += [mine] if (mine.weights, mine.cache) not in [(row.weights, row.cache) for row in rows] else []
+    for it in rows:
         fits = it.tokens(one.usable)
         on_one = f"{fits:,}" if fits >= CONTEXT else "does not fit"
         lines.append(
@@ -81,7 +106,8 @@ def served_lines(recipe: Recipe, model: Architecture) -> list[str]:
             f"{on_one:>18}{it.tokens(rack.usable * rack.domain):>18,}"
         )
     lines.append(
-        f"tokens: of key/value cache beside the weights (BF16 with BF16, else FP8); B200: {one.memory_gib:g} GiB"
-        f" (192 GB); slice: of a B200, with {CONTEXT} tokens at least; what a runtime needs besides is not counted"
+        f"tokens: of key/value cache beside the weights (BF16 with BF16, this recipe's own, else FP8); B200: "
+        f"{one.memory_gib:g} GiB (192 GB); slice: of a B200, with {CONTEXT} tokens at least; what a runtime needs "
+        "besides is not counted"
     )
     return lines

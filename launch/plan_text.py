@@ -5,13 +5,16 @@ from collections.abc import Sequence
 
 from halfbyte.launch.plan_memory import evaluation_memory
 from halfbyte.launch.plan_model import Architecture, Layout
-from halfbyte.launch.plan_search import Candidate, best, judge, layout_problem
+from halfbyte.launch.plan_search import NEEDS, Candidate, best, judge, layout_problem
 from halfbyte.launch.plan_served import served_lines
 from halfbyte.training.choices import Dtype
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.hardware import GIB, GPUS, RESERVE_GIB, Gpu
 
+MOST_GPUS = 1_000_000
+"""More than any cluster has; beyond it a slip of the keyboard would be searched for hours."""
+MIB = 1 << 20
 NAMED = 4
 """Layouts that are named of those that were given up for the same reason."""
 
@@ -38,11 +41,14 @@ def plan(recipe: Recipe, model: Architecture, gpu: Gpu, nodes: int | None) -> st
         nodes: Hosts of gpu.per_node GPUs to search a layout for; None takes as many GPUs as the recipe's layout.
 
     Raises:
-        RecipeError: nodes is not positive.
+        RecipeError: nodes is not positive, or there are more GPUs than anywhere.
     """
     if nodes is not None and nodes < 1:
         raise RecipeError([f"--nodes {nodes}: must be positive; give at least 1"])
     gpus = recipe.world_size if nodes is None else nodes * gpu.per_node
+    if gpus > MOST_GPUS:
+        asked = "parallel" if nodes is None else f"--nodes {nodes}"
+        raise RecipeError([f"{asked}: {gpus:,} GPUs are more than a plan is made for; give at most {MOST_GPUS:,}"])
     sections = [("model", _model(model)), ("hardware", _hardware(gpu, gpus))]
     if model.shape is None:
         sections.append(("training", _by_counts(model, gpu)))
@@ -91,8 +97,11 @@ def _best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> list[str]
     if not _timed(recipe):
         return [f"nothing to search: train.dtype = {recipe.train.dtype}, layouts are compared by time in BF16"]
     candidate, refused = best(recipe, model, gpu, gpus)
-    nothing = ["none: no layout fits; take more GPUs (--nodes)"]
-    return (nothing if candidate is None else _candidate(recipe, model, candidate, gpu)) + _refused(refused)
+    if candidate is not None:
+        return _candidate(recipe, model, candidate, gpu) + _refused(refused)
+    full = any(reason.startswith(NEEDS) for reason in refused.values())
+    remedy = "take more GPUs (--nodes)" if full else "take another number of GPUs (--nodes) or another batch"
+    return [f"none: no layout {'fits' if full else 'divides'}; {remedy}", *_refused(refused)]
 
 
 def _timed(recipe: Recipe) -> bool:
@@ -117,9 +126,10 @@ def _candidate(recipe: Recipe, model: Architecture, candidate: Candidate, gpu: G
     total = sum(candidate.memory.values())
     verdict = candidate.problem or f"fits {gpu.usable / GIB:.0f} GiB"
     said, cached = evaluation_memory(recipe, model, layout)
+    unit, name = (GIB, "GiB") if total >= GIB / 10 else (MIB, "MiB")
     lines = [
-        f"{layout.words()} on {layout.world} GPUs",
-        f"memory per GPU {total / GIB:.1f} GiB, {verdict}: {_parts(candidate.memory, GIB, 'GiB')}",
+        f"{layout.words()} on {layout.world} GPU{'s' if layout.world > 1 else ''}",
+        f"memory per GPU {total / unit:.1f} {name}, {verdict}: {_parts(candidate.memory, unit, name)}",
         f"evaluation: logits {said / GIB:.2g} GiB and, where text is generated, key/value cache {cached / GIB:.2g} GiB "
         "instead of activations",
     ]
@@ -141,7 +151,7 @@ def _candidate(recipe: Recipe, model: Architecture, candidate: Candidate, gpu: G
     used = step.model_flops / step.seconds / layout.world / gpu.bf16
     return [
         *lines,
-        f"step {step.seconds:.3g} s: {_parts(seconds, 1, 's')}",
+        f"step {step.seconds:.3g} s: {_parts(seconds, *((1.0, 's') if step.seconds >= 0.1 else (1e-3, 'ms')))}",
         f"sent per GPU and step: {step.nvlink_bytes / 1e9:.2f} GB over NVLink, {step.network_bytes / 1e9:.2f} GB over "
         "the network",
         f"{tokens / step.seconds:,.0f} tokens/s, {used:.1%} of the BF16 peak in model FLOPs",

@@ -18,7 +18,7 @@ from halfbyte.launch.check import export_bytes
 from halfbyte.launch.plan_memory import memory_per_rank, parameters_of_stage
 from halfbyte.launch.plan_model import Architecture, Layout, named_model
 from halfbyte.launch.plan_search import best, judge, layout_problem
-from halfbyte.launch.plan_served import served, smallest_slice
+from halfbyte.launch.plan_served import exported, served, smallest_slice
 from halfbyte.launch.plan_text import named_gpu
 from halfbyte.launch.plan_time import step_flops, step_time
 from halfbyte.training.config import Format
@@ -81,6 +81,20 @@ def test_fp4_weights_are_those_of_the_export():
         assert shape is not None
         weights = served(recipe, Architecture.dense(name, shape), recipe.quantize.format).weights
         assert weights == pytest.approx(export_bytes(recipe, shape), rel=1e-5)  # but for the scales per tensor
+
+
+@pytest.mark.parametrize(("cache", "numbers"), [("none", 2.0), ("fp8", 1.0), ("nvfp4", 0.5625)])
+def test_a_recipe_s_own_plan_is_served_as_it_is_exported(cache, numbers, capsys):
+    words = ["quantize.layers={'*.mlp.*': fp8, '*.o_proj': bf16}", f"quantize.kv_cache={cache}"]
+    recipe = resolve("llama31_8b_nvfp4_qat", words)
+    shape, _ = find_shape(recipe)
+    assert shape is not None
+    found = exported(recipe, shape)
+    assert found.weights == pytest.approx(export_bytes(recipe, shape), rel=1e-5)
+    assert found.cache == 2 * 32 * 1024 * numbers
+    assert cli.main(["plan", "llama31_8b_nvfp4_qat", *words]) == OK
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "this recipe  " in line]
+    assert row.split()[2:4] == [f"{found.weights / 2**30:.1f}", f"{found.cache / 1024:.1f}"]
 
 
 def test_where_a_model_fits():
@@ -157,6 +171,11 @@ def test_bad_words_are_named(capsys):
     for words, line in (
         (["--gpu", "H300"], "--gpu H300: not known; use one of A100, H100, H200, B200, GB200-NVL72"),
         (["--nodes", "0"], "--nodes 0: must be positive; give at least 1"),
+        (
+            ["--nodes", "200000"],
+            "--nodes 200000: 1,600,000 GPUs are more than a plan is made for; give at most 1,000,000",
+        ),
+        (["parallel.data=4000000", "train.global_batch=4000000"], "parallel: 16,000,000 GPUs are more than a plan is"),
         (["--model", "gpt5"], "--model gpt5: not known; give a config.json or one of deepseek_r1, "),
         (["parallel.tensor=3"], "parallel.tensor = 3: does not divide the model's"),
     ):
@@ -309,6 +328,26 @@ def test_gptq_of_a_large_model_does_not_fit_where_its_training_does():
     assert "most of it Hessians" in (said["gptq"].problem or "")
     work = 8 * (4 * 28672**2 + 2 * 8192 * 28672 / 8)
     assert said["gptq"].memory["Hessians"] == 20 * 4 * (3 * 8192**2 + 28672**2) + work
+
+
+def test_what_an_evaluation_needs_is_part_of_what_fits(capsys):
+    assert cli.main(["plan", "llama31_8b_nvfp4_qat", "evaluate.tokens_per_batch=400000"]) == OK
+    out = capsys.readouterr().out
+    assert "needs 150 GiB per GPU of 138 while it evaluates; lower evaluate.tokens_per_batch = 400000" in out
+    assert "not TP2 PP1, TP2 PP2, TP2 PP4: needs 147 GiB per GPU of 138 while it evaluates" in out
+
+
+def test_the_remedy_is_another_number_of_gpus_where_none_divides(capsys):
+    assert cli.main(["plan", "smollm2_135m_nvfp4_qad", "--gpu", "GB200-NVL72", "--nodes", "5"]) == OK
+    said = "best       none: no layout divides; take another number of GPUs (--nodes) or another batch\n"
+    assert said in capsys.readouterr().out
+
+
+def test_small_models_are_told_in_small_units(capsys):
+    assert cli.main(["plan", "tiny"]) == OK
+    out = capsys.readouterr().out
+    assert re.search(r"on 1 GPU\n +memory per GPU 14.7 MiB, fits 138 GiB: weights 1.38, gradients 2.75, ", out)
+    assert re.search(r"step 0.00\d+ s: kernels [\d.]+, optimizer [\d.]+ ms\n", out)
 
 
 def test_planning_needs_no_torch(environment):
