@@ -25,6 +25,7 @@ REPEAT = ("train.steps=400", "train.global_batch=64", "train.warmup_steps=40", "
 MXFP4 = ("quantize.format=mxfp4",)
 AWQ = ("quantize.smoothing=awq_lite",)
 DUO = ("quantize.smoothing=awq_duo",)
+COMPENSATED = ("quantize.block_scale=mse", "quantize.weights=gptq")
 FP8_GATE_UP = ("quantize.layers={'*.gate_proj': fp8, '*.up_proj': fp8}",)
 FOUR_OVER_SIX = ("quantize.block_scale=four_over_six",)
 SCALES = ("train.block_scale_lr_mult=10",)
@@ -42,9 +43,10 @@ ROWS = (
     Row(
         "nvfp4_all",
         "NVFP4 PTQ, AWQ-lite + MSE + GPTQ",
-        (*PTQ, "quantize.smoothing=awq_lite", "quantize.block_scale=mse", "quantize.weights=gptq"),
+        (*PTQ, *AWQ, *COMPENSATED),
         trained=False,
     ),
+    Row("nvfp4_all_duo", "NVFP4 PTQ, AWQ-duo + MSE + GPTQ", (*PTQ, *DUO, *COMPENSATED), trained=False),
     Row("nvfp4_kv", "NVFP4 PTQ, max, FP8 KV cache", (*PTQ, "quantize.kv_cache=fp8"), trained=False),
     Row("w4a16", "NVFP4 W4A16 PTQ, max", (*PTQ, "quantize.format=w4a16_nvfp4"), trained=False),
     Row("w4a8", "NVFP4 W4A8 PTQ, max", (*PTQ, "quantize.format=w4a8_nvfp4_fp8"), trained=False),
@@ -53,6 +55,7 @@ ROWS = (
     Row("mxfp4_awq", "MXFP4 PTQ, AWQ-lite", (*PTQ, *MXFP4, "quantize.smoothing=awq_lite"), trained=False),
     Row("mxfp4_duo", "MXFP4 PTQ, AWQ-duo", (*PTQ, *MXFP4, *DUO), trained=False),
     Row("mxfp4_gptq", "MXFP4 PTQ, GPTQ", (*PTQ, *MXFP4, "quantize.weights=gptq"), trained=False),
+    Row("mxfp4_all_duo", "MXFP4 PTQ, AWQ-duo + MSE + GPTQ", (*PTQ, *MXFP4, *DUO, *COMPENSATED), trained=False),
     Row("control", "BF16, trained on the same text", CONTROL),
     Row("nvfp4_qat", "NVFP4 QAT, cross-entropy", QAT),
     Row("nvfp4_qad", "NVFP4 QAD, full KL", ()),
@@ -69,12 +72,22 @@ ROWS = (
     ),
     Row("nvfp4_qad_duo", "NVFP4 QAD, full KL, learned scales, from AWQ-duo", (*DUO, *SCALES)),
     Row("nvfp4_qad_mixed", "NVFP4 QAD, full KL, from AWQ-duo, gate and up in FP8", (*DUO, *FP8_GATE_UP)),
+    Row(
+        "nvfp4_qad_all",
+        "NVFP4 QAD, full KL + 0.1 CE, from AWQ-duo + MSE + GPTQ",
+        (*MIX, *DUO, *COMPENSATED),
+    ),
     Row("nvfp4_qad_lora", "NVFP4 QAD, full KL, LoRA of rank 32, from AWQ-lite", (*AWQ, *LORA)),
     Row("mxfp4_qat", "MXFP4 QAT, cross-entropy", (*QAT, *MXFP4)),
     Row("mxfp4_qad", "MXFP4 QAD, full KL", MXFP4),
     Row("mxfp4_qad_awq", "MXFP4 QAD, full KL, from AWQ-lite", (*MXFP4, *AWQ)),
     Row("mxfp4_qad_lsq", "MXFP4 QAD, full KL, learned scales, from AWQ-lite", (*MXFP4, *AWQ, *SCALES)),
     Row("mxfp4_qad_duo", "MXFP4 QAD, full KL, learned scales, from AWQ-duo", (*MXFP4, *DUO, *SCALES)),
+    Row(
+        "mxfp4_qad_all",
+        "MXFP4 QAD, full KL + 0.1 CE, from AWQ-duo + MSE + GPTQ",
+        (*MIX, *MXFP4, *DUO, *COMPENSATED),
+    ),
     Row(
         "mxfp4_qad_repeat",
         "MXFP4 QAD, full KL + 0.2 CE, from AWQ-lite, 26 M tokens",

@@ -114,6 +114,7 @@ def measure(case: Case, runtime: Any, steps: int) -> dict[str, Any]:
         found = {"seconds": seconds, "median": statistics.median(seconds), "loss": trained.progress.losses[-1]}
     except torch.cuda.OutOfMemoryError as error:
         return {"failed": str(error).splitlines()[0]}
+    trained.on_train_end()
     if cuda:
         free, total = torch.cuda.mem_get_info()
         peaks = {

@@ -63,7 +63,9 @@ def training(plan: Recipe, shape: ModelShape, arm: Arm, runtime: Runtime, parts:
 
             with contextlib.redirect_stdout(None):
                 mtq.quantize(gpt, getattr(mtq, arm.modelopt), lambda stage: collect(stage, parts[:1], None))
-        yield without_trainer(gpt, None, plan, runtime)
+        trained = without_trainer(gpt, None, plan, runtime)
+        yield trained
+        trained.on_train_end()
 
 
 def without_trainer(gpt: GPTModel, teacher: GPTModel | None, plan: Recipe, runtime: Runtime) -> Any:

@@ -62,6 +62,19 @@ class Replay:
         model.config.finalize_model_grads_func([model], captured.total[1].to(torch.int32))  # type: ignore[union-attr]
         return captured.total
 
+    def close(self) -> None:
+        """Free the graphs, when nothing of them runs any more; every rank at the same place.
+
+        A graph that holds a communicator's kernels keeps the communicator: left to the garbage collector, which each
+        rank runs at another moment, it can stop a collective under way, and `destroy_process_group` waits for it.
+        """
+        captured = [one for one in self._captured.values() if one is not None]
+        if captured:
+            torch.cuda.synchronize()
+        for one in captured:
+            one.graph.reset()
+        self._captured.clear()
+
 
 class _Captured:
     """One graph, with the tensors that it reads (`inputs`) and adds to (`total`)."""

@@ -304,6 +304,11 @@ class Training(pl.LightningModule):
     def _loss(self, batches: list[MicroBatch]) -> Loss:
         return losses.cross_entropy if self._distillation is None else self._distillation.loss(batches)
 
+    def on_train_end(self) -> None:
+        """The end of training: graphs are freed here, and not whenever Python collects them."""
+        if self._replay is not None:
+            self._replay.close()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store losses and token counts, whose length is the data position, and which text it is a position in."""
         checkpoint["progress"] = {"losses": list(self.progress.losses), "tokens": list(self.progress.tokens)}

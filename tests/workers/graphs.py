@@ -101,6 +101,7 @@ def train(case: dict, tensor: int, runtime: Runtime, *, graphs: bool) -> dict:
         trained.training_step(batches(step, runtime), step)
     weights = sum(parameter.double().square().sum() for parameter in gpt.parameters())
     captured = 0 if trained._replay is None else sum(x is not None for x in trained._replay._captured.values())
+    trained.on_train_end()
     return {"losses": trained.progress.losses, "weights": float(weights), "captured": captured}
 
 
