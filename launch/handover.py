@@ -7,7 +7,6 @@ and released.
 """
 
 import shutil
-import subprocess
 from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +23,7 @@ from halfbyte.export.team import ALONE, Team
 from halfbyte.launch.console import Console
 from halfbyte.launch.pipeline import judges_export, trained_name
 from halfbyte.launch.rescore import rescore
+from halfbyte.launch.revision import revision
 from halfbyte.launch.scored import kinds, read_control, read_stages
 from halfbyte.training import gate, integrity, retention
 from halfbyte.training.config import Format, Method, Recipe
@@ -38,20 +38,8 @@ PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "nemo-toolkit", "lightn
 
 def versions() -> dict[str, str]:
     """Versions of what made the files, and the git revision of this package where it is a checkout."""
-    return {name: metadata.version(name) for name in PACKAGES} | _revision()
-
-
-def _revision() -> dict[str, str]:
-    """`halfbyte revision`: commit, and whether files differ from it; nothing outside a checkout or without git."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:  # an installed copy may lie inside somebody else's repository, which does not track this file
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True, timeout=60)
-        asked = [*git, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        done = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"halfbyte revision": done.stdout.strip()}
+    found, commit = {name: metadata.version(name) for name in PACKAGES}, revision(40)
+    return found if commit is None else found | {"halfbyte revision": commit}
 
 
 def judge(recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.training.config import Recipe
+from halfbyte.training.config_launch import GRACE_S
 from halfbyte.training.errors import HUNG, RecipeError
 
 BASE_PORT = 20000
 PORTS = 10000
-GRACE_S = 120
-"""Seconds between Slurm's signal and the end of the job: time to save a checkpoint."""
 MOST_REQUEUES = 100
 """A run that makes no progress within its time limit must not go round for ever."""
 NCCL = """\
@@ -130,7 +129,7 @@ def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None
         recipe: Resolved recipe.
         job: What to run.
         programs: Folder of the `halfbyte` program, put first in PATH; none where a container brings its own.
-        revision: What `git describe` says of halfbyte's source, if it has a repository.
+        revision: Commit of halfbyte's source, if it is a checkout.
     """
     launch = recipe.launch
     container = [f"--container-image={launch.container}"] if launch.container else []

@@ -1,14 +1,12 @@
 """How a run stands: its jobs in Slurm's queue, what the run folder holds, what went wrong. Torch-free."""
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from halfbyte.launch.submit import RECORD
+from halfbyte.launch.jobs import queue
 from halfbyte.training import retention
 from halfbyte.training.config import Recipe
-from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json
 
 FOLLOW_S = 5.0
@@ -61,30 +59,6 @@ def status(recipe: Recipe) -> str:
     if (folder / "export" / "hf").is_dir():
         lines.append(f"  released: {folder / 'export' / 'hf'}")
     return "\n".join([*lines, *_last_words(folder)])
-
-
-def queue(folder: Path) -> list[str]:
-    """Number, name, state, time and reason or nodes of every submitted job that Slurm still has.
-
-    Raises:
-        UserError: squeue is missing or fails.
-    """
-    path = folder / RECORD
-    if not path.exists():
-        return []
-    with damage(path):
-        numbers = [job["id"] for job in read_json(path)["jobs"]]
-    found = []
-    for number in numbers:  # one by one: squeue refuses a list in which one has left the queue
-        line = ["squeue", "--noheader", f"--jobs={number}", "--format=%i %j %T, %M of %l, %R"]
-        try:
-            done = subprocess.run(line, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            raise UserError("squeue: not found on this machine; ask on a Slurm login node") from error
-        if done.returncode and "Invalid job id" not in done.stderr:
-            raise UserError(f"squeue: {(done.stderr.strip().splitlines() or ['?'])[0]}")
-        found += done.stdout.splitlines()
-    return found
 
 
 def _last_words(folder: Path) -> list[str]:

@@ -5,15 +5,14 @@ import sys
 from pathlib import Path
 
 from halfbyte.launch import sbatch
+from halfbyte.launch.jobs import queue, record, submitted
+from halfbyte.launch.revision import revision
 from halfbyte.launch.start import RESOLVED
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import UserError
-from halfbyte.training.files import read_json, write_json
 from halfbyte.training.resolve import save
 
 COPY = "submit.yaml"
-RECORD = "submit.json"
-"""What was submitted: {"jobs": [{"id", "name", "file"}, ...]}, the newest last; halfbyte status reads it."""
 
 
 def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False, dry_run: bool = False) -> str:
@@ -31,23 +30,31 @@ def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False
 
     Raises:
         RecipeError: the nodes do not fit the layout.
-        UserError: a file cannot be written, or sbatch is missing or refuses.
+        UserError: a file cannot be written, a job of this run is still in the queue, or sbatch is missing or refuses.
     """
     folder = Path(recipe.run.dir)
     jobs = sbatch.jobs(recipe, folder / COPY, nodes, array=array, separate=separate)
     programs = None if recipe.launch.container else str(Path(sys.executable).parent)
+    _check_queue(folder)
     save(recipe, folder / COPY)
     if not dry_run:
         save(recipe, folder / RESOLVED)
-    said, before = [], None
+    said, before, numbers = [], None, []
     for job in jobs:
         path = folder / f"{job.kind}.sbatch"
-        text = sbatch.text(recipe, job, programs=programs, revision=revision())
+        text = sbatch.text(recipe, job, programs=programs, revision=revision(12))
         _write(path, text)
         if dry_run:
             said.append(f"{path}\n\n{text}")
             continue
-        number = _sbatch(path, [] if before is None else [f"--dependency=afterok:{before}"])
+        try:
+            number = _sbatch(path, [] if before is None else [f"--dependency=afterok:{before}"])
+        except UserError as error:
+            if not numbers:
+                raise
+            waiting = f"submitted before it: job {', '.join(numbers)}"
+            raise UserError(f"{error}; {waiting}, which scancel takes back") from error
+        numbers.append(number)
         record(folder, {"id": number, "name": job.name, "file": path.name})
         said.append(f"{path}: submitted as job {number}")
         # The last job of an array goes on where the others stopped, so that it alone has to end well.
@@ -55,22 +62,20 @@ def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False
     return "\n".join([*said, *([] if dry_run else [f"halfbyte status {folder} follows it"])])
 
 
-def record(folder: Path, job: dict[str, str]) -> None:
-    """Add a job to submit.json."""
-    path = folder / RECORD
-    before = read_json(path)["jobs"] if path.exists() else []
-    write_json(path, {"jobs": [*before, job]})
+def _check_queue(folder: Path) -> None:
+    """Refuse to write under a job of this run that is in the queue: it reads the recipe's copy when it starts.
 
-
-def revision() -> str | None:
-    """Revision of halfbyte's source as git describes it (`-dirty`: with changes); None if it was installed without."""
-    source = Path(__file__).parent
-    line = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    A second job would find the run folder taken. A damaged record is an error here, before there is a job to note.
+    """
+    if not submitted(folder):
+        return
     try:
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
+        jobs = queue(folder)
+    except UserError:  # squeue has no answer; sbatch may have one
+        return
+    if jobs:
+        remedy = "wait for it, take it back with scancel, or ask for several in a row with --jobs"
+        raise UserError(f"run.dir = {folder}: job {jobs[0]} is in the queue for this run; {remedy}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -90,4 +95,7 @@ def _sbatch(path: Path, options: list[str]) -> str:
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
         raise UserError(f"sbatch refused {path}: {reason}")
-    return done.stdout.strip().partition(";")[0]
+    number = done.stdout.strip().partition(";")[0]
+    if not number.isdigit():
+        raise UserError(f"sbatch {path}: answered {number[:80]!r}, which is no job's number; squeue shows what it did")
+    return number

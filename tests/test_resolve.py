@@ -187,6 +187,7 @@ def test_tasks_by_number_name_and_brackets():
         ("gate.confidence=0.01", "gate.confidence = 0.01", "between 0.5 and 0.9999"),
         ("launch.port=70000", "launch.port = 70000", "65535"),
         ("launch.time=soon", "launch.time = soon", "hours:minutes:seconds"),
+        ("launch.time=2", "launch.time = 2", "one number is minutes"),
     ],
 )
 def test_each_problem_is_one_line_with_field_value_and_remedy(override, key, says):

@@ -1,19 +1,22 @@
 """The sbatch file, letter by letter and under bash, what submitting says, and the status."""
 
 import os
+import re
 import subprocess
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from halfbyte.launch import sbatch
+from halfbyte.launch import revision, sbatch
+from halfbyte.launch.jobs import submitted
 from halfbyte.launch.status import follow, status
 from halfbyte.launch.submit import submit
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import USAGE, RecipeError, UserError
 from halfbyte.training.files import write_json
 from halfbyte.training.resolve import load
+from halfbyte.training.run_rules import seconds_of
 
 GOLDEN = """\
 #!/bin/bash
@@ -238,7 +241,7 @@ def test_status_of_a_run_folder(made, tmp_path, monkeypatch):
         f"llama: qat, {folder}\n  no job in the queue\n  checkpoint after step 40 of 100\n"
         "  done: evaluate.bf16, train\n  gate: inconclusive\n  last message: of rank 1"
     ]
-    write_json(folder / "submit.json", {"jobs": [{"id": "7"}]})
+    write_json(folder / "submit.json", {"jobs": [{"id": "7", "name": "llama", "file": "submit.sbatch"}]})
     (tmp_path / "bin").mkdir()
     fake(tmp_path / "bin" / "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
@@ -253,6 +256,70 @@ def test_what_sbatch_says_is_passed_on(made, tmp_path, monkeypatch):
     fake_sbatch(tmp_path / "bin", monkeypatch, "echo 'sbatch: error: invalid account' >&2; exit 1")
     with pytest.raises(UserError, match="invalid account"):
         submit(made, 2)
+
+
+def test_a_later_job_that_is_refused_names_those_that_were_not(made, tmp_path, monkeypatch):
+    one = f'[ -e {tmp_path}/called ] && {{ echo "sbatch: error: no such partition" >&2; exit 1; }}'
+    fake_sbatch(tmp_path / "bin", monkeypatch, f"{one}; touch {tmp_path}/called; echo 12")
+    with pytest.raises(UserError) as caught:
+        submit(made, 2, separate=True)
+    assert str(caught.value) == (
+        f"sbatch refused {tmp_path}/run/evaluate.sbatch: sbatch: error: no such partition; submitted before it: job "
+        "12, which scancel takes back"
+    )
+    assert [job["id"] for job in submitted(tmp_path / "run")] == ["12"]
+
+
+def test_a_run_whose_job_is_in_the_queue_is_not_submitted_again(made, tmp_path, monkeypatch):
+    fake_sbatch(tmp_path / "bin", monkeypatch, "echo 12")
+    fake(tmp_path / "bin" / "squeue", "echo '12 llama PENDING, 0:00 of 4:00:00, (Priority)'")
+    submit(made, 2)
+    before = (tmp_path / "run" / "submit.yaml").read_text()
+    made.train.steps = 7
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match=r"run: job 12 llama PENDING, .* is in the queue for this run; wait for it"):
+            submit(made, 2, dry_run=dry_run)
+    assert (tmp_path / "run" / "submit.yaml").read_text() == before  # what the job will run
+    fake(tmp_path / "bin" / "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    submit(made, 2)
+    assert [job["id"] for job in submitted(tmp_path / "run")] == ["12", "12"]
+
+
+def test_an_answer_without_a_number_is_one_line(made, tmp_path, monkeypatch):
+    fake_sbatch(tmp_path / "bin", monkeypatch, "echo Welcome; echo to the cluster; echo 12")
+    with pytest.raises(UserError, match=r"submit.sbatch: answered 'Welcome\\nto the cluster\\n12', which is no job's"):
+        submit(made, 2)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"jobs": 3}', '{"jobs": [{"id": 3}]}', "[]"])
+def test_a_damaged_record_is_found_before_anything_is_submitted(made, tmp_path, monkeypatch, content):
+    fake_sbatch(tmp_path / "bin", monkeypatch, f"touch {tmp_path}/called; echo 12")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "submit.json").write_text(content)
+    with pytest.raises(UserError, match=r"submit\.json: damaged"):
+        submit(made, 2)
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("30", 1800), ("2:30", 150), ("1:02:03", 3723), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784), ("0", 0)],
+)
+def test_a_time_limit_is_read_as_slurm_reads_it(limit, seconds):
+    assert seconds_of(limit) == seconds
+
+
+def test_the_revision_is_halfbyte_s_own(tmp_path, monkeypatch):
+    """An installed copy inside somebody else's repository has none."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    place = tmp_path / "revision.py"
+    place.write_text("")
+    monkeypatch.setattr(revision, "__file__", str(place))
+    assert revision.revision(12) is None
+    subprocess.run([*git, "add", "revision.py"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{12}-dirty", revision.revision(12) or "")
 
 
 def test_no_slurm_here(made, tmp_path, monkeypatch):

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+GRACE_S = 120
+"""Seconds between Slurm's signal and the end of a job: time to save a checkpoint."""
+
 
 @dataclass
 class Checkpoint:
@@ -38,6 +41,6 @@ class Launch:
     account: str | None = None
     """Slurm account."""
     time: str = "04:00:00"
-    """Slurm time limit."""
+    """Slurm time limit: minutes, hours:minutes:seconds, days-hours, ...; two minutes before it the run is saved."""
     container: str | None = None
     """Container image for srun --container-image."""

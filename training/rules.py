@@ -148,8 +148,6 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.launch.port > 65535:
         yield f"launch.port = {recipe.launch.port}: ports end at 65535; 0 picks a free one"
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", recipe.launch.time):
-        yield f"launch.time = {recipe.launch.time}: not a Slurm time limit; write hours:minutes:seconds"
 
 
 def _steps(recipe: Recipe) -> Iterator[str]:

@@ -6,6 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from halfbyte.training.config import Recipe
+from halfbyte.training.config_launch import GRACE_S
 
 NAME = r"[A-Za-z0-9_][\w.+-]*"
 """Of a run: it becomes a folder's name, and a job's."""
@@ -27,7 +28,7 @@ INPUT_PATHS = (
 
 
 def run_problems(recipe: Recipe) -> Iterator[str]:
-    """One line for each name that could lead out of the run folder or into a second line of a script."""
+    """One line for each name that could lead out of the run folder or into a second line of a script, or bad limit."""
     if not re.fullmatch(NAME, recipe.run.name):
         remedy = "becomes the run folder's and the job's name; use letters, digits, . _ + and -"
         yield f"run.name = {_printable(recipe.run.name)}: {remedy}"
@@ -36,10 +37,30 @@ def run_problems(recipe: Recipe) -> Iterator[str]:
     if not re.fullmatch(PROJECT, recipe.run.project):
         yield f"run.project = {_printable(recipe.run.project)}: W&B takes at most 128 characters, none of / \\ # ? % :"
     launch = recipe.launch
+    yield from _time_limit(launch.time)
     for key, value in (("partition", launch.partition), ("account", launch.account), ("container", launch.container)):
         if value is not None and not re.fullmatch(WORD, value):
             remedy = "stands in the sbatch file; use letters, digits and . , : + / @ = _ -"
             yield f"launch.{key} = {_printable(value)}: {remedy}"
+
+
+def _time_limit(text: str) -> Iterator[str]:
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
+        yield f"launch.time = {text}: not a Slurm time limit; write hours:minutes:seconds"
+    elif 0 < seconds_of(text) <= GRACE_S:
+        reason = f"Slurm tells a run {GRACE_S} s before the end, which is its start here"
+        yield f"launch.time = {text}: {reason}; give more (one number is minutes, 0 sets no limit)"
+
+
+def seconds_of(limit: str) -> int:
+    """Seconds of a time limit as Slurm reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 sets no limit."""
+    days, dash, rest = limit.rpartition("-")
+    numbers = [int(part) for part in rest.split(":")]
+    if dash or len(numbers) == 3:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = 0, *(*numbers, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def unreachable_paths(recipe: Recipe) -> Iterator[str]:
