@@ -37,13 +37,13 @@ def fetch_into(name: str, folder: Path) -> None:
 def recipe_or_run(args: argparse.Namespace):
     """The recipe that is named, or that of the run folder that is named; its weights must be there."""
     from halfbyte.launch.start import RESOLVED
-    from halfbyte.training.resolve import load
+    from halfbyte.training.resolve import of_run
     from halfbyte.training.rules import problems
 
     resolved = Path(args.recipe) / RESOLVED
     if not resolved.is_file():
         return with_weights(args)
-    recipe = load(resolved, [*args.overrides, f"run.dir={args.recipe}"])
+    recipe = of_run(resolved, args.overrides)
     found = problems(recipe, need_weights=True)
     if found:
         raise RecipeError(found)

@@ -36,7 +36,7 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.errors import USAGE, UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.kv_format import KVCache
-from halfbyte.training.resolve import load
+from halfbyte.training.resolve import of_run
 
 LAST_BUILDER = Version("1.2.1")
 """The last TensorRT-LLM with trtllm-build; after it, servers load the checkpoint itself."""
@@ -118,7 +118,7 @@ def engine(folder: Path, batch: int, length: int, ranks: int | None, *, allow_fa
     """
     if not (folder / RESOLVED).is_file():
         raise UserError(f"{folder}: holds no {RESOLVED}; give the folder of a run (run.dir)", USAGE)
-    recipe = load(folder / RESOLVED, [f"run.dir={folder}"])
+    recipe = of_run(folder / RESOLVED)
     source = serving_checkpoint(recipe, folder, allow_failed_gate=allow_failed_gate)
     sizes = serving.Load(ranks or recipe.export.tensor_parallel, batch, length)
     _check_sizes(sizes, source)

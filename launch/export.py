@@ -17,7 +17,7 @@ from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import USAGE, UserError
 from halfbyte.training.files import damage, read_json
 from halfbyte.training.nemo_archive import SUFFIX, is_archive, read
-from halfbyte.training.resolve import load
+from halfbyte.training.resolve import of_run
 
 
 def export_as(source: Path, container: str, to: Path | None, ranks: int | None, *, allow_failed_gate: bool) -> Path:
@@ -40,7 +40,7 @@ def export_as(source: Path, container: str, to: Path | None, ranks: int | None, 
         raise UserError(f"--format {container}: no such format; use one of {', '.join(Container)}", USAGE)
     if ranks is not None and ranks < 1:
         raise UserError(f"--tp {ranks}: not a number of GPUs; give 1 or more", USAGE)
-    recipe = load(source / RESOLVED, [f"run.dir={source}"]) if (source / RESOLVED).is_file() else None
+    recipe = of_run(source / RESOLVED) if (source / RESOLVED).is_file() else None
     if recipe is None and not (source / "config.json").is_file():
         raise UserError(f"{source}: neither a run folder nor a checkpoint; give one of them", USAGE)
     if recipe is None and to is None:

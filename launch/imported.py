@@ -13,7 +13,7 @@ from halfbyte.training.choices import Activations
 from halfbyte.training.config import Method, Quantize, Recipe, Smoothing, Weights
 from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.files import write_json
-from halfbyte.training.model_source import brings_formats, has_quantizers, is_quantized
+from halfbyte.training.model_source import UNPACKED, brings_formats, has_quantizers, is_quantized
 from halfbyte.training.nemo_archive import is_archive, read
 from halfbyte.training.nemo_archive import unpack as unpack_into
 from halfbyte.training.rules import missing_weights, problems
@@ -120,7 +120,7 @@ def unpack(recipe: Recipe) -> Recipe:
     from halfbyte.export.folder import disk_errors, replacing
     from halfbyte.export.record import RECORD, broken_hashes
 
-    out = Path(recipe.run.dir).absolute() / "unpacked" / archive.stem
+    out = Path(recipe.run.dir).absolute() / UNPACKED / archive.stem
     record = read(archive, RECORD)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from halfbyte.training.errors import USAGE, UserError
 from halfbyte.training.files import damage, read_json
 from halfbyte.training.jsonl import read_scores
 from halfbyte.training.pairing import Stage
-from halfbyte.training.resolve import load
+from halfbyte.training.resolve import of_run
 from halfbyte.training.rules import leaves
 
 RESOLVED = "resolved.yaml"
@@ -33,7 +33,7 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not (folder / RESOLVED).is_file():
         raise UserError(f"{folder}: holds no {RESOLVED}; give the folder of a run (run.dir)", USAGE)
-    return load(folder / RESOLVED, [*overrides, f"run.dir={folder}"])
+    return of_run(folder / RESOLVED, overrides)
 
 
 def kinds(recipe: Recipe) -> dict[str, TaskKind]:

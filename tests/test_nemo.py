@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import runpy
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,9 +33,9 @@ from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.kv_format import KVCache
 from halfbyte.training.model_config import read_config
-from halfbyte.training.resolve import resolve
+from halfbyte.training.resolve import of_run, resolve
 from halfbyte.training.resolve import save as save_recipe
-from halfbyte.training.rules import find_shape
+from halfbyte.training.rules import find_shape, problems
 from halfbyte.training.shape import planned_linears, read_shape
 
 WORLD = runpy.run_path(str(Path(__file__).parent / "workers" / "world.py"))
@@ -188,8 +189,8 @@ def test_the_bytes_depend_on_the_checkpoint_alone(run: Recipe, archive: Path, tm
 def test_a_plan_is_made_without_unpacking(archive: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = adopt(resolve("tiny", [f"model.path={archive}"]))
-    shape, problems = find_shape(shown)
-    assert problems == []
+    shape, unread = find_shape(shown)
+    assert unread == []
     assert shape is not None
     assert "nvfp4" in plan_text(shown, shape)
     assert list(tmp_path.iterdir()) == []
@@ -207,6 +208,17 @@ def test_it_is_unpacked_once_and_again_when_it_is_another(archive: Path, tmp_pat
     (folder / "halfbyte.json").write_text("{}")
     next_run(tmp_path, mine)
     assert (folder / "config.json").stat().st_ino != inode
+
+
+def test_a_run_folder_that_was_moved_finds_what_was_unpacked_in_it(archive: Path, tmp_path: Path):
+    mine = Path(shutil.copy(archive, tmp_path / "mine.nemo"))
+    save_recipe(next_run(tmp_path, mine), tmp_path / "next" / "resolved.yaml")
+    mine.unlink()
+    moved = (tmp_path / "next").rename(tmp_path / "moved")
+    found = of_run(moved / "resolved.yaml")
+    assert (found.run.dir, found.model.path) == (str(moved), str(moved / "unpacked" / "mine"))
+    assert problems(found, need_weights=True) == []
+    assert of_run(moved / "resolved.yaml", ["model.path=elsewhere/x"]).model.path == str(Path("elsewhere/x").absolute())
 
 
 def test_a_release_gets_its_archive_and_loses_it(run: Recipe, archive: Path, tmp_path: Path):

@@ -9,6 +9,8 @@ QUANTIZERS = "quantizers.json"
 """Of a .nemo archive, and of the directory that one is unpacked into: the quantizers of the weights beside it."""
 MODEL_RECORD = "model.json"
 """Of a run folder: fingerprints of the models that the run began with (model_identity.py)."""
+UNPACKED = "unpacked"
+"""Of a run folder: where a .nemo archive at model.path is unpacked."""
 READABLE = ("modelopt", "compressed-tensors")
 """`quant_method` of the layouts that export/source.py reads."""
 

@@ -7,7 +7,7 @@ checks types, rules.py and model_rules.py check that the values make sense toget
 import importlib.resources
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.files import at_home
 from halfbyte.training.merge import merge
-from halfbyte.training.model_source import MODEL_RECORD
+from halfbyte.training.model_source import MODEL_RECORD, UNPACKED
 from halfbyte.training.rules import leaves, problems
 
 MAY_CHANGE = (
@@ -89,6 +89,24 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if merged.problems:
         raise RecipeError(merged.problems)
     return built
+
+
+def of_run(resolved: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run folder, which may have been moved, and with it what model.path was unpacked into.
+
+    Args:
+        resolved: The folder's resolved.yaml.
+        overrides: `key=value` strings.
+
+    Raises:
+        RecipeError: as `load`.
+    """
+    folder = resolved.parent
+    recipe = load(resolved, [*overrides, f"run.dir={folder}"])
+    here, model = folder.absolute() / UNPACKED, Path(recipe.model.path)
+    if model.parent.name == UNPACKED and not model.exists() and (here / model.name).is_dir():
+        recipe.model.path = str(here / model.name)
+    return recipe
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
