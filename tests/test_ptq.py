@@ -1,5 +1,6 @@
 """Calibrations of post-training quantization on a tiny model in this process; layouts are in test_ptq_layouts.py."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def world():
     helpers = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
     with helpers["world_of_one"]() as runtime:
 
-        def build(section: Quantize) -> torch.nn.Module:
-            gpt = helpers["random_model"](runtime, Recipe(quantize=section))
+        def build(section: Quantize, **family: bool) -> torch.nn.Module:
+            shape = dataclasses.replace(helpers["SHAPE"], **family)
+            gpt = helpers["random_model"](runtime, Recipe(quantize=section), shape=shape)
             with torch.no_grad():  # outliers in a few channels, as trained models have them
                 for layer in gpt.decoder.layers:
                     for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
@@ -97,18 +99,19 @@ def test_a_restart_takes_the_percentiles_from_quantize_json(world, tmp_path):
     assert torch.equal(forward(again), forward(gpt))
 
 
-def plain_and_smoothed(world, method: Smoothing) -> tuple[torch.nn.Module, torch.nn.Module, dict]:
+def plain_and_smoothed(world, method: Smoothing, **family: bool) -> tuple[torch.nn.Module, torch.nn.Module, dict]:
     """(model, the same smoothed but not quantized, factors by layer)."""
     from halfbyte.training import quantize, smoothing
 
     section = Quantize(smoothing=method)
-    plain, smoothed = world[0](section), world[0](section)
+    plain, smoothed = world[0](section, **family), world[0](section, **family)
     return plain, smoothed, smoothing.smooth(smoothed, quantize.plan(smoothed, section), section, forward)
 
 
+@pytest.mark.parametrize("family", [{}, {"qkv_bias": True, "tied": True}, {"qk_norm": True}], ids=str)
 @pytest.mark.parametrize("method", [Smoothing.smoothquant, Smoothing.awq_lite, Smoothing.awq_duo])
-def test_smoothing_does_not_change_the_logits(world, method):
-    plain, smoothed, facts = plain_and_smoothed(world, method)
+def test_smoothing_does_not_change_the_logits(world, method, family):
+    plain, smoothed, facts = plain_and_smoothed(world, method, **family)
     if method is Smoothing.awq_duo:  # FP32's rounding of products with numbers that are not powers of two
         assert not torch.equal(forward(smoothed), forward(plain))
         torch.testing.assert_close(forward(smoothed), forward(plain), rtol=1e-4, atol=1e-4)

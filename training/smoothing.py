@@ -5,7 +5,7 @@ into what makes the channel, so that nothing is left to do at run time and the c
 
     linear                      the channel's maker                       s
     qkv, gate and up            the weight of the RMSNorm before it       per channel of the hidden size
-    output projection           the value projection's rows               per channel of a key/value head, which the
+    output projection           the value projection's rows and bias      per channel of a key/value head, which the
                                                                           query heads of its group share
     down projection             the up projection's rows                  per channel of the intermediate size
 
@@ -257,7 +257,7 @@ def _shared(value_K: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
 
 
 def _fold(model: torch.nn.Module, layer: Planned, s_K: torch.Tensor) -> None:
-    """Multiply the linear's columns by s, and divide what makes its input channels."""
+    """Multiply the linear's columns by s, and divide what makes its input channels, biases included."""
     prefix, _, name = layer.module.rpartition(".")
     block: Any = model.get_submodule(prefix.rpartition(".")[0])
     typed.linear(model, layer.module).weight.mul_(s_K)
@@ -270,6 +270,8 @@ def _fold(model: torch.nn.Module, layer: Planned, s_K: torch.Tensor) -> None:
     else:
         config: Any = model.config
         per_group = config.num_attention_heads // config.num_query_groups
-        qkv = block.self_attention.linear_qkv.weight
-        values = qkv.view(-1, per_group + 2, config.kv_channels, qkv.shape[-1])[:, -1]
-        values.div_(s_K.view(-1, per_group, config.kv_channels)[:, 0].unsqueeze(-1))
+        qkv = block.self_attention.linear_qkv
+        made_by = [qkv.weight] if qkv.bias is None else [qkv.weight, qkv.bias.unsqueeze(-1)]
+        for rows in made_by:  # by key/value head: its query heads, its keys, its values
+            values = rows.view(-1, per_group + 2, config.kv_channels, rows.shape[-1])[:, -1]
+            values.div_(s_K.view(-1, per_group, config.kv_channels)[:, 0].unsqueeze(-1))
