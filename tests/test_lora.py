@@ -197,10 +197,11 @@ def test_adapters_start_from_the_seed_and_their_layers_name(opened):
         ({"freeze": ["*norm*"]}, "train.freeze = [*norm*]: train.lora.rank = 4 freezes all weights; leave it out"),
         ({"pipeline": 2, "targets": ["*.0.*"]}, "no adapter in pipeline stage 1 (counted from 0), which has nothing"),
         ({"late": 3}, "train.lora.rank = 4: learns from quantized weights only"),
+        ({"rank": 65}, "train.lora.rank = 65: above the full rank of every adapted linear, 64; give less, or 0"),
     ],
 )
 def test_where_no_adapter_can_stand_is_one_line(changes, says):
-    lora = Lora(rank=4, targets=changes.get("targets", ["*"]))
+    lora = Lora(rank=changes.get("rank", 4), targets=changes.get("targets", ["*"]))
     train = Train(lora=lora, freeze=changes.get("freeze", []), fake_quant_after_steps=changes.get("late", 0))
     parallel = Parallel(pipeline=changes.get("pipeline", 1))
     (line,) = method_problems(Recipe(method=changes.get("method", Method.qat), train=train, parallel=parallel), SHAPE)

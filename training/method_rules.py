@@ -7,7 +7,7 @@ from halfbyte.training.config_distill import Distill, Divergence
 from halfbyte.training.config_train import Lora
 from halfbyte.training.formats import SPECS
 from halfbyte.training.pattern_rules import pattern_problems, some, stages
-from halfbyte.training.shape import ModelShape, excluded, planned_linears
+from halfbyte.training.shape import ModelShape, excluded, linear_sizes, planned_linears
 
 
 def method_problems(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
@@ -66,6 +66,9 @@ def _lora(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         return  # reported elsewhere
     yield from pattern_problems("train.lora.targets", lora.targets, linears, shape, "quantized linear")
     trained = {name for name in linears if excluded(name, lora.targets)}
+    full = max((min(linear_sizes(shape)[name]) for name in trained), default=lora.rank)
+    if lora.rank > full:
+        yield f"{key}: above the full rank of every adapted linear, {full}; give less, or 0 to train the weights"
     held = stages(recipe, shape, linears)
     idle = [number for number, inside in enumerate(held) if not inside & trained]
     if idle:
