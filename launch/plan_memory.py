@@ -164,13 +164,18 @@ def layer_activations(recipe: Recipe, model: Architecture, layout: Layout, token
     In numbers per token: inputs and outputs of both norms 4 h; q, k, v as the linear gave them q + 2 kv; rotated
     q + kv (with norms of the heads once more); attention's result 2 q; the MLP's first linear 2 F (F without a gate),
     its activation F. FP4 or FP8 inputs add q: only the output projection's input is rounded into a tensor of its own.
+    quantize.clip_gradient keeps a byte for each number that goes into a quantized linear, 2 h + q + F.
     """
     shape = model.sizes
     split = layout.tensor if layout.sequence else 1
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     heads = (q + 2 * kv) + (q + kv) * (2 if shape.qk_norm else 1) + 2 * q + (q if rounds_inputs(recipe, shape) else 0)
     mlp = shape.ffn * (3 if model.gated else 2)
-    return WIDTH[recipe.train.dtype] * tokens * (4 * shape.hidden / split + (heads + mlp) / layout.tensor)
+    masks = 0.0
+    if recipe.quantize.clip_gradient and rounds_inputs(recipe, shape):
+        masks = 2 * shape.hidden / split + (q + shape.ffn) / layout.tensor
+    numbers = 4 * shape.hidden / split + (heads + mlp) / layout.tensor
+    return tokens * (WIDTH[recipe.train.dtype] * numbers + masks)
 
 
 def rounds_inputs(recipe: Recipe, shape: ModelShape) -> bool:

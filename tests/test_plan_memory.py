@@ -69,3 +69,33 @@ def test_what_calibration_keeps_of_every_input(kind):
     else:
         assert planned["inputs"] == sum(piece.nbytes for seen in taker.channels.values() for piece in seen.sample)
         assert SAMPLED == smoothing.SAMPLE_TOKENS
+
+
+def kept_for_backward(gpt, tokens) -> int:
+    """Bytes that autograd keeps of a forward pass over [B, S] tokens, parameters not counted."""
+    own, kept = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gpt(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+@pytest.mark.slow
+def test_masks_of_a_clipped_gradient_are_counted():
+    from halfbyte.training.fast_path import weights_once
+
+    planned, found, shape = [], [], WORLD["SHAPE"]
+    with WORLD["world_of_one"]() as opened:
+        for clips in (False, True):
+            train = Train(dtype=Dtype.float32, sequence_length=12, micro_batch=2, global_batch=2)
+            recipe = Recipe(train=train, quantize=Quantize(clip_gradient=clips))
+            recipe.evaluate.tokens_per_batch = 12
+            gpt = WORLD["training"](opened, recipe).gpt
+            with weights_once(gpt):
+                found.append(kept_for_backward(gpt, WORLD["batches"]()[0].tokens))
+            planned.append(memory_per_rank(recipe, Architecture.dense("", shape), Layout.of(recipe))["activations"])
+    assert planned[1] - planned[0] == found[1] - found[0] > 0
