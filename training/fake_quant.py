@@ -72,7 +72,7 @@ def clip_weight_gradients(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def unquantized(model: torch.nn.Module) -> Iterator[None]:
-    """Inside this context no quantizer rounds anything; afterwards those that did before do again.
+    """Inside this context no linear rounds anything (nor a cache in kv_cache.unrounded); what did before does so again.
 
     Args:
         model: This rank's GPTModel, quantized or not.

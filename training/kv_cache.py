@@ -40,12 +40,13 @@ class CacheRounding(torch.nn.Module):
         self.scale: torch.Tensor
         self.register_buffer("amax", torch.full((), torch.nan, device=device))
         self.register_buffer("scale", self.amax.clone(), persistent=False)
-        self.collecting = False
+        self.collecting, self.rounds = False, True
 
     def forward(self, x_SBGD: torch.Tensor) -> torch.Tensor:
         """Fake-quantized [S, B, G, D] in its own dtype, gradient passed straight through; as it is while collecting."""
         if self.collecting:
             self.amax = torch.maximum(self.amax, x_SBGD.detach().abs().amax().float())
+        if self.collecting or not self.rounds:
             return x_SBGD
         return numerics.fake_quantize(x_SBGD, self.rounding, self.scale)
 
@@ -78,6 +79,19 @@ def collecting(model: torch.nn.Module) -> Iterator[None]:
         # Heads are split over tensor-parallel ranks; data-parallel ranks have seen the same windows.
         dist.all_reduce(rounding.amax, dist.ReduceOp.MAX, group=parallel_state.get_tensor_and_data_parallel_group())
     refresh_scales(model)
+
+
+@contextlib.contextmanager
+def unrounded(model: torch.nn.Module) -> Iterator[None]:
+    """Inside this context keys and values pass as they are: for steps before quantization begins."""
+    roundings = _roundings(model).values()
+    for rounding in roundings:
+        rounding.rounds = False
+    try:
+        yield
+    finally:
+        for rounding in roundings:
+            rounding.rounds = True
 
 
 def refresh_scales(model: torch.nn.Module) -> None:

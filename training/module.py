@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch.utils.data import DataLoader, IterableDataset
 
-from halfbyte.training import companions, gradients, graphs, lora, losses, lsq
+from halfbyte.training import companions, gradients, graphs, kv_cache, lora, losses, lsq
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
@@ -254,7 +254,11 @@ class Training(pl.LightningModule):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         quantizes = step >= self.recipe.train.fake_quant_after_steps
-        with nullcontext() if quantizes else unquantized(self.gpt), weights_once(self.gpt, self._rounded):
+        with ExitStack() as passes:
+            if not quantizes:
+                passes.enter_context(unquantized(self.gpt))
+                passes.enter_context(kv_cache.unrounded(self.gpt))
+            passes.enter_context(weights_once(self.gpt, self._rounded))
             loss = self._pass(batch, quantizes)
         if loss.tokens == 0:
             raise UserError(f"step {step}: no token carries loss; check data.answer_only and data.train")
