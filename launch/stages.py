@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -203,12 +204,11 @@ class Work:
         packed = self.packed(source, length)
         windows = data.calibration_windows(packed, recipe.quantize.calibration_samples, recipe.train.seed)
         rows = max(1, recipe.evaluate.tokens_per_batch // length)
-        batches = data.plain_batches(windows, rows, self.runtime.device)
         # All data-parallel ranks see all windows: the maxima, and so every scale, are the same under any layout.
-        group = evaluate.GROUP
         with torch.no_grad():
-            for start in range(0, len(batches), group):
-                collect(stage, batches[start : start + group], None)
+            for batches in data.calibration_batches(windows, rows, self.runtime.device):
+                for group in batched(batches, evaluate.GROUP):
+                    collect(stage, group, None)
 
     def packed(self, source: Path, length: int) -> corpus.PackedDataset:
         """A text file as windows of `length` tokens: made once, then mapped from the run's cache.

@@ -162,6 +162,7 @@ def test_text_windows_are_the_stream_cut_up(tmp_path_factory, texts, length):
         assert packed.segments[i].tolist() == [o - owners[0] for o in owners[:-1]]
         assert packed.loss_mask[i].tolist() == [int(a == b) for a, b in itertools.pairwise(owners)]
         assert packed.lines(i) == [lines[o] for o in sorted(set(owners))]
+        assert packed.filled(i) == len(packed.segments[i])
     assert packed.report.tokens == len(stream)
     assert packed.report.dropped == sum(not t for t in texts)
 
@@ -242,6 +243,7 @@ def test_conversations_are_packed_whole_and_once(tmp_path_factory, sizes):
             found.append((int(match[1]), len(match[2])))
             assert sum(mask[i - 1] for i in here if i) == len(match[2]) + 2  # and <e>, newline
         assert packed.lines(window) == [number + 1 for number, _ in found[before:]]
+        assert packed.filled(window) == (tokens[:-1] != PAD).sum()
     assert sorted(found) == list(enumerate(sizes))
     # Best fit: no two windows could have been one, unless more stood open than are kept.
     filled = sorted(int((tokens != PAD).sum()) for tokens in packed.tokens)
@@ -445,6 +447,24 @@ def test_calibration_windows_are_distinct_and_repeatable(random_dataset):
     assert len(data.calibration_windows(random_dataset, 100, seed=5)) == 37
     with pytest.raises(UserError, match="calibration_samples = 0"):
         data.calibration_windows(random_dataset, 0, seed=5)
+
+
+def test_calibration_sees_no_padding(tmp_path):
+    path = write(tmp_path / "chat.jsonl", [turns("hello", "you"), turns("and a longer one", "yes")])
+    packed = data.tokenize_corpus(path, TOKENIZER, chat_data(), 70)
+    windows = data.calibration_windows(packed, 2, seed=0)
+    assert (packed.tokens == PAD).any(1).all()
+    for window, tokens in zip(windows.tolist(), packed.tokens.tolist(), strict=True):
+        own = tokens[: tokens.index(PAD)]
+        assert window == (own * 70)[:70]
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(3, [[3, 3], [1]]), (7, [[7]]), (100, [[7]]), (1, [[1] * 7])])
+def test_calibration_takes_every_window_once(rows, sizes):
+    windows = torch.arange(14).reshape(7, 2)
+    batches = data.calibration_batches(windows, rows, torch.device("cpu"))
+    assert [[len(batch.tokens) for batch in part] for part in batches] == sizes
+    assert torch.equal(torch.cat([batch.tokens for part in batches for batch in part]), windows)
 
 
 def test_plain_batches_are_of_one_size_and_cover_all():

@@ -76,6 +76,13 @@ class PackedDataset:
             total.update(self.tokens[row].tobytes())
         return total.hexdigest()
 
+    def filled(self, window: int) -> int:
+        """How many of a window's L inputs stand before its padding, which is a last segment without any loss."""
+        segments = self.segments[window]
+        last = segments == segments[-1]
+        padded = not last.all() and not self.loss_mask[window][last].any()
+        return len(segments) - int(last.sum()) if padded else len(segments)
+
     def lines(self, window: int) -> list[int]:
         """The lines of the file that a window has tokens of, from 1."""
         first, last = np.searchsorted(self.documents[:, 0], [window, window + 1])

@@ -22,6 +22,7 @@ __all__ = [
     "MicroBatch",
     "PackedDataset",
     "StepStream",
+    "calibration_batches",
     "calibration_windows",
     "plain_batches",
     "prepare",
@@ -63,6 +64,9 @@ class MicroBatch:
 def calibration_windows(dataset: PackedDataset, samples: int, seed: int) -> torch.Tensor:
     """Windows to calibrate on, chosen without repetition as a function of (dataset size, seed).
 
+    In the place of padding a window's own tokens come again: what a model makes of padding would count in every
+    maximum, percentile and mean.
+
     Args:
         dataset: Packed with the calibration length.
         samples: Windows wanted; all are used when there are fewer, so compare with the result's first dimension.
@@ -78,7 +82,25 @@ def calibration_windows(dataset: PackedDataset, samples: int, seed: int) -> torc
         reason = f"quantize.calibration_samples = {samples}: calibration needs at least one window; 512 is usual"
         raise UserError(reason, USAGE)
     rows = np.sort(_permutation(len(dataset), seed, 0)[:samples])
-    return torch.from_numpy(dataset.tokens[rows, :-1].astype(np.int64))
+    windows = dataset.tokens[rows, :-1].astype(np.int64)
+    for row, window in zip(rows, windows, strict=True):
+        window[:] = np.resize(window[: dataset.filled(row)], len(window))
+    return torch.from_numpy(windows)
+
+
+def calibration_batches(windows: torch.Tensor, rows: int, device: torch.device) -> list[list[MicroBatch]]:
+    """Windows as micro-batches, every window once: a batch that is filled up would count some of them twice.
+
+    Args:
+        windows: int64 [n, L], n >= 1.
+        rows: Windows per batch.
+        device: Where the batches go.
+
+    Returns:
+        At most two lists, each with batches of one size as a pipeline wants them: the full batches, and the rest.
+    """
+    whole = len(windows) - len(windows) % rows
+    return [plain_batches(part, rows, device) for part in (windows[:whole], windows[whole:]) if len(part)]
 
 
 def plain_batches(windows: torch.Tensor, rows: int, device: torch.device) -> list[MicroBatch]:
@@ -86,8 +108,7 @@ def plain_batches(windows: torch.Tensor, rows: int, device: torch.device) -> lis
 
     Args:
         windows: int64 [n, L], n >= 1.
-        rows: Windows per batch; cut to n. The last batch is filled up with windows from the start, which changes
-            no maximum that calibration takes.
+        rows: Windows per batch; cut to n. The last batch is filled up with windows from the start.
         device: Where the batches go.
 
     Returns:
