@@ -147,6 +147,8 @@ def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None
             "",
             "set -uo pipefail",
             *([f"export PATH={shlex.quote(programs)}:$PATH"] if programs else []),
+            # srun does not take it from the job by itself (since Slurm 22.05)
+            *([f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}"] if launch.cpus_per_task else []),
             'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
             f"export MASTER_ADDR MASTER_PORT={port}",
             "",
@@ -169,6 +171,7 @@ def _directives(recipe: Recipe, job: Job) -> list[str]:
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.tasks}",
         *([f"--gpus-per-node={job.tasks}"] if job.gpus else []),
+        *([f"--cpus-per-task={launch.cpus_per_task}"] if launch.cpus_per_task else []),
         f"--time={launch.time}",
         *([f"--array=1-{job.array}%1"] if job.array > 1 else []),
         f"--signal=B:USR1@{GRACE_S}",

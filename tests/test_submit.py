@@ -96,6 +96,15 @@ def test_a_small_world_takes_as_many_tasks_as_it_has_processes():
     assert '[ "$attempt" -ge 0 ]; then break' in text
 
 
+def test_cores_are_asked_for_and_handed_on_to_srun():
+    made = recipe()
+    made.launch.cpus_per_task = 14
+    (job,) = sbatch.jobs(made, Path("submit.yaml"), 2)
+    text = sbatch.text(made, job, programs=None, revision=None)
+    assert "#SBATCH --gpus-per-node=8\n#SBATCH --cpus-per-task=14\n" in text
+    assert text.index("export SRUN_CPUS_PER_TASK=14\n") < text.index("srun --kill-on-bad-exit=1")
+
+
 @pytest.mark.parametrize(
     ("folder", "option"),
     [

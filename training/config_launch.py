@@ -34,6 +34,9 @@ class Launch:
     """Processes per node under Slurm."""
     gpus: bool = True
     """Whether Slurm gives each of them a GPU; false for a cluster of CPUs."""
+    cpus_per_task: int | None = None
+    """CPU cores that Slurm gives each process; none is the cluster's default, on many one core, which Python, NCCL's
+    threads and the thread that writes checkpoints then share."""
     port: int = 0
     """Rendezvous port on this machine; 0 picks a free one."""
     partition: str | None = None

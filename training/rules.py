@@ -47,6 +47,7 @@ POSITIVE = (
     "export.files",
     "export.tensor_parallel",
     "launch.gpus_per_node",
+    "launch.cpus_per_task",
 )
 NOT_NEGATIVE = (
     "train.seed",
