@@ -1,5 +1,6 @@
 """Calibrations of post-training quantization on a tiny model in this process; layouts are in test_ptq_layouts.py."""
 
+import contextlib
 import dataclasses
 import runpy
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from halfbyte.training import numerics
-from halfbyte.training.config import Activations, Format, Quantize, Recipe, SecondScale, Smoothing, Weights
+from halfbyte.training.config import Activations, Format, Method, Quantize, Recipe, SecondScale, Smoothing, Weights
+from halfbyte.training.errors import UserError
 from halfbyte.training.files import write_json
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core and ModelOpt
@@ -97,6 +99,22 @@ def test_a_restart_takes_the_percentiles_from_quantize_json(world, tmp_path):
     again = world[0](recipe.quantize)
     quantize.restore(again, recipe, tmp_path / "quantize.json")
     assert torch.equal(forward(again), forward(gpt))
+
+
+@pytest.mark.parametrize("number_format", [Format.nvfp4, Format.fp8, Format.mxfp4])
+def test_a_zeroed_layer_is_refused_where_its_scale_would_hold_it_at_zero(world, number_format):
+    from halfbyte.training import ptq
+
+    for method in (Method.ptq, Method.qat):
+        recipe = Recipe(method=method, quantize=Quantize(format=number_format))
+        gpt = world[0](recipe.quantize)
+        with torch.no_grad():
+            for layer in gpt.decoder.layers:
+                layer.mlp.linear_fc2.weight.zero_()
+        learns = number_format is Format.mxfp4  # its scales follow the weight
+        says = "add model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj to quantize.exclude"
+        with contextlib.nullcontext() if method is Method.ptq or learns else pytest.raises(UserError, match=says):
+            ptq.calibrate(gpt, recipe, forward)
 
 
 def plain_and_smoothed(world, method: Smoothing, **family: bool) -> tuple[torch.nn.Module, torch.nn.Module, dict]:

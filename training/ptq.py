@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from halfbyte.training import gptq, quantize
-from halfbyte.training.config import Activations, Quantize, Recipe, Smoothing, Weights
+from halfbyte.training.config import Activations, Method, Quantize, Recipe, Smoothing, Weights
+from halfbyte.training.errors import UserError
 from halfbyte.training.formats import GRIDS, SPECS
 from halfbyte.training.observe import Percentiles, observe
 from halfbyte.training.smoothing import smooth
@@ -29,7 +30,7 @@ def calibrate(model: torch.nn.Module, recipe: Recipe, run: Callable[[torch.nn.Mo
         The content of quantize.json (see quantize.quantize), equal on every rank.
 
     Raises:
-        UserError: see quantize.quantize.
+        UserError: see quantize.quantize; or a layer that shall be trained was calibrated to 0.
     """
     section = recipe.quantize
     planned = quantize.plan(model, section)
@@ -50,7 +51,20 @@ def calibrate(model: torch.nn.Module, recipe: Recipe, run: Callable[[torch.nn.Mo
         mine = {layer.key: gptq.apply(model, layer, hessians.sums.pop(layer.key)) for layer in compensated}
         for key, facts in quantize.gather_layers(mine).items():
             report["layers"][key] |= facts
+    if recipe.method is not Method.ptq:
+        _refuse_zeros(report["layers"], recipe.method)
     return report
+
+
+def _refuse_zeros(layers: Mapping[str, Any], method: Method) -> None:
+    """What was calibrated to 0 (zeroed projections of an expanded model) is rounded to 0 however far it is trained."""
+    held = {key: entry["hf"] for key, entry in layers.items() if 0 in entry["amax"].values()}
+    if held:
+        names = ", ".join(name for names in held.values() for name in names)
+        raise UserError(
+            f"quantize: weights or inputs of {', '.join(held)} were calibrated to 0, and method {method} cannot train "
+            f"them away from it; add {names} to quantize.exclude"
+        )
 
 
 def _clip_inputs(model: torch.nn.Module, planned: Sequence[quantize.Planned], amax: Mapping[str, torch.Tensor]) -> None:
