@@ -214,6 +214,10 @@ def test_unquantized_ends_with_an_error_too(world):
         (["train.fake_quant_after_steps=6"], "train.steps = 6 end before it; give less than 6"),
         (["train.fake_quant_after_steps=2", "method=qad"], "a QAD student is its teacher and has nothing to learn"),
         (["quantize.clip_gradient=true", "quantize.format=mxfp4"], "mxfp4 has no calibrated range to leave"),
+        (
+            ["quantize.clip_gradient=true", "quantize.format=w4a16_mxfp4"],
+            "w4a16_mxfp4 has no calibrated range to leave",
+        ),
     ],
 )
 def test_what_would_do_nothing_is_one_line(overrides, says):
@@ -221,7 +225,8 @@ def test_what_would_do_nothing_is_one_line(overrides, says):
     for override in overrides:
         key, _, value = override.partition("=")
         group, _, name = key.partition(".")
-        parsed = {"true": True, "qad": Method.qad, "mxfp4": Format.mxfp4}.get(value)
+        formats = {"mxfp4": Format.mxfp4, "w4a16_mxfp4": Format.w4a16_mxfp4}
+        parsed = ({"true": True, "qad": Method.qad} | formats).get(value)
         setattr(getattr(recipe, group) if name else recipe, name or group, int(value) if parsed is None else parsed)
     (line,) = problems(recipe)
     assert says in line

@@ -118,8 +118,12 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         yield "quantize.block_scale = mse: not for w4a8_nvfp4_fp8, whose scales are bounded; use amax or four_over_six"
     yield from _calibration(recipe, formats)
     yield from _smoothing(quantize)
-    if formats == [Format.mxfp4] and quantize.clip_gradient:
-        yield "quantize.clip_gradient = true: mxfp4 has no calibrated range to leave; leave the key out"
+    if (
+        quantize.clip_gradient
+        and formats
+        and not any(SPECS[number_format].grid.per_tensor for number_format in formats)
+    ):
+        yield f"quantize.clip_gradient = true: {' and '.join(formats)} has no calibrated range to leave; leave it out"
     sizes = linear_sizes(shape)
     told: set[tuple[str, Format]] = set()
     for name, number_format in planned.items():
