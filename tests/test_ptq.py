@@ -9,12 +9,25 @@ import pytest
 import torch
 
 from halfbyte.training import numerics
-from halfbyte.training.config import Activations, Format, Method, Quantize, Recipe, SecondScale, Smoothing, Weights
+from halfbyte.training.config import (
+    Activations,
+    Format,
+    Method,
+    Parallel,
+    Quantize,
+    Recipe,
+    SecondScale,
+    Smoothing,
+    Train,
+    Weights,
+)
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import write_json
+from halfbyte.training.model_rules import model_problems
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core and ModelOpt
 
+WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
 TOKENS = torch.arange(96).reshape(4, 24) * 7 % 64
 LINEARS = [
     f"decoder.layers.{layer}.{name}"
@@ -25,12 +38,11 @@ LINEARS = [
 
 @pytest.fixture(scope="module")
 def world():
-    helpers = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
-    with helpers["world_of_one"]() as runtime:
+    with WORLD["world_of_one"]() as runtime:
 
         def build(section: Quantize, **family: bool) -> torch.nn.Module:
-            shape = dataclasses.replace(helpers["SHAPE"], **family)
-            gpt = helpers["random_model"](runtime, Recipe(quantize=section), shape=shape)
+            shape = dataclasses.replace(WORLD["SHAPE"], **family)
+            gpt = WORLD["random_model"](runtime, Recipe(quantize=section), shape=shape)
             with torch.no_grad():  # outliers in a few channels, as trained models have them
                 for layer in gpt.decoder.layers:
                     for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
@@ -141,6 +153,19 @@ def test_smoothing_does_not_change_the_logits(world, method, family):
     assert any(entry["most"] >= 2 for entry in facts.values())
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("method", [Smoothing.smoothquant, Smoothing.awq_duo])
+def test_inputs_that_are_not_finite_are_no_factors(world, method, bad):
+    from halfbyte.training import ptq
+
+    recipe = Recipe(quantize=Quantize(format=Format.mxfp4, smoothing=method))  # no maximum that would tell
+    gpt = world[0](recipe.quantize)
+    with torch.no_grad():
+        gpt.decoder.layers[1].pre_mlp_layernorm.weight[9] = bad
+    with pytest.raises(UserError, match=r"^quantize.smoothing: the inputs of decoder.layers.1.mlp.linear_fc1 are not"):
+        ptq.calibrate(gpt, recipe, forward)
+
+
 def test_awq_duo_follows_its_formula(world):
     plain, smoothed, facts = plain_and_smoothed(world, Smoothing.awq_duo)
     before, after = inputs_of(plain), inputs_of(smoothed)
@@ -213,3 +238,13 @@ def test_gptq_brings_every_output_and_the_model_closer(world, number_format):
         outputs = entry["output_relative_rms_error"]
         assert 0 < outputs["gptq"] < outputs["round"] < 0.2
     assert error[Weights.gptq] < error[Weights.round]
+
+
+@pytest.mark.parametrize("section", ["train.sequence_length", "quantize.calibration_length"])
+def test_lengths_are_shared_evenly_under_sequence_parallelism(section):
+    recipe = Recipe(parallel=Parallel(tensor=2, sequence=True), train=Train(sequence_length=16))
+    assert model_problems(recipe, WORLD["SHAPE"]) == []
+    recipe.train.sequence_length = 15 if section.startswith("train") else 16
+    recipe.quantize.calibration_length = 15 if section.startswith("quantize") else None
+    (found,) = model_problems(recipe, WORLD["SHAPE"])
+    assert found.startswith(f"{section} = 15: not a multiple of parallel.tensor = 2")

@@ -128,6 +128,10 @@ def test_layers_are_smoothed_before_they_are_measured(world):
     assert torch.equal(forward(variants.model), forward(gpt))
     variants.choose({})
     assert torch.equal(forward(variants.model), forward(unsmoothed))  # smoothing is exact
+    planned = Recipe(quantize=Quantize(smoothing=Smoothing.smoothquant, layers={"*": LayerFormat.bf16}))
+    with_plan = sensitivity.Variants(build(planned), planned, forward)
+    for mine, theirs in zip(with_plan.model.parameters(), variants.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.slow

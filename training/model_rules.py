@@ -78,14 +78,14 @@ def _layout(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
         )
     if layout.sequence and tensor == 1:
         yield "parallel.sequence = true: splits over tensor-parallel ranks, and parallel.tensor = 1; set it false"
-    if layout.sequence and tensor > 1 and train.sequence_length % tensor:
-        yield (
-            f"train.sequence_length = {train.sequence_length}: not a multiple of parallel.tensor = {tensor}, which "
-            "parallel.sequence needs; round it up"
-        )
     lengths = {"train.sequence_length": train.sequence_length}
     lengths["quantize.calibration_length"] = recipe.quantize.calibration_length or 0
     for key, length in lengths.items():
+        if layout.sequence and tensor > 1 and length % tensor:
+            yield (
+                f"{key} = {length}: not a multiple of parallel.tensor = {tensor}, which parallel.sequence needs; "
+                "round it up"
+            )
         if length > shape.max_positions:
             ends = f"ends at {shape.max_positions} positions"
             if shape.sliding_window == shape.max_positions:

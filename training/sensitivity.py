@@ -40,10 +40,11 @@ class Variants:
     """A model whose layers can be given any format, or BF16, without a new calibration."""
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, calibrate: Callable[[torch.nn.Module], None]):
-        self.model, self.section = model, recipe.quantize
-        smooth(model, quantize.plan(model, self.section), self.section, calibrate)  # BF16's logits stay: smoothing.py
+        # quantize.layers is what is looked for: it decides about nothing here, about smoothing neither.
+        self.model, self.section = model, replace(recipe.quantize, layers={})
+        smooth(model, quantize.plan(model, self.section), self.section, calibrate)  # BF16's function stays
         # FP8's quantizers collect one maximum per tensor on both sides, which is what every format is scaled by.
-        everything = replace(recipe.quantize, format=Format.fp8, layers={})
+        everything = replace(self.section, format=Format.fp8)
         planned = quantize.plan(model, everything)
         for layer in planned:
             if not torch.isfinite(typed.linear(model, layer.module).weight).all():

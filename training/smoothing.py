@@ -35,6 +35,7 @@ from megatron.core import parallel_state
 from halfbyte.training import typed
 from halfbyte.training.arithmetic import Arithmetic
 from halfbyte.training.config import Quantize, Smoothing
+from halfbyte.training.errors import UserError
 from halfbyte.training.formats import SPECS
 from halfbyte.training.observe import is_row_parallel, observe, whole_input
 from halfbyte.training.quantize import Planned, gather_layers
@@ -110,6 +111,9 @@ def smooth(
     Returns:
         Layer key -> {"alpha": the inputs' exponent, "beta": the weight's (awq_duo only), "least", "most": the smallest
         and largest s}, of all pipeline stages; empty without smoothing.
+
+    Raises:
+        UserError: an input is not finite.
     """
     if section.smoothing is Smoothing.none:
         return {}
@@ -167,6 +171,11 @@ class _Site:
                 dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
             for value in (total, tokens, squares, rows):
                 dist.all_reduce(value, group=group)
+        if not amax.isfinite().all():
+            raise UserError(
+                f"quantize.smoothing: the inputs of {layer.key} are not finite on the calibration data; check it and "
+                "the weights"
+            )
         values = amax, total / tokens, w_amax, (squares / rows).sqrt()
         if layer.module.endswith("linear_proj"):
             config: Any = model.config
