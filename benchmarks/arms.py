@@ -25,7 +25,9 @@ REPEAT = ("train.steps=400", "train.global_batch=64", "train.warmup_steps=40", "
 MXFP4 = ("quantize.format=mxfp4",)
 AWQ = ("quantize.smoothing=awq_lite",)
 DUO = ("quantize.smoothing=awq_duo",)
-COMPENSATED = ("quantize.block_scale=mse", "quantize.weights=gptq")
+MSE = ("quantize.block_scale=mse",)
+GPTQ = ("quantize.weights=gptq",)
+COMPENSATED = (*MSE, *GPTQ)
 FP8_GATE_UP = ("quantize.layers={'*.gate_proj': fp8, '*.up_proj': fp8}",)
 FOUR_OVER_SIX = ("quantize.block_scale=four_over_six",)
 SCALES = ("train.block_scale_lr_mult=10",)
@@ -34,12 +36,12 @@ MIX = ("distill.cross_entropy=0.1",)
 
 ROWS = (
     Row("nvfp4_max", "NVFP4 PTQ, max", PTQ, trained=False),
-    Row("nvfp4_mse", "NVFP4 PTQ, MSE", (*PTQ, "quantize.block_scale=mse"), trained=False),
-    Row("nvfp4_46", "NVFP4 PTQ, Four-Over-Six", (*PTQ, "quantize.block_scale=four_over_six"), trained=False),
-    Row("nvfp4_awq", "NVFP4 PTQ, AWQ-lite", (*PTQ, "quantize.smoothing=awq_lite"), trained=False),
+    Row("nvfp4_mse", "NVFP4 PTQ, MSE", (*PTQ, *MSE), trained=False),
+    Row("nvfp4_46", "NVFP4 PTQ, Four-Over-Six", (*PTQ, *FOUR_OVER_SIX), trained=False),
+    Row("nvfp4_awq", "NVFP4 PTQ, AWQ-lite", (*PTQ, *AWQ), trained=False),
     Row("nvfp4_duo", "NVFP4 PTQ, AWQ-duo", (*PTQ, *DUO), trained=False),
     Row("nvfp4_mixed", "NVFP4 PTQ, AWQ-duo, gate and up in FP8", (*PTQ, *DUO, *FP8_GATE_UP), trained=False),
-    Row("nvfp4_gptq", "NVFP4 PTQ, GPTQ", (*PTQ, "quantize.weights=gptq"), trained=False),
+    Row("nvfp4_gptq", "NVFP4 PTQ, GPTQ", (*PTQ, *GPTQ), trained=False),
     Row(
         "nvfp4_all",
         "NVFP4 PTQ, AWQ-lite + MSE + GPTQ",
@@ -51,10 +53,10 @@ ROWS = (
     Row("w4a16", "NVFP4 W4A16 PTQ, max", (*PTQ, "quantize.format=w4a16_nvfp4"), trained=False),
     Row("w4a8", "NVFP4 W4A8 PTQ, max", (*PTQ, "quantize.format=w4a8_nvfp4_fp8"), trained=False),
     Row("mxfp4_max", "MXFP4 PTQ, max", (*PTQ, *MXFP4), trained=False),
-    Row("mxfp4_mse", "MXFP4 PTQ, MSE", (*PTQ, *MXFP4, "quantize.block_scale=mse"), trained=False),
-    Row("mxfp4_awq", "MXFP4 PTQ, AWQ-lite", (*PTQ, *MXFP4, "quantize.smoothing=awq_lite"), trained=False),
+    Row("mxfp4_mse", "MXFP4 PTQ, MSE", (*PTQ, *MXFP4, *MSE), trained=False),
+    Row("mxfp4_awq", "MXFP4 PTQ, AWQ-lite", (*PTQ, *MXFP4, *AWQ), trained=False),
     Row("mxfp4_duo", "MXFP4 PTQ, AWQ-duo", (*PTQ, *MXFP4, *DUO), trained=False),
-    Row("mxfp4_gptq", "MXFP4 PTQ, GPTQ", (*PTQ, *MXFP4, "quantize.weights=gptq"), trained=False),
+    Row("mxfp4_gptq", "MXFP4 PTQ, GPTQ", (*PTQ, *MXFP4, *GPTQ), trained=False),
     Row("mxfp4_all_duo", "MXFP4 PTQ, AWQ-duo + MSE + GPTQ", (*PTQ, *MXFP4, *DUO, *COMPENSATED), trained=False),
     Row("control", "BF16, trained on the same text", CONTROL),
     Row("nvfp4_qat", "NVFP4 QAT, cross-entropy", QAT),

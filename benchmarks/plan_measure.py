@@ -114,7 +114,6 @@ def measure(case: Case, runtime: Any, steps: int) -> dict[str, Any]:
         found = {"seconds": seconds, "median": statistics.median(seconds), "loss": trained.progress.losses[-1]}
     except torch.cuda.OutOfMemoryError as error:
         return {"failed": str(error).splitlines()[0]}
-    trained.on_train_end()
     if cuda:
         free, total = torch.cuda.mem_get_info()
         peaks = {
@@ -124,6 +123,7 @@ def measure(case: Case, runtime: Any, steps: int) -> dict[str, Any]:
             "outside": total - free - torch.cuda.memory_reserved(),
         }
         found |= dict(zip(peaks, worker.fullest(list(peaks.values()), runtime), strict=True))
+    trained.on_train_end()
     return found
 
 

@@ -202,10 +202,8 @@ def _size(recipe: Recipe, shape: ModelShape) -> list[str]:
 
 
 def _memory(recipe: Recipe, shape: ModelShape) -> list[str]:
-    parts, bits = (
-        memory_per_rank(recipe, Architecture.dense("", shape), Layout.of(recipe)),
-        8 * WIDTH[recipe.train.dtype],
-    )
+    parts = memory_per_rank(recipe, Architecture.dense("", shape), Layout.of(recipe))
+    bits = 8 * WIDTH[recipe.train.dtype]
     shown = ", ".join(f"{name} {_size_word(size)}" for name, size in parts.items() if size)
     return [f"about {_size_word(sum(parts.values()))} per process, {bits}-bit weights: {shown}"]
 

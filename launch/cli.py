@@ -317,21 +317,20 @@ def _of_run(args: argparse.Namespace, *, need_model: bool):
 
     Without `need_model` neither weights nor training text are asked for, only sane values in what was overridden.
     """
+    from halfbyte.launch.scored import read_run
     from halfbyte.launch.start import RESOLVED
-    from halfbyte.training.resolve import of_run, resume_problems
+    from halfbyte.training.resolve import resume_problems
     from halfbyte.training.rules import problems
 
-    resolved = Path(args.run_dir) / RESOLVED
-    if not resolved.is_file():
-        raise UserError(f"{args.run_dir}: holds no {RESOLVED}; give the folder of a run (run.dir)", USAGE)
-    old, recipe = of_run(resolved), of_run(resolved, args.overrides)
+    folder = Path(args.run_dir)
+    old, recipe = read_run(folder), read_run(folder, args.overrides)
     found = problems(recipe, need_weights=need_model)
     if not need_model:
         found = [line for line in found if line.startswith(tuple(word.partition("=")[0] for word in args.overrides))]
     found = resume_problems(old, recipe) + found
     if found:
         raise RecipeError(found)
-    return recipe, resolved
+    return recipe, folder / RESOLVED
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -30,13 +30,12 @@ from halfbyte.export.verify import broken_directory
 from halfbyte.launch.console import Console
 from halfbyte.launch.export import place, serving_checkpoint
 from halfbyte.launch.sbatch import log_option
-from halfbyte.launch.start import RESOLVED
+from halfbyte.launch.scored import read_run
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import USAGE, UserError
 from halfbyte.training.files import read_json, write_json
 from halfbyte.training.kv_format import KVCache
-from halfbyte.training.resolve import of_run
 
 LAST_BUILDER = Version("1.2.1")
 """The last TensorRT-LLM with trtllm-build; after it, servers load the checkpoint itself."""
@@ -116,9 +115,7 @@ def engine(folder: Path, batch: int, length: int, ranks: int | None, *, allow_fa
         UserError: bad sizes, nothing to serve, a checkpoint that no engine can hold, a build that failed, or nothing to
             build with: the scripts are written then.
     """
-    if not (folder / RESOLVED).is_file():
-        raise UserError(f"{folder}: holds no {RESOLVED}; give the folder of a run (run.dir)", USAGE)
-    recipe = of_run(folder / RESOLVED)
+    recipe = read_run(folder)
     source = serving_checkpoint(recipe, folder, allow_failed_gate=allow_failed_gate)
     sizes = serving.Load(ranks or recipe.export.tensor_parallel, batch, length)
     _check_sizes(sizes, source)

@@ -35,10 +35,8 @@ def queue(folder: Path) -> list[str]:
         UserError: squeue is missing or fails, or submit.json is damaged.
     """
     found = []
-    for number in [
-        job["id"] for job in submitted(folder)
-    ]:  # one by one: squeue refuses a list in which one has left the queue
-        line = ["squeue", "--noheader", f"--jobs={number}", "--format=%i %j %T, %M of %l, %R"]
+    for job in submitted(folder):  # one by one: squeue refuses a list in which one has left the queue
+        line = ["squeue", "--noheader", f"--jobs={job['id']}", "--format=%i %j %T, %M of %l, %R"]
         try:
             done = subprocess.run(line, capture_output=True, text=True, check=False)
         except FileNotFoundError as error:

@@ -46,6 +46,11 @@ def memory_per_rank(recipe: Recipe, model: Architecture, layout: Layout) -> dict
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
+def loads_teacher(recipe: Recipe) -> bool:
+    """Whether a teacher stands beside the student in memory."""
+    return recipe.method is Method.qad and recipe.distill.teacher is None
+
+
 def parameters_of_stage(model: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
     """Parameters of one rank: (of its layers' linears, of its embedding and lm_head). Norms are not counted."""
     shape = model.sizes
@@ -78,7 +83,7 @@ def _calibration(recipe: Recipe, model: Architecture, layout: Layout, stage: int
     largest = max(kept, key=lambda part: kept[part])
     return {
         "weights": width * held,
-        "teacher": width * held if recipe.method is Method.qad and recipe.distill.teacher is None else 0.0,
+        "teacher": width * held if loads_teacher(recipe) else 0.0,
         "activations": layer_activations(recipe, model, layout, tokens),
         "logits": width * tokens * shape.vocab / layout.tensor if last else 0.0,
         largest: kept[largest],
@@ -126,7 +131,7 @@ def _training(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -
         "activations": kept,
         "logits": max(_vocabulary(recipe, shape, layout) if last else 0.0, passing),
     }
-    if recipe.method is Method.qad and recipe.distill.teacher is None:
+    if loads_teacher(recipe):
         parts["teacher"] = width * held + (_teacher_said(recipe, shape, layout) if last else 0.0)
     return parts
 
@@ -153,7 +158,7 @@ def evaluated(recipe: Recipe, model: Architecture, layout: Layout) -> float:
     if not recipe.evaluate.tasks:
         return 0.0
     linears, tables = parameters_of_stage(model, layout, layout.pipeline - 1)
-    copies = 2 if recipe.method is Method.qad and recipe.distill.teacher is None else 1
+    copies = 2 if loads_teacher(recipe) else 1
     held = copies * (linears + tables) + linears * _planned_share(recipe, model.sizes)
     return WIDTH[recipe.train.dtype] * held + evaluation_memory(recipe, model, layout)[0]
 

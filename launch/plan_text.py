@@ -7,7 +7,7 @@ from halfbyte.launch.plan_memory import evaluation_memory
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.launch.plan_search import NEEDS, Candidate, best, judge, layout_problem
 from halfbyte.launch.plan_served import served_lines
-from halfbyte.training.choices import Dtype
+from halfbyte.training.choices import FLOAT64_ON_GPU, Dtype
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.hardware import GIB, GPUS, RESERVE_GIB, Gpu
@@ -85,7 +85,7 @@ def _as_written(recipe: Recipe, model: Architecture, gpu: Gpu) -> list[str]:
     layout = Layout.of(recipe)
     problem = layout_problem(recipe, model.sizes, gpu, layout)
     if recipe.train.dtype is Dtype.float64:
-        problem = "train.dtype = float64: only for layout tests on the CPU; use bfloat16"
+        problem = FLOAT64_ON_GPU
     if problem is not None:
         return [layout.words(), f"cannot run: {problem}"]
     return _candidate(recipe, model, judge(recipe, model, layout, gpu), gpu)

@@ -6,7 +6,7 @@ everything else is bound by the memory. Letters as in plan_memory.py.
 
 from dataclasses import dataclass
 
-from halfbyte.launch.plan_memory import parameters_of_stage, rounds_inputs
+from halfbyte.launch.plan_memory import loads_teacher, parameters_of_stage, rounds_inputs
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Method, Recipe
@@ -102,7 +102,7 @@ def _micro_batch(
     rate, memory = gpu.bf16 * reached.gemm, gpu.memory * reached.memory
     tokens = layout.micro_batch * recipe.train.sequence_length
     layers = layout.layers(shape, stage)
-    student, teacher = recipe.method is not Method.bf16, _has_teacher(recipe)
+    student, teacher = recipe.method is not Method.bf16, loads_teacher(recipe)
     forward, backward = _layer(recipe, model, layout, gpu, reached)
     repeats = 1 + int(layout.recompute) + int(teacher)
     kernels = layers * (repeats * forward + backward)
@@ -120,10 +120,6 @@ def _micro_batch(
         gathers += unit * (2 + int(teacher))
     waiting = 0.0 if _captured(recipe, layout) else max(0.0, python - kernels)
     return kernels, waiting, gathers / (gpu.nvlink * reached.nvlink)
-
-
-def _has_teacher(recipe: Recipe) -> bool:
-    return recipe.method is Method.qad and recipe.distill.teacher is None
 
 
 def _captured(recipe: Recipe, layout: Layout) -> bool:

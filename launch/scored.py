@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from halfbyte.launch.start import RESOLVED
 from halfbyte.training import gate
 from halfbyte.training.config import Method, Recipe, TaskKind
 from halfbyte.training.errors import USAGE, UserError
@@ -13,7 +14,6 @@ from halfbyte.training.pairing import Stage
 from halfbyte.training.resolve import of_run
 from halfbyte.training.rules import leaves
 
-RESOLVED = "resolved.yaml"
 SAME_TRAINING = (
     "model.path",
     "data.train",

@@ -80,3 +80,7 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float64 = "float64"
+
+
+FLOAT64_ON_GPU = "train.dtype = float64: only for layout tests on the CPU; use bfloat16"
+"""Why a layout cannot run on GPUs."""

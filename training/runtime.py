@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 from halfbyte.training import environment
-from halfbyte.training.choices import Dtype
+from halfbyte.training.choices import FLOAT64_ON_GPU, Dtype
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import USAGE, UserError
 
@@ -87,7 +87,7 @@ def _layout_problem(recipe: Recipe, world: int, local_world: int, gpus: int | No
     if gpus is not None and local_world > gpus:
         return f"parallel: {local_world} processes on this machine need as many GPUs, {gpus} found; change parallel"
     if recipe.train.dtype == Dtype.float64 and gpus is not None:
-        return "train.dtype = float64: only for layout tests on the CPU; use bfloat16"
+        return FLOAT64_ON_GPU
     if recipe.train.dtype == Dtype.bfloat16 and gpus is None:
         return "train.dtype = bfloat16: no GPU found, and CPUs compute in float32; set train.dtype=auto"
     return None
