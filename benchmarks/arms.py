@@ -66,6 +66,11 @@ ROWS = (
     Row("nvfp4_qad_awq", "NVFP4 QAD, full KL, from AWQ-lite", AWQ),
     Row("nvfp4_qad_fast", "NVFP4 QAD, full KL, from AWQ-lite, LR 1e-3", (*AWQ, "train.learning_rate=1e-3")),
     Row("nvfp4_qad_mix", "NVFP4 QAD, full KL + 0.1 CE, from AWQ-lite", (*AWQ, *MIX)),
+    Row(
+        "nvfp4_qad_mix30",
+        "NVFP4 QAD, full KL + 0.3 CE, from AWQ-lite",
+        (*AWQ, "distill.cross_entropy=0.3"),
+    ),
     Row("nvfp4_qad_lsq", "NVFP4 QAD, full KL, learned scales, from AWQ-lite", (*AWQ, *SCALES)),
     Row(
         "nvfp4_qad_lsq30",
