@@ -5,6 +5,7 @@ MLP, V = vocabulary, t = tensor-parallel ranks, split = t under sequence paralle
 """
 
 import math
+from dataclasses import dataclass
 
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.choices import Dtype
@@ -120,13 +121,13 @@ def _training(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -
     kept += 2 * ends if last else 0.0
     passing = width * tokens * (3 * shape.ffn / layout.tensor + 2 * shape.hidden / split)
     shards = layout.data if recipe.train.distributed_optimizer and not precise else 1
-    adapted, beside = _beside(recipe, shape)
+    trained = trained_shares(recipe, shape)
     copies = 2 if width >= full else 3
     parts = {
         "weights": width * held,
-        "gradients": full * held if adapted is None else 4 * adapted * linears,
-        "optimizer": copies * full * held / shards if adapted is None else 0.0,
-        "beside": beside * linears * full * (2 + 2 / shards),
+        "gradients": full * held if trained.whole else 4 * trained.linears * linears,
+        "optimizer": copies * full * held / shards if trained.whole else 0.0,
+        "beside": trained.beside * linears * full * (2 + 2 / shards),
         "rounded weights": width * linears * _planned_share(recipe, shape),
         "activations": kept,
         "logits": max(_vocabulary(recipe, shape, layout) if last else 0.0, passing),
@@ -195,21 +196,32 @@ def _planned_share(recipe: Recipe, shape: ModelShape) -> float:
     return planned / sum(n * k for n, k in sizes.values())
 
 
-def _beside(recipe: Recipe, shape: ModelShape) -> tuple[float | None, float]:
-    """What training/companions.py adds, as shares of the linears' parameters.
+@dataclass(frozen=True)
+class Trained:
+    """What of a model a step changes, as shares of the linears' parameters; the rest of it is `whole` or frozen.
 
-    Returns:
-        Of parameters that have an adapter, None where the weights themselves are trained; of adapters' and block
-        scales' parameters. The members of a fused linear share a factor A; here each has its own.
+    Attributes:
+        whole: Whether the model's own parameters are trained; not so under train.lora.
+        linears: Parameters whose gradient is computed: all of them, or those with an adapter.
+        beside: Parameters of training/companions.py: adapters and learned block scales, FP32. The members of a fused
+            linear share a factor A; here each has its own.
     """
+
+    whole: bool
+    linears: float
+    beside: float
+
+
+def trained_shares(recipe: Recipe, shape: ModelShape) -> Trained:
+    """What train.lora and train.block_scale_lr_mult leave to train. What train.freeze names counts as trained."""
     train, sizes, planned = recipe.train, linear_sizes(shape), planned_linears(shape, recipe)
     rank, total = train.lora.rank, sum(n * k for n, k in sizes.values())
-    trained = [name for name in planned if not rank or excluded(name, train.lora.targets)]
-    beside = sum(rank * sum(sizes[name]) for name in trained)
+    names = [name for name in planned if not rank or excluded(name, train.lora.targets)]
+    beside = sum(rank * sum(sizes[name]) for name in names)
     if train.block_scale_lr_mult:
-        beside += sum(math.prod(sizes[name]) // SPECS[planned[name]].grid.block for name in trained)
-    adapted = sum(math.prod(sizes[name]) for name in trained) / total if rank else None
-    return adapted, beside / total
+        beside += sum(math.prod(sizes[name]) // SPECS[planned[name]].grid.block for name in names)
+    adapted = sum(math.prod(sizes[name]) for name in names) / total if rank else 1.0
+    return Trained(not rank, adapted, beside / total)
 
 
 def _vocabulary(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:

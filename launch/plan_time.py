@@ -6,7 +6,7 @@ everything else is bound by the memory. Letters as in plan_memory.py.
 
 from dataclasses import dataclass
 
-from halfbyte.launch.plan_memory import loads_teacher, parameters_of_stage, rounds_inputs
+from halfbyte.launch.plan_memory import loads_teacher, parameters_of_stage, rounds_inputs, trained_shares
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Method, Recipe
@@ -30,7 +30,7 @@ class Step:
         optimizer: Seconds of norm, clipping, Adam and rounding of weights.
         nvlink_bytes: Sent by one GPU over NVLink.
         network_bytes: Sent by one GPU over the network.
-        model_flops: Of the whole step, all GPUs, without recomputation and teacher.
+        model_flops: Of the whole step, all GPUs, without recomputation and teacher; of full training also under LoRA.
     """
 
     compute: float
@@ -77,7 +77,7 @@ def step_time(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, rea
     handed, over_network = _handed_on(recipe, model, layout, gpu)
     hop = handed / ((gpu.network * reached.network) if over_network else (gpu.nvlink * reached.nvlink))
     bubble = (layout.pipeline - 1) * (kernels + waiting + gathers) + 2 * (count + layout.pipeline - 1) * hop
-    reduced, data_seconds, data_network = _data_parallel(model, layout, gpu, reached)
+    reduced, data_seconds, data_network = _data_parallel(recipe, model, layout, gpu, reached)
     nvlink += (0.0 if data_network else reduced) + (0.0 if over_network else count * handed)
     network += (reduced if data_network else 0.0) + (count * handed if over_network else 0.0)
     train = recipe.train
@@ -101,7 +101,7 @@ def _micro_batch(
     shape, last, first = model.sizes, stage == layout.pipeline - 1, stage == 0
     rate, memory = gpu.bf16 * reached.gemm, gpu.memory * reached.memory
     tokens = layout.micro_batch * recipe.train.sequence_length
-    layers = layout.layers(shape, stage)
+    layers, whole = layout.layers(shape, stage), trained_shares(recipe, shape).whole
     student, teacher = recipe.method is not Method.bf16, loads_teacher(recipe)
     forward, backward = _layer(recipe, model, layout, gpu, reached)
     repeats = 1 + int(layout.recompute) + int(teacher)
@@ -110,13 +110,13 @@ def _micro_batch(
     unit = 2 * tokens * shape.hidden * (layout.tensor - 1) / layout.tensor
     gathers = layers * unit * (4 * repeats + (6 if layout.sequence else 4))
     if first:  # the embedding's gradient is written as a whole and added to main_grad
-        kernels += 12 * shape.vocab * shape.hidden / layout.tensor / memory
+        kernels += 12 * shape.vocab * shape.hidden / layout.tensor / memory if whole else 0.0
         gathers += 2 * unit
     if last:
         columns = shape.vocab / layout.tensor
-        ahead, back = _linear(tokens, columns, shape.hidden, rate, memory)
+        ahead, into_input, into_weight = _linear(tokens, columns, shape.hidden, rate, memory)
         logits = 2 * tokens * columns * (5 if recipe.method is Method.qad else 3) / memory
-        kernels += ahead * (1 + int(teacher)) + back + logits
+        kernels += ahead * (1 + int(teacher)) + into_input + (into_weight if whole else 0.0) + logits
         gathers += unit * (2 + int(teacher))
     waiting = 0.0 if _captured(recipe, layout) else max(0.0, python - kernels)
     return kernels, waiting, gathers / (gpu.nvlink * reached.nvlink)
@@ -129,11 +129,11 @@ def _captured(recipe: Recipe, layout: Layout) -> bool:
     return asked and layout.pipeline == 1 and not layout.recompute and recipe.distill.teacher is None
 
 
-def _linear(tokens: float, n: float, k: float, rate: float, memory: float) -> tuple[float, float]:
-    """Forward and backward seconds of [T, K] -> [T, N]; the weight gradient is added to FP32 main_grad in place."""
+def _linear(tokens: float, n: float, k: float, rate: float, memory: float) -> tuple[float, float, float]:
+    """Seconds of [T, K] -> [T, N], of its input's gradient and of its weight's, added to FP32 main_grad in place."""
     flops, operands = 2 * tokens * n * k, 2 * (tokens * k + n * k + tokens * n)
-    forward = flops / rate + operands / memory
-    return forward, 2 * flops / rate + (2 * operands + 6 * n * k) / memory
+    product = flops / rate + operands / memory
+    return product, product, product + 6 * n * k / memory
 
 
 def _layer(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reached: Reached) -> tuple[float, float]:
@@ -141,6 +141,7 @@ def _layer(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reache
 
     Element-wise traffic in numbers per token, forward / backward: norms 4 h / 6 h; residual sums 6 h / 6 h; copy of q
     out of the fused projection 2 q / 2 (q + 2 kv); rotation 2 (q + kv) each; SwiGLU 3 F / 5 F; rounding 2 q / 0.
+    A frozen linear passes its input's gradient on; one with an adapter has its weight's as well (training/lora.py).
     """
     shape, t = model.sizes, layout.tensor
     rate, memory = gpu.bf16 * reached.gemm, gpu.memory * reached.memory
@@ -155,9 +156,11 @@ def _layer(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reache
     rounding = 2 * q if rounds_inputs(recipe, shape) else 0.0
     ahead = 10 * h / split + 2 * q + 2 * (q + kv) + 3 * f + rounding
     back = 12 * h / split + 2 * (q + 2 * kv) + 2 * (q + kv) + 5 * f
+    forward, into_inputs, into_weights = (sum(kind) for kind in zip(*times, strict=True))
+    backward = into_inputs + trained_shares(recipe, shape).linears * into_weights
     return (
-        sum(forward for forward, _ in times) + attention + 2 * tokens * ahead / memory,
-        sum(backward for _, backward in times) + BACKWARD_OF_ATTENTION * attention + 2 * tokens * back / memory,
+        forward + attention + 2 * tokens * ahead / memory,
+        backward + BACKWARD_OF_ATTENTION * attention + 2 * tokens * back / memory,
     )
 
 
@@ -170,16 +173,20 @@ def _handed_on(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) ->
     return 2 * tokens * model.sizes.hidden / split, layout.world > gpu.domain
 
 
-def _data_parallel(model: Architecture, layout: Layout, gpu: Gpu, reached: Reached) -> tuple[float, float, bool]:
-    """Bytes sent per step for FP32 gradients and BF16 weights, their seconds, whether over the network.
+def _data_parallel(
+    recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reached: Reached
+) -> tuple[float, float, bool]:
+    """Bytes sent per step, their seconds, whether over the network.
 
-    A ring that leaves a node goes through the network cards of all its members there.
+    FP32 gradients and BF16 weights of the model, 6 bytes per parameter, where it is trained; FP32 both of what stands
+    beside it, 8. A ring that leaves a node goes through the network cards of all its members there.
     """
-    d = layout.data
+    d, trained = layout.data, trained_shares(recipe, model.sizes)
     if d == 1:
         return 0.0, 0.0, False
-    held = max(sum(parameters_of_stage(model, layout, stage)) for stage in layout.stages())
-    sent = 6 * held * (d - 1) / d
+    stages = [parameters_of_stage(model, layout, stage) for stage in layout.stages()]
+    sizes = [6 * (linears + tables) * trained.whole + 8 * trained.beside * linears for linears, tables in stages]
+    sent = max(sizes) * (d - 1) / d
     over_network = layout.tensor * d > gpu.domain
     rate = gpu.nvlink * reached.nvlink
     if over_network:
@@ -191,10 +198,17 @@ def _data_parallel(model: Architecture, layout: Layout, gpu: Gpu, reached: Reach
 def _update(recipe: Recipe, model: Architecture, layout: Layout, stage: int, gpu: Gpu, reached: Reached) -> float:
     """Seconds of what happens once per step, on the GPU or in Python, whichever takes longer.
 
-    Bytes per parameter: zeroing of gradients 4, norm 4, clipping 8, Adam 30, rounding of linears 4.
+    Bytes per trained parameter: zeroing of gradients 4, norm 4, clipping 8, Adam 30; per quantized linear's, rounding
+    4. Under train.lora also, per parameter with an adapter of rank r: its gradient zeroed and read twice 12; merging in
+    FP64 16 (r + 2) and 12 at its ends, again where quantize.clip_gradient asks for the merged weight (low_rank.py).
     """
     linears, tables = parameters_of_stage(model, layout, stage)
-    own = (linears + tables) / (layout.data if recipe.train.distributed_optimizer else 1)
-    traffic = 4 * (linears + tables) + (4 + 8 + 30) * own
+    trained, rank = trained_shares(recipe, model.sizes), recipe.train.lora.rank
+    shards = layout.data if recipe.train.distributed_optimizer else 1
+    changed = (linears + tables) * trained.whole + trained.beside * linears
+    traffic = (4 + (4 + 8 + 30) / shards) * changed
     traffic += 4 * linears if recipe.method is not Method.bf16 else 0.0
+    if rank:
+        merges = 2 if recipe.quantize.clip_gradient else 1
+        traffic += (12 + merges * (16 * (rank + 2) + 12)) * trained.linears * linears
     return max(traffic / (gpu.memory * reached.memory), layout.layers(model.sizes, stage) * reached.update)

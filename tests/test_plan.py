@@ -23,7 +23,7 @@ from halfbyte.launch.plan_text import named_gpu
 from halfbyte.launch.plan_time import step_flops, step_time
 from halfbyte.training.config import Format
 from halfbyte.training.errors import OK, USAGE, RecipeError
-from halfbyte.training.hardware import GPUS, MIG_SLICES, gpu_of, mig_name
+from halfbyte.training.hardware import GPUS, MIG_SLICES, REACHED, gpu_of, mig_name
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.resolve import resolve
 from halfbyte.training.rules import find_shape
@@ -165,6 +165,28 @@ def test_links_carry_what_the_layout_sends():
     assert (over.nvlink_bytes, over.network_bytes) == (0, pytest.approx(6 * held * 15 / 16))
     assert step(1, 4, 1).bubble > step(1, 2, 1).bubble > 0
     assert step(4, 1, 1, sequence=True).tensor > 0
+
+
+def test_only_what_is_trained_is_reduced_and_updated():
+    model, eight = named_model("llama31_8b"), Layout(1, 1, 8, 1, False, False)
+
+    def step(*words, layout=eight):
+        return step_time(resolve("llama31_8b_nvfp4_qat", list(words)), model, layout, GPUS["H200"])
+
+    held, rank = model.parameters - 65 * 4096, 16
+    beside = rank * sum(map(sum, linear_sizes(model.sizes).values()))
+    whole, lora = step(), step(f"train.lora.rank={rank}")
+    assert lora.nvlink_bytes == pytest.approx(8 * beside * 7 / 8)  # FP32 gradients out, FP32 adapters back
+    assert lora.data < whole.data / 10
+    assert lora.compute < whole.compute
+    scales = step("train.block_scale_lr_mult=1").nvlink_bytes
+    assert scales == pytest.approx((6 * held + 8 * model.linears / 16) * 7 / 8)
+    alone = Layout(1, 1, 1, 1, False, False)
+    reached = GPUS["H200"].memory * REACHED.memory
+    updates = [step(*words, layout=alone).optimizer for words in ((), (f"train.lora.rank={rank}",))]
+    assert updates[0] == pytest.approx((46 * held + 4 * model.linears) / reached)
+    merging = 16 * (rank + 2) + 12
+    assert updates[1] == pytest.approx((46 * beside + (4 + 12 + merging) * model.linears) / reached)
 
 
 def test_bad_words_are_named(capsys):

@@ -1,5 +1,6 @@
-"""Planned memory against what calibration and training hold."""
+"""Planned memory and products against what calibration and training hold and compute."""
 
+import math
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,11 @@ import torch
 
 from halfbyte.launch.plan_memory import SAMPLED, memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
+from halfbyte.launch.plan_time import step_time
 from halfbyte.training.choices import Dtype
 from halfbyte.training.config import Method, Quantize, Recipe, Smoothing, Train, Weights
+from halfbyte.training.config_train import Lora
+from halfbyte.training.hardware import GPUS, Reached
 
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
 
@@ -99,3 +103,38 @@ def test_masks_of_a_clipped_gradient_are_counted():
                 found.append(kept_for_backward(gpt, WORLD["batches"]()[0].tokens))
             planned.append(memory_per_rank(recipe, Architecture.dense("", shape), Layout.of(recipe))["activations"])
     assert planned[1] - planned[0] == found[1] - found[0] > 0
+
+
+def products_of_a_step(opened, recipe) -> int:
+    """FLOPs of all matrix products of a step but attention's, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode, mm_flop
+
+    def into_place(_, a_shape, b_shape, **__):
+        return mm_flop(a_shape, b_shape)
+
+    module, addmm_ = WORLD["training"](opened, recipe), torch.ops.aten.addmm_
+    with FlopCounterMode(display=False, custom_mapping={addmm_: into_place}) as counter:
+        module.training_step(WORLD["batches"](), 0)
+    counted = counter.get_flop_counts()["Global"]
+    return sum(counted.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm, addmm_))
+
+
+@pytest.mark.slow
+def test_products_of_a_step_with_adapters():
+    """A linear with one has the gradient of its weight computed, others pass that of their input on only."""
+    shape, gpu = WORLD["SHAPE"], replace(GPUS["H200"], bf16=1.0, memory=math.inf)
+    rank, planned, found = 4, [], []
+    down = 2 * shape.layers * shape.ffn * shape.hidden  # FLOPs of all down projections per token
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    before = 2 * shape.hidden * (q + 2 * kv + q + 2 * shape.ffn)  # in the first layer, ahead of the first adapter
+    with WORLD["world_of_one"]() as opened:
+        for lora in (Lora(), Lora(rank=rank, targets=["*.down_proj"])):
+            train = Train(steps=2, global_batch=4, micro_batch=2, sequence_length=12, dtype=Dtype.float32, lora=lora)
+            recipe = Recipe(train=train, quantize=Quantize(calibration_samples=1))
+            model, only_products = Architecture.dense("", shape), Reached(gemm=1.0, attention=math.inf)
+            planned.append(step_time(recipe, model, Layout.of(recipe), gpu, only_products).compute)
+            found.append(products_of_a_step(opened, recipe))
+    assert planned[0] == found[0]
+    # Not in the plan: the factors' two products once per batch; and that nothing before the first adapter goes back.
+    assert planned[1] == found[1] - 2 * rank * down + 4 * 12 * before
+    assert planned[0] - planned[1] == 4 * 12 * (planned[0] / (4 * 12) / 3 - down)
