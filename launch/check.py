@@ -5,6 +5,7 @@ from pathlib import Path
 
 from halfbyte.launch.plan_memory import WIDTH, memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
+from halfbyte.launch.sbatch import links_note
 from halfbyte.training.config import Activations, BlockScale, GateRule, Method, Recipe, Smoothing, Task, Weights
 from halfbyte.training.config_distill import Distill
 from halfbyte.training.formats import GRIDS, SPECS, Spec
@@ -95,11 +96,12 @@ def _model(recipe: Recipe, shape: ModelShape) -> list[str]:
 def _layout(recipe: Recipe) -> list[str]:
     layout, per_node = recipe.parallel, recipe.launch.gpus_per_node
     nodes = -(-recipe.world_size // per_node)
-    sequence = ", sequence parallel" if layout.sequence else ""
+    sequence, note = ", sequence parallel" if layout.sequence else "", links_note(recipe)
     return [
         f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {recipe.world_size} "
         f"{_plural(recipe.world_size, 'process')} on {nodes} {_plural(nodes, 'node')} (launch.gpus_per_node {per_node})"
-        f"{sequence}"
+        f"{sequence}",
+        *([note] if note else []),
     ]
 
 

@@ -14,14 +14,15 @@ from pathlib import Path
 from halfbyte.training.config import Recipe
 from halfbyte.training.config_launch import GRACE_S
 from halfbyte.training.errors import HUNG, RecipeError
+from halfbyte.training.hardware import GPUS
 
 BASE_PORT = 20000
 PORTS = 10000
 MOST_REQUEUES = 100
 """A run that makes no progress within its time limit must not go round for ever."""
 NCCL = """\
-# NCCL finds NVLink and InfiniBand by itself. Tensor parallelism belongs inside a node (NVLink); pipeline and data
-# parallelism cross nodes over the network. Where that goes wrong:
+# NCCL finds NVLink and InfiniBand by itself. Tensor parallelism belongs where NVLink joins the GPUs (a node, or a
+# rack such as NVL72); pipeline and data parallelism may cross the network. Where that goes wrong:
 #   export NCCL_DEBUG=INFO              says which links are taken: P2P (NVLink), NET/IB, NET/Socket (Ethernet)
 #   export NCCL_SOCKET_IFNAME=ib0       the interface on which ranks meet, if the first one leads nowhere
 #   export NCCL_IB_HCA=mlx5             which InfiniBand adapters carry data
@@ -118,6 +119,22 @@ def nodes_problem(recipe: Recipe, nodes: int) -> str | None:
     )
     have = f"{nodes * per_node} GPUs in {nodes} x {per_node} (launch.gpus_per_node)"
     return f"--nodes = {nodes}: {product}, but {have}; {fitting}"
+
+
+def links_note(recipe: Recipe) -> str | None:
+    """What to know where tensor-parallel ranks, neighbours in Megatron's order, lie on more than one node; else None.
+
+    Right inside a rack that NVLink joins and very slow anywhere else; neither the recipe nor Slurm says which it is.
+    """
+    tensor, per_node = recipe.parallel.tensor, recipe.launch.gpus_per_node
+    if not recipe.launch.gpus or recipe.world_size <= per_node or per_node % tensor == 0:
+        return None
+    racks = " or ".join(f"{gpu.name} ({gpu.domain} GPUs)" for gpu in GPUS.values() if gpu.domain > gpu.per_node)
+    return (
+        f"note: parallel.tensor = {tensor}: spans nodes (launch.gpus_per_node = {per_node}), and every layer waits for "
+        f"the link between them; right where that is NVLink, as in a rack of {racks}; elsewhere take a divisor of "
+        f"{per_node}, and parallel.pipeline for the rest"
+    )
 
 
 def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None) -> str:

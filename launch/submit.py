@@ -26,7 +26,7 @@ def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False
         dry_run: Write the files only.
 
     Returns:
-        What to tell the user: the paths, and the files' texts or the jobs' numbers.
+        What to tell the user: a note on links, if any; the paths, and the files' texts or the jobs' numbers.
 
     Raises:
         RecipeError: the nodes do not fit the layout.
@@ -39,7 +39,8 @@ def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False
     save(recipe, folder / COPY)
     if not dry_run:
         save(recipe, folder / RESOLVED)
-    said, before, numbers = [], None, []
+    note = sbatch.links_note(recipe)
+    said, before, numbers = [note] if note else [], None, []
     for job in jobs:
         path = folder / f"{job.kind}.sbatch"
         text = sbatch.text(recipe, job, programs=programs, revision=revision(12))

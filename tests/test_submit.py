@@ -179,6 +179,22 @@ def test_nodes_that_do_not_fit(data, nodes, remedy):
     assert len(caught.value.problems) == 1
 
 
+@pytest.mark.parametrize(
+    ("tensor", "data", "per_node", "noted"),
+    [(8, 2, 8, False), (16, 1, 8, True), (8, 1, 4, True), (3, 4, 4, True), (3, 1, 4, False), (1, 16, 4, False)],
+)
+def test_tensor_parallelism_across_nodes_gets_a_note(tensor, data, per_node, noted, tmp_path):
+    """Not a refusal: in a rack of GB200 NVL72, four GPUs a node, NVLink does join them."""
+    made = recipe(tensor=tensor, pipeline=1, data=data, per_node=per_node)
+    made.run.dir = str(tmp_path)
+    first = submit(made, -(-made.world_size // per_node), dry_run=True).splitlines()[0]
+    said = f"note: parallel.tensor = {tensor}: spans nodes (launch.gpus_per_node = {per_node}), and every layer waits"
+    assert first.startswith(said) == noted
+    assert not noted or "a rack of GB200-NVL72 (72 GPUs); elsewhere take a divisor" in first
+    made.launch.gpus = False
+    assert sbatch.links_note(made) is None
+
+
 @pytest.fixture
 def made(tmp_path):
     made = recipe()
