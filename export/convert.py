@@ -21,6 +21,7 @@ from halfbyte.training.choices import Container
 from halfbyte.training.errors import UserError
 from halfbyte.training.export_rules import container_problems
 from halfbyte.training.files import read_json
+from halfbyte.training.model_config import in_both_spellings
 from halfbyte.training.shape import read_shape
 
 CARRIED = ("method", "gate", "checkpoint", "recipe_sha256", "recipe", "versions")
@@ -78,7 +79,8 @@ def _write(checkpoint: Checkpoint, container: Container, folder: Path, ranks: in
         count = len({entry.file for entry in checkpoint.entries.values()})  # as many as the source has
         write_shards(folder, compressed.tensors(checkpoint), count=count, limit=0)
         section = compressed.quantization_config(checkpoint)
-        write_plain_json(folder / "config.json", checkpoint.config | {"quantization_config": section})
+        config = in_both_spellings(checkpoint.config, "bfloat16") | {"quantization_config": section}
+        write_plain_json(folder / "config.json", config)
     else:
         decode_into(checkpoint, folder)
 

@@ -5,6 +5,7 @@ The weights cannot tell another rope base, norm epsilon or chat template. Shares
 
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from halfbyte.export.reader import open_checkpoint
 from halfbyte.export.record import CARD, RECORD
@@ -12,7 +13,7 @@ from halfbyte.training.errors import UserError
 from halfbyte.training.model_config import read_config
 
 WRITTEN_KEYS = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
-"""Keys of config.json that an export writes itself, beside quantization_config."""
+"""Keys of config.json that an export writes itself, beside quantization_config and older names of rotary settings."""
 WRITTEN = (RECORD, CARD, "config.json", "hf_quant_config.json", "model*.safetensors", "model.safetensors.index.json")
 """Files that an export writes itself."""
 MAY_BE_WRITTEN = "generation_config.json"
@@ -34,7 +35,7 @@ def broken_copies(out: Path, model_dir: Path) -> list[str]:
         config = open_checkpoint(out).config
     except UserError:
         return []  # verify has said so
-    expected = source | WRITTEN_KEYS
+    expected = source | WRITTEN_KEYS | _older_rope(source.get("rope_parameters"))
     names = sorted((expected.keys() | config.keys()) - {"quantization_config"})
     problems = [
         f"{out / 'config.json'}: {name} = {config.get(name)!r}, and should be {expected.get(name)!r} as at {model_dir}"
@@ -45,6 +46,16 @@ def broken_copies(out: Path, model_dir: Path) -> list[str]:
         if not any(fnmatchcase(path.name, pattern) for pattern in WRITTEN):
             problems += _unlike(path, model_dir / path.name)
     return problems
+
+
+def _older_rope(newer: Any) -> dict[str, Any]:
+    """Rotary settings under the names that transformers 4 reads, where the source has those of transformers 5."""
+    if not isinstance(newer, dict):
+        return {}
+    older = dict(newer)
+    older.pop("partial_rotary_factor", None)
+    base = {"rope_theta": older.pop("rope_theta")} if "rope_theta" in older else {}
+    return base | {"rope_scaling": older if "llama3" in (older.get("rope_type"), older.get("type")) else None}
 
 
 def _unlike(path: Path, original: Path) -> list[str]:

@@ -11,6 +11,7 @@ from halfbyte.export.container import Planned, write_shards
 from halfbyte.export.folder import disk_errors, replacing, write_plain_json
 from halfbyte.export.reader import Checkpoint, open_checkpoint
 from halfbyte.training.errors import UserError
+from halfbyte.training.model_config import in_both_spellings
 
 SHARD_BYTES = 2_000_000_000
 SMALLEST_EXPONENT = -110
@@ -57,8 +58,7 @@ def decode_into(checkpoint: Checkpoint, folder: Path) -> None:
     write_shards(folder, planned, count=None, limit=SHARD_BYTES)
     dtype = "float32" if any(tensor.dtype == "F32" for tensor in planned.values()) else "bfloat16"
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    config |= {"dtype": dtype, "torch_dtype": dtype}
-    write_plain_json(folder / "config.json", config)
+    write_plain_json(folder / "config.json", in_both_spellings(config, dtype))
 
 
 def _weight(checkpoint: Checkpoint, module: str) -> Planned:

@@ -32,7 +32,7 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.hf_map import HFWeight, expected_shapes
 from halfbyte.training.kv_format import KVCache
-from halfbyte.training.model_config import read_config
+from halfbyte.training.model_config import in_both_spellings, read_config
 from halfbyte.training.shape import read_shape
 
 GENERATION = "generation_config.json"
@@ -194,8 +194,7 @@ def _write_rest(partial: Path, model_dir: Path, recipe: Recipe, layout: Layout) 
 
 def _write_configs(folder: Path, source: dict[str, Any], layout: Layout, cache: KVCache) -> None:
     """config.json and, for the formats of ModelOpt's layout, hf_quant_config.json."""
-    # both spellings: transformers 5 reads `dtype`, the serving runtimes still look for `torch_dtype`
-    config = source | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    config = in_both_spellings(source, "bfloat16")
     config.pop("quantization_config", None)  # of a source that was quantized itself
     if layout.formats:
         flat, nested = quantization_configs(layout.formats, layout.dense, cache)

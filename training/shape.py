@@ -246,6 +246,17 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
+def _two_ropes(config: dict[str, Any]) -> str | None:
+    """The first setting in which the newer and the older spelling contradict each other, if both are there."""
+    if not config.get("rope_parameters") or not config.get("rope_scaling"):
+        return None
+    newer, older = (
+        _rope({"rope_parameters": config["rope_parameters"]}),
+        _rope({"rope_scaling": config["rope_scaling"]}),
+    )
+    return next((key for key in sorted(newer.keys() & older.keys()) if newer[key] != older[key]), None)
+
+
 def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     """What in the config has no counterpart in training/model.py, one reason each."""
     reasons = []
@@ -261,6 +272,11 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     if config.get("hidden_act", "silu") != "silu":
         reasons.append(f"hidden_act = {config['hidden_act']}: only silu (SwiGLU) is supported")
     reasons += [f"{key} = true: linears with a bias are not supported" for key in biases if config.get(key)]
+    differing = _two_ropes(config)
+    if differing is not None:
+        reasons.append(
+            f"rope_parameters and rope_scaling differ in {differing}: readers take one or the other; keep one"
+        )
     if rope["rope_type"] == "llama3":
         reasons += [
             f"rope {key} = {rope.get(key)}: Megatron-Core computes Llama-3 scaling with {key} = {value:g} only"
