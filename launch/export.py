@@ -12,6 +12,7 @@ from halfbyte.export.record import RECORD, altered_file, broken_hashes, file_has
 from halfbyte.launch import handover
 from halfbyte.launch.console import Console
 from halfbyte.launch.start import RESOLVED
+from halfbyte.launch.verify_report import settle
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import USAGE, UserError
@@ -60,6 +61,7 @@ def export_as(source: Path, container: str, to: Path | None, ranks: int | None, 
         _convert(checkpoint, kind, out, size, Console(True))
     if recipe is not None and out == place(source, kind):
         _note(source, kind)
+        settle(source, partial(altered, source))
     return out
 
 
@@ -132,6 +134,7 @@ def convert_also(recipe: Recipe, folder: Path, console: Console) -> None:
             _note(folder, container)
         elif not current:
             _remove(out)
+    settle(folder, partial(altered, folder))
 
 
 def _record(out: Path) -> dict[str, Any]:

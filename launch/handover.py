@@ -25,6 +25,7 @@ from halfbyte.launch.pipeline import judges_export, trained_name
 from halfbyte.launch.rescore import rescore
 from halfbyte.launch.revision import revision
 from halfbyte.launch.scored import kinds, read_control, read_stages
+from halfbyte.launch.verify_report import raise_problems, with_further
 from halfbyte.training import gate, integrity, retention
 from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.errors import UserError
@@ -224,12 +225,6 @@ def forget_export(folder: Path) -> None:
     (folder / "export" / "export.json").unlink(missing_ok=True)
 
 
-def raise_problems(report: dict[str, Any], folder: Path) -> None:
-    """Raise UserError if a verify report is not clean."""
-    if not report["ok"]:
-        raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
-
-
 def _export(recipe: Recipe, folder: Path, team: Team, console: Console) -> dict[str, Any]:
     model_dir = Path(recipe.model.path)
     own = hf.own_weights(recipe, model_dir, team)
@@ -315,8 +310,8 @@ def check_again(recipe: Recipe, folder: Path, console: Console, further: Sequenc
         UserError: nothing was exported.
     """
     report = verify(recipe, folder, exported(folder) or released(folder), console, ALONE, further)
-    if known(folder):
-        remember(folder, verified=report["ok"])
+    if known(folder):  # a further layout is made again from an export that is sound itself
+        remember(folder, verified=report["problem_count"] == len(further))
     return report
 
 
@@ -356,9 +351,8 @@ def _completed(
         report["rescored"] = rescore(recipe, folder, out)
         off = {name: task for name, task in report["rescored"].items() if not task["ok"]}
         found += [f"{name}: the decoded model scores differently: {task}" for name, task in off.items()]
-    found += further
-    report["ok"] = report["ok"] and not found
     report["problems"] += found
     report["problem_count"] += len(found)
+    report = with_further(report, further)
     write_json(folder / "verify.json", report)
     return report

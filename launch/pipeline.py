@@ -140,6 +140,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
     from halfbyte.launch import handover
     from halfbyte.launch import report as written
     from halfbyte.launch.summary import summary_text
+    from halfbyte.launch.verify_report import raise_problems
     from halfbyte.training import model_identity
     from halfbyte.training.gate import exit_code
 
@@ -171,7 +172,7 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
         with console.stage("verify") as notes:
             report = handover.check_again(recipe, folder, console, also.altered(folder))
             notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
-        handover.raise_problems(report, folder)
+        raise_problems(report, folder)
     with console.stage("report") as notes:
         notes.append(written.summary(written.write(recipe, folder, to_wandb=resume)))
     if (folder / "gate.json").exists():

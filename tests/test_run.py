@@ -14,6 +14,7 @@ SECRET = "0123456789c0ffee" * 2 + "deadbeef"
 """As long as a key of W&B."""
 SECRETS = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), SECRET)
 """Planted in the environment of the first run."""
+FURTHER = ("export.also=[trtllm]", "export.tensor_parallel=2", "export.files=3")
 SHORT = ("train.steps=3", "evaluate.tasks.lambada.limit=4", "evaluate.tasks.english.limit=4", "verify.items=2")
 
 
@@ -120,8 +121,7 @@ def test_no_secret_is_written(place):
 
 def test_a_finished_run_is_not_done_again(halfbyte, place):
     before = digest(place / "runs" / "a")
-    further = ("export.also=[trtllm]", "export.tensor_parallel=2", "export.files=3")
-    again = halfbyte("run", "tiny", *SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
+    again = halfbyte("run", "tiny", *SHORT, *FURTHER, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
     assert again.returncode == 0, again.stderr
     started = ("import", "evaluate", "train", "export")
     assert not any(line.startswith(started) for line in again.stdout.splitlines())
@@ -157,12 +157,36 @@ def test_a_run_does_not_ship_again_what_changed_since_it_was_verified(halfbyte, 
     export = place / "runs" / "a" / "export"
     weights, engine = export / "hf" / "model-00002-of-00003.safetensors", export / "trtllm" / "rank1.safetensors"
     good = {path: flip(path) for path in (weights, engine)}
-    further = ("export.also=[trtllm]", "export.tensor_parallel=2", "export.files=3")
-    options = (*SHORT, *further, "run.dir=runs/a", "parallel.pipeline=2")
+    options = (*SHORT, *FURTHER, "run.dir=runs/a", "parallel.pipeline=2")
     done = halfbyte("run", "tiny", *options, cwd=place)
     assert done.returncode == 0, done.stderr
     assert "model-00002-of-00003.safetensors changed after the export (SHA-256 differs); exporting it" in done.stdout
     assert {path: path.read_bytes() for path in good} == good
+
+
+def test_only_a_layout_that_verify_finds_altered_is_made_again(halfbyte, place):
+    run = place / "runs" / "a"
+    export, engine = run / "export", run / "export" / "trtllm" / "rank1.safetensors"
+    good, weights = flip(engine), sorted((export / "hf").glob("*.safetensors"))
+    written = [path.stat().st_mtime_ns for path in weights]
+    assert halfbyte("verify", "runs/a", cwd=place).returncode == 1
+    report = read(run / "verify.json")
+    assert not report["ok"]
+    assert (
+        report["further"]
+        == report["problems"]
+        == [f"{engine.relative_to(place)} changed after the export (SHA-256 differs)"]
+    )
+    done = halfbyte("run", "tiny", *SHORT, *FURTHER, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
+    assert done.returncode == 0, done.stderr
+    started = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    assert "export trtllm" in started
+    assert not {"export", "verify", "import"} & set(started)
+    assert engine.read_bytes() == good
+    assert [path.stat().st_mtime_ns for path in weights] == written
+    report = read(run / "verify.json")
+    assert (report["ok"], report["problems"], report["problem_count"], report["further"]) == (True, [], 0, [])
+    assert report["rescored"]
 
 
 def test_a_failed_gate_leaves_nothing_to_ship_unless_it_is_asked_to(halfbyte, place):
