@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.export.container import Planned
+from halfbyte.export.quantization_config import fused_names
 from halfbyte.export.reader import Checkpoint
 from halfbyte.export.source import cache_of, formats_of
 from halfbyte.training.config import Format
@@ -76,13 +77,14 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def dense_modules(checkpoint: Checkpoint) -> list[str]:
-    """Exact names of the modules whose weight stays a BF16 matrix, and lm_head (a tied one has no tensor)."""
+    """Exact names of the modules in BF16 and of linears fused from them, and lm_head: a tied one has no tensor."""
     matrices = {
         name.removesuffix(".weight")
         for name, entry in checkpoint.entries.items()
         if name.endswith(".weight") and len(entry.shape) == 2
     }
-    return sorted((matrices | {"lm_head"}) - set(checkpoint.quantized_modules()))
+    dense = (matrices | {"lm_head"}) - set(checkpoint.quantized_modules())
+    return sorted({*dense, *fused_names(dense)})
 
 
 def as_it_is(checkpoint: Checkpoint, name: str) -> Planned:

@@ -33,7 +33,8 @@ OPERANDS = {
 """What a config group says about the elements of each operand that is quantized."""
 MIXED = {Format.nvfp4, Format.w4a16_nvfp4, Format.fp8}
 """Formats that runtimes read beside each other."""
-
+SERVED_AS = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+"""First member of what servers hold as one linear -> its name there: a server may look for that name alone."""
 
 CACHES = {
     KVCache.none: (None, None),
@@ -64,7 +65,7 @@ def broken_configs(checkpoint: Checkpoint, formats: dict[str, Format], cache: KV
         yield from _same("config.json quantization_config.quant_method", flat.get("quant_method"), "compressed-tensors")
         yield from _same("config.json quantization_config.format", flat.get("format"), "mxfp4-pack-quantized")
     else:
-        layers = {module: ALGORITHM[number_format] for module, number_format in formats.items()}
+        layers = {module: ALGORITHM[number_format] for module, number_format in _and_as_served(formats).items()}
         mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
         expected = mixed if len(distinct) > 1 else dict(next(iter(layers.values()), {}))
         yield from _same("config.json quantization_config.quant_method", flat.get("quant_method"), "modelopt")
@@ -86,8 +87,9 @@ def _groups(flat: dict[str, Any], formats: dict[str, Format]) -> Iterator[str]:
     if len(groups) != len(distinct):
         yield f"config.json quantization_config has {len(groups)} config_groups, not {len(distinct)}"
         return
+    named = _and_as_served(formats)
     for number_format in distinct:
-        members = sorted(name for name in formats if formats[name] is number_format)
+        members = sorted(name for name in named if named[name] is number_format)
         targets = members if len(distinct) > 1 else ["Linear"]
         group = next((group for group in groups if group.get("targets") == targets), None)
         if group is None:
@@ -126,16 +128,23 @@ def _nested(checkpoint: Checkpoint, expected: dict[str, Any], ignore: Any) -> It
 
 def _exclusions(checkpoint: Checkpoint, modules: list[str], excluded: list[str]) -> Iterator[str]:
     """Quantized linears are not excluded, BF16 ones are, by exact name or fnmatch pattern."""
-    for module in modules:
+    for module in _and_as_served(dict.fromkeys(modules)):
         # vLLM also excludes a module whose name merely contains an entry
         hits = [pattern for pattern in excluded if fnmatchcase(module, pattern) or pattern in module]
         if hits:
             yield f"{module} is quantized, but the configs exclude it by {hits[0]!r}"
     for name in checkpoint.names():
         entry, module = checkpoint.entries[name], name.removesuffix(".weight")
-        listed = any(fnmatchcase(module, pattern) for pattern in excluded)
-        if entry.dtype == "BF16" and len(entry.shape) == 2 and not listed:
-            yield f"{module} is BF16, but the configs do not exclude it"
+        if entry.dtype == "BF16" and len(entry.shape) == 2:
+            for served in _and_as_served({module: None}):
+                if not any(fnmatchcase(served, pattern) for pattern in excluded):
+                    yield f"{served} is BF16, but the configs do not exclude it"
+
+
+def _and_as_served(modules: dict[str, Any]) -> dict[str, Any]:
+    """Modules with what is said of them, and the same of the linears that servers make of q, k, v and of gate, up."""
+    parts = [(*module.rpartition("."), said) for module, said in modules.items()]
+    return modules | {f"{parent}.{SERVED_AS[name]}": said for parent, _, name, said in parts if name in SERVED_AS}
 
 
 def _same(what: str, value: Any, expected: Any) -> Iterator[str]:

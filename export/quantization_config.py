@@ -2,15 +2,22 @@
 
 One format in the whole checkpoint: `quant_algo` names it. Several: `quant_algo` is MIXED_PRECISION and
 `quantized_layers` names every quantized linear with its own. Linears in BF16 are listed as excluded in both cases.
+
+Servers hold q, k and v as one linear, and gate and up. What is said of all members is said of that linear as well:
+SGLang's dense models do not tell which members it has, and older TensorRT-LLM looks for nothing else.
 """
 
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
 from halfbyte.training.config import Format
 from halfbyte.training.formats import GRIDS, SPECS, Grid
 from halfbyte.training.kv_format import KVCache
+from halfbyte.training.shape import GATE_UP, QKV
 
+FUSED = {"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": GATE_UP}
+"""A linear as every server names it inside a layer -> the Hugging Face linears in it."""
 CACHE_ALGO = {KVCache.none: None, KVCache.fp8: "FP8", KVCache.nvfp4: "NVFP4"}
 """Formats of the key/value cache in ModelOpt's nested file."""
 CACHE_SCHEME = {KVCache.fp8: {"dynamic": False, "num_bits": 8, "type": "float"}, KVCache.nvfp4: "NVFP4"}
@@ -34,6 +41,7 @@ def quantization_configs(
     distinct = sorted(set(formats.values()))
     if len(distinct) > 1 and not all(SPECS[number_format].mixes for number_format in distinct):
         raise ValueError(f"no runtime reads this mix: {', '.join(distinct)}")
+    dense_modules = sorted({*dense_modules, *fused_names(dense_modules)})
     if SPECS[distinct[0]].quant_algo is None:  # it has no reader in ModelOpt's layout
         if cache is not KVCache.none:
             raise ValueError(f"no runtime is known to read a {cache} cache beside MXFP4")
@@ -46,6 +54,17 @@ def quantization_configs(
     if cache is not KVCache.none:
         flat["kv_cache_scheme"] = CACHE_SCHEME[cache]
     return flat | {"producer": producer}, {"producer": producer, "quantization": nested}
+
+
+def fused_names(modules: Iterable[str]) -> dict[str, str]:
+    """The linears of FUSED of which all members are among the modules: full name -> the first member's."""
+    given = set(modules)
+    return {
+        layer + fused: layer + first
+        for fused, (first, *others) in FUSED.items()
+        for layer in (name.removesuffix(first) for name in given if name.endswith(first))
+        if all(layer + other in given for other in others)
+    }
 
 
 def _one_format(
@@ -68,7 +87,8 @@ def _one_format(
 def _mixed(
     formats: dict[str, Format], dense_modules: list[str], cache: KVCache
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """TensorRT-LLM and vLLM take a layer's format from `quantized_layers`, compressed-tensors from the targets."""
+    """Servers take a layer's format from `quantized_layers`, compressed-tensors from the targets."""
+    formats = formats | {fused: formats[member] for fused, member in fused_names(formats).items()}
     layers = {name: _algorithm(number_format) for name, number_format in sorted(formats.items())}
     members = {
         number_format: [name for name in layers if formats[name] is number_format]

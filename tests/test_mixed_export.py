@@ -104,6 +104,9 @@ OF_MIX: dict[str, str] = {f"model.layers.{layer}.{name}": "NVFP4" for layer in r
 OF_MIX |= {f"model.layers.0.{name}": "FP8" for name in LINEARS[:4]}
 OF_MIX |= {"model.layers.0.mlp.down_proj": "W4A16_NVFP4"}
 del OF_MIX["model.layers.1.self_attn.o_proj"]
+SERVED_MIX = {f"model.layers.{layer}.mlp.gate_up_proj": "NVFP4" for layer in range(2)}
+SERVED_MIX |= {"model.layers.0.self_attn.qkv_proj": "FP8", "model.layers.1.self_attn.qkv_proj": "NVFP4"}
+"""Linears that servers make of several, and what the configs say of them as well."""
 DOWN, OUT, UP = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj", "model.layers.1.mlp.up_proj"
 
 
@@ -174,7 +177,7 @@ def test_the_configs_name_every_layers_format(exported: Path):
     nested = json.loads((exported / "hf_quant_config.json").read_text())
     layers = {
         name: {"quant_algo": algorithm} | ({} if algorithm == "FP8" else {"group_size": 16})
-        for name, algorithm in OF_MIX.items()
+        for name, algorithm in (OF_MIX | SERVED_MIX).items()
     }
     excluded = ["lm_head", "model.embed_tokens", "model.layers.1.self_attn.o_proj"]
     assert nested["quantization"] == {
@@ -186,7 +189,7 @@ def test_the_configs_name_every_layers_format(exported: Path):
     assert (flat["quant_method"], flat["quant_algo"], flat["ignore"]) == ("modelopt", "MIXED_PRECISION", excluded)
     assert flat["quantized_layers"] == layers
     targets = [name for group in flat["config_groups"].values() for name in group["targets"]]
-    assert sorted(targets) == sorted(OF_MIX)
+    assert sorted(targets) == sorted(layers)
 
 
 @pytest.mark.parametrize("cache", KVCache)
@@ -281,7 +284,7 @@ def test_broken_rules_are_named(out: Path, model_dir: Path):
             "config.json",
             ["quantization_config", "config_groups", "group_1"],
             {},
-            "no group's targets are the 8 of nvfp4",
+            "no group's targets are the 11 of nvfp4",
         ),
         ("config.json", ["quantization_config", "config_groups", "group_0", "weights", "num_bits"], 4, "is 4, not 8"),
         ("config.json", ["quantization_config", "ignore"], [OUT], f"{OUT} is quantized, but the configs exclude it"),

@@ -5,6 +5,8 @@ themselves are not installed.
 """
 
 import json
+import re
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from transformers import AutoConfig
 
 from halfbyte.export.convert import convert
 from halfbyte.training.choices import Container
+from halfbyte.training.config import Format, LayerFormat, Recipe
 from halfbyte.training.errors import RecipeError
-from halfbyte.training.shape import shape_of
+from halfbyte.training.shape import layer_format, shape_of
 
-from .export_tools import LLAMA, export, recipe
+from .export_tools import LLAMA, QWEN3, export, recipe
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -64,3 +67,86 @@ def test_two_spellings_that_contradict_each_other_are_one_line():
         shape_of(both, "config.json")
     assert len(caught.value.problems) == 1
     assert shape_of(both | {"rope_scaling": LLAMA3}, "config.json").rope_scaling_factor == 8.0
+
+
+MEMBERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+ALGORITHMS = {None: None, Format.nvfp4: "NVFP4", Format.w4a16_nvfp4: "W4A16_NVFP4", Format.fp8: "FP8"}
+TWELVE = {"num_hidden_layers": 12}  # so that a name of layer 1 is the beginning of others
+SERVED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+
+
+def members_of(name: str) -> list[str]:
+    parent, _, last = name.rpartition(".")
+    return [f"{parent}.{member}" for member in MEMBERS.get(last, (last,))]
+
+
+def built_by_vllm(section: dict[str, Any], name: str) -> str | None:
+    """ModelOptQuantConfigBase.is_layer_excluded and ModelOptMixedPrecisionConfig._resolve_quant_algo."""
+    ignored = section["ignore"]
+    (all_ignored,) = {member in ignored for member in members_of(name)}  # some and not all of them is an error
+    if all_ignored or any(entry in name or fnmatch(name, entry) for entry in ignored):
+        return None
+    if section["quant_algo"] != "MIXED_PRECISION":
+        return section["quant_algo"]
+    layers = section["quantized_layers"]
+    given = [name] if name in layers else [member for member in members_of(name) if member in layers]
+    (algorithm,) = {layers[key]["quant_algo"] for key in given} or {None}
+    return algorithm
+
+
+def built_by_sglang(section: dict[str, Any], name: str) -> str | None:
+    """ModelOptQuantConfig.is_layer_excluded, ModelOptMixedPrecisionConfig._resolve_quant_algo; packed_modules_mapping
+    is empty for its dense models."""
+    patterns = [entry.replace(".", r"\.").replace("*", ".*") for entry in section["ignore"]]
+    if any(re.fullmatch(pattern, part) for pattern in patterns for part in (name, *name.split("."))):
+        return None
+    if section["quant_algo"] != "MIXED_PRECISION":
+        return section["quant_algo"]
+    layers = section["quantized_layers"]
+    below = next((info for key, info in layers.items() if key.startswith(f"{name}.")), {})
+    return layers.get(name, below).get("quant_algo")
+
+
+def built_by_tensorrt_llm(section: dict[str, Any], name: str) -> str | None:
+    """DecoderModelForCausalLM.__post_init__ before it looked for the members of a fused linear in exclude_modules."""
+    if any(fnmatchcase(name, entry) for entry in section["exclude_modules"]):
+        return None
+    if section["quant_algo"] != "MIXED_PRECISION":
+        return section["quant_algo"]
+    first, *others = members_of(name)
+    hits = (info for key, info in section["quantized_layers"].items() if (first in key if others else name == key))
+    return next(hits, {}).get("quant_algo")
+
+
+def partly(number_format: Format) -> Recipe:
+    run = recipe(number_format)
+    run.quantize.exclude += ["model.layers.1.self_attn.[qkv]_proj", "model.layers.11.mlp.[gu]*"]
+    return run
+
+
+def mixed() -> Recipe:
+    run = recipe()
+    run.quantize.layers = {
+        "model.layers.1.mlp.[gu]*": LayerFormat.bf16,
+        "*.self_attn.*": LayerFormat.fp8,
+        "*.1*.mlp.down_proj": LayerFormat.w4a16_nvfp4,
+    }
+    return run
+
+
+@pytest.mark.parametrize("config", [LLAMA | TWELVE, QWEN3 | TWELVE], ids=["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "run", [partly(Format.nvfp4), partly(Format.w4a16_nvfp4), partly(Format.fp8), mixed()], ids=lambda run: "plan"
+)
+def test_every_server_builds_each_linear_as_the_files_hold_it(tmp_path: Path, config: dict[str, Any], run: Recipe):
+    out = export(tmp_path, config, run)
+    flat = config_of(out)["quantization_config"]
+    nested = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    for layer in range(config["num_hidden_layers"]):
+        for name in (f"model.layers.{layer}.{part}" for part in SERVED):
+            (held,) = {layer_format(member, run.quantize) for member in members_of(name)}
+            assert built_by_vllm(flat, name) == ALGORITHMS[held], name
+            assert built_by_sglang(flat, name) == ALGORITHMS[held], name
+            assert built_by_tensorrt_llm(nested, name) == ALGORITHMS[held], name
+    assert {built(flat, "lm_head") for built in (built_by_vllm, built_by_sglang)} == {None}
+    assert built_by_tensorrt_llm(nested, "lm_head") is None
