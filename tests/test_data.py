@@ -438,33 +438,57 @@ def test_a_resumed_stream_is_the_rest_of_the_first(random_dataset):
 
 
 def test_calibration_windows_are_distinct_and_repeatable(random_dataset):
-    windows = data.calibration_windows(random_dataset, 10, seed=5)
+    def chosen(samples, seed):
+        return data.calibration_windows(random_dataset, samples, seed).tokens
+
+    windows = chosen(10, 5)
     assert windows.shape == (10, 4)
     assert windows.dtype == torch.int64
     assert len({row[0] for row in windows.tolist()}) == 10
-    assert torch.equal(windows, data.calibration_windows(random_dataset, 10, seed=5))
-    assert not torch.equal(windows, data.calibration_windows(random_dataset, 10, seed=6))
-    assert len(data.calibration_windows(random_dataset, 100, seed=5)) == 37
+    assert torch.equal(windows, chosen(10, 5))
+    assert not torch.equal(windows, chosen(10, 6))
+    assert len(chosen(100, 5)) == 37
     with pytest.raises(UserError, match="calibration_samples = 0"):
-        data.calibration_windows(random_dataset, 0, seed=5)
+        chosen(0, 5)
 
 
-def test_calibration_sees_no_padding(tmp_path):
-    path = write(tmp_path / "chat.jsonl", [turns("hello", "you"), turns("and a longer one", "yes")])
-    packed = data.tokenize_corpus(path, TOKENIZER, chat_data(), 70)
-    windows = data.calibration_windows(packed, 2, seed=0)
+@pytest.mark.parametrize("isolated", [False, True])
+def test_calibration_sees_no_padding(tmp_path, isolated):
+    path = write(tmp_path / "chat.jsonl", [turns("hello", "you"), turns("and a longer one", "yes"), turns("a", "b")])
+    packed = data.tokenize_corpus(path, TOKENIZER, chat_data(isolate_documents=isolated), 70)
+    windows = data.calibration_windows(packed, 9, seed=0)
     assert (packed.tokens == PAD).any(1).all()
-    for window, tokens in zip(windows.tolist(), packed.tokens.tolist(), strict=True):
+    assert not windows.loss_mask.any()
+    for window, tokens in zip(windows.tokens.tolist(), packed.tokens.tolist(), strict=True):
         own = tokens[: tokens.index(PAD)]
         assert window == (own * 70)[:70]
+    if not isolated:
+        assert windows.segments is None
+        return
+    assert windows.segments is not None
+    for window, segments in zip(windows.segments.tolist(), packed.segments.tolist(), strict=True):
+        own = segments[: segments.index(segments[-1])]
+        assert window == [turn * (own[-1] + 1) + segment for turn in range(70) for segment in own][:70]
+
+
+def test_calibration_attends_as_training_does(tmp_path):
+    path = write(tmp_path / "text.jsonl", [{"text": word} for word in ("one two", "three", "four five six", "seven")])
+    packed = data.tokenize_corpus(path, TOKENIZER, config.Data(isolate_documents=True), 8)
+    assert len(packed) > 2
+    parts = data.calibration_batches(data.calibration_windows(packed, len(packed), 0), 2, torch.device("cpu"))
+    rows = data.window_batch(packed, range(len(packed)))
+    assert rows.segments is not None
+    assert rows.segments.max() > 0
+    for batch, segments in zip([batch for part in parts for batch in part], rows.segments.split(2), strict=True):
+        assert torch.equal(batch.segments, segments)
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(3, [[3, 3], [1]]), (7, [[7]]), (100, [[7]]), (1, [[1] * 7])])
 def test_calibration_takes_every_window_once(rows, sizes):
-    windows = torch.arange(14).reshape(7, 2)
+    windows = data.plain_batches(torch.arange(14).reshape(7, 2), 7, torch.device("cpu"))[0]
     batches = data.calibration_batches(windows, rows, torch.device("cpu"))
     assert [[len(batch.tokens) for batch in part] for part in batches] == sizes
-    assert torch.equal(torch.cat([batch.tokens for part in batches for batch in part]), windows)
+    assert torch.equal(torch.cat([batch.tokens for part in batches for batch in part]), windows.tokens)
 
 
 def test_plain_batches_are_of_one_size_and_cover_all():

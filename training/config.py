@@ -206,7 +206,7 @@ class Data:
     answer_only: bool = True
     """Chat: only assistant tokens carry loss."""
     isolate_documents: bool = False
-    """Attention stays inside a document of a packed window (a dense mask: slower)."""
+    """Attention stays inside a document of a packed window, in calibration too (a dense mask: slower)."""
     too_long: TooLong = TooLong.error
 
 

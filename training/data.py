@@ -61,11 +61,11 @@ class MicroBatch:
         )
 
 
-def calibration_windows(dataset: PackedDataset, samples: int, seed: int) -> torch.Tensor:
-    """Windows to calibrate on, chosen without repetition as a function of (dataset size, seed).
+def calibration_windows(dataset: PackedDataset, samples: int, seed: int) -> MicroBatch:
+    """Windows to calibrate on, chosen without repetition as a function of (dataset size, seed), as one batch.
 
-    In the place of padding a window's own tokens come again: what a model makes of padding would count in every
-    maximum, percentile and mean.
+    Attention stays inside documents where training's does. In the place of padding a window's own tokens come again, as
+    documents of their own: what a model makes of padding would count in every maximum, percentile and mean.
 
     Args:
         dataset: Packed with the calibration length.
@@ -73,7 +73,7 @@ def calibration_windows(dataset: PackedDataset, samples: int, seed: int) -> torc
         seed: Any integer.
 
     Returns:
-        int64 [min(samples, n), L].
+        b = min(samples, n) windows without loss, on the CPU.
 
     Raises:
         UserError: samples < 1.
@@ -82,25 +82,37 @@ def calibration_windows(dataset: PackedDataset, samples: int, seed: int) -> torc
         reason = f"quantize.calibration_samples = {samples}: calibration needs at least one window; 512 is usual"
         raise UserError(reason, USAGE)
     rows = np.sort(_permutation(len(dataset), seed, 0)[:samples])
-    windows = dataset.tokens[rows, :-1].astype(np.int64)
-    for row, window in zip(rows, windows, strict=True):
-        window[:] = np.resize(window[: dataset.filled(row)], len(window))
-    return torch.from_numpy(windows)
+    tokens, segments = (array[rows].astype(np.int64) for array in (dataset.tokens[:, :-1], dataset.segments))
+    for at, row in enumerate(rows):
+        filled = dataset.filled(row)
+        turn, place = np.divmod(np.arange(dataset.sequence_length), filled)
+        segments[at] = segments[at, place] + turn * (segments[at, filled - 1] + 1)
+        tokens[at] = tokens[at, place]
+    return _plain(torch.from_numpy(tokens), torch.from_numpy(segments) if dataset.isolate_documents else None)
 
 
-def calibration_batches(windows: torch.Tensor, rows: int, device: torch.device) -> list[list[MicroBatch]]:
+def calibration_batches(windows: MicroBatch, rows: int, device: torch.device) -> list[list[MicroBatch]]:
     """Windows as micro-batches, every window once: a batch that is filled up would count some of them twice.
 
     Args:
-        windows: int64 [n, L], n >= 1.
+        windows: At least one.
         rows: Windows per batch.
         device: Where the batches go.
 
     Returns:
         At most two lists, each with batches of one size as a pipeline wants them: the full batches, and the rest.
     """
-    whole = len(windows) - len(windows) % rows
-    return [plain_batches(part, rows, device) for part in (windows[:whole], windows[whole:]) if len(part)]
+    segments, batches = windows.segments, []
+    for start in range(0, len(windows.tokens), rows):
+        part = slice(start, start + rows)
+        batches.append(_plain(windows.tokens[part], None if segments is None else segments[part]).to(device))
+    whole = len(windows.tokens) // rows
+    return [part for part in (batches[:whole], batches[whole:]) if part]
+
+
+def _plain(tokens: torch.Tensor, segments: torch.Tensor | None) -> MicroBatch:
+    """A batch for a forward pass without a loss."""
+    return MicroBatch(tokens, tokens, torch.zeros(tokens.shape, device=tokens.device), segments)
 
 
 def plain_batches(windows: torch.Tensor, rows: int, device: torch.device) -> list[MicroBatch]:
@@ -118,7 +130,7 @@ def plain_batches(windows: torch.Tensor, rows: int, device: torch.device) -> lis
     batches = []
     for start in range(0, len(windows), rows):
         tokens = windows[torch.arange(start, start + rows) % len(windows)].to(device)
-        batches.append(MicroBatch(tokens, tokens, torch.zeros(tokens.shape, device=device), None))
+        batches.append(_plain(tokens, None))
     return batches
 
 

@@ -115,7 +115,7 @@ def losses(
 
     data = corpus(shape.vocab)
     student, teacher = load(), load().requires_grad_(False)
-    windows = plain_batches(calibration_windows(data, WINDOWS, 0), 4, runtime.device)
+    windows = plain_batches(calibration_windows(data, WINDOWS, 0).tokens, 4, runtime.device)
     quantize.quantize(student, recipe, lambda stage: collect(stage, windows, None))
     if recipe.distill.teacher is not None:
         teacher = files_of(place, folder, teacher, data, recipe, runtime)
