@@ -280,8 +280,11 @@ class Work:
 
     def _teacher_files(self, packed: corpus.PackedDataset) -> TeacherFiles:
         folder = Path(self.recipe.distill.teacher or "")
-        made_from = on_first_rank(self.runtime, lambda: fingerprint(self.recipe, packed))
-        return TeacherFiles(folder, made_from, needed_windows(self.recipe, packed))
+        made_from = on_first_rank(self.runtime, lambda: fingerprint(self.recipe, packed, self.runtime.dtype))
+        files = TeacherFiles(folder, made_from, needed_windows(self.recipe, packed))
+        if files.note is not None:
+            self.console.say(f"  note: {files.note}")
+        return files
 
     def _write_training(self, module: Any, seconds: list[float], tokens: int) -> None:
         progress = module.progress

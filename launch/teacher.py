@@ -63,7 +63,7 @@ def write(recipe: Recipe, stop: Stop) -> None:
         packed = work.packed(Path(recipe.data.train or ""), recipe.train.sequence_length)
 
         def begin() -> tuple[list[list[int]], list[int]]:
-            made_from = teacher_files.fingerprint(recipe, packed)
+            made_from = teacher_files.fingerprint(recipe, packed, runtime.dtype)
             groups = teacher_files.begin(folder, made_from, teacher_files.needed_windows(recipe, packed))
             return groups, [n for n in range(len(groups)) if not (folder / teacher_files.file_name(n)).exists()]
 

@@ -105,7 +105,7 @@ def written(world, recipe, tmp_path, monkeypatch) -> tuple[Path, torch.nn.Module
     data, folder, teacher = corpus(), tmp_path / "teacher", world(recipe)
     recipe.evaluate.tokens_per_batch = 2 * LENGTH  # two windows at a time: three do not fill two batches
     windows = teacher_files.needed_windows(recipe, data)
-    groups = teacher_files.begin(folder, teacher_files.fingerprint(recipe, data), windows)
+    groups = teacher_files.begin(folder, teacher_files.fingerprint(recipe, data, torch.float32), windows)
     assert [len(group) for group in groups] == [3, 3, 2]
     for number, group in enumerate(groups):
         said = teacher_files.ask(teacher, recipe, data, group, torch.device("cpu"))
@@ -117,7 +117,7 @@ def written(world, recipe, tmp_path, monkeypatch) -> tuple[Path, torch.nn.Module
 def reader(folder: Path, recipe: Recipe, data: PackedDataset):
     from halfbyte.training.teacher_files import TeacherFiles, fingerprint, needed_windows
 
-    return TeacherFiles(folder, fingerprint(recipe, data), needed_windows(recipe, data))
+    return TeacherFiles(folder, fingerprint(recipe, data, torch.float32), needed_windows(recipe, data))
 
 
 def test_files_hold_what_the_teacher_says(written, recipe):
@@ -162,6 +162,25 @@ def test_segments_count_only_where_documents_are_isolated(written, recipe):
         reader(written[0], recipe, other)
 
 
+def test_another_dtype_is_noted_and_an_older_folder_has_none(written, recipe):
+    """The same teacher, rounded otherwise: no reason to refuse it, but to go on with its folder."""
+    from halfbyte.training.teacher_files import TeacherFiles, begin, fingerprint, needed_windows
+
+    folder, data = written[0], corpus()
+    mine, windows = fingerprint(recipe, data, torch.bfloat16), needed_windows(recipe, data)
+    assert reader(folder, recipe, data).note is None
+    note = TeacherFiles(folder, mine, windows).note
+    assert note is not None
+    assert note.startswith(f"distill.teacher = {folder}: its logits were computed in float32, this run computes in bf")
+    with pytest.raises(UserError, match="holds the logits of another teacher"):
+        begin(folder, mine, windows)
+    older = json.loads((folder / "teacher.json").read_text())
+    del older["made from"]["train.dtype"]
+    (folder / "teacher.json").write_text(json.dumps(older))
+    assert TeacherFiles(folder, mine, windows).note is None
+    assert begin(folder, mine, windows) == older["files"]
+
+
 def test_more_steps_than_were_written_are_one_line(written, recipe):
     recipe.train.steps = 3
     with pytest.raises(UserError, match="lacks 4 of 12 windows that train"):
@@ -185,10 +204,10 @@ def test_a_folder_of_another_teacher_is_not_written_into(written, recipe):
     from halfbyte.training.teacher_files import begin, fingerprint, needed_windows
 
     data = corpus()
-    begin(written[0], fingerprint(recipe, data), needed_windows(recipe, data))  # the same: goes on
+    begin(written[0], fingerprint(recipe, data, torch.float32), needed_windows(recipe, data))  # the same: goes on
     recipe.distill.temperature = 3.0
     with pytest.raises(UserError, match="holds the logits of another teacher"):
-        begin(written[0], fingerprint(recipe, data), needed_windows(recipe, data))
+        begin(written[0], fingerprint(recipe, data, torch.float32), needed_windows(recipe, data))
 
 
 # ---- whole runs

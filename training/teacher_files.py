@@ -32,13 +32,18 @@ FILE_BYTES = 1 << 28
 """About the size of one file; a stopped `halfbyte teacher` loses at most one per replica."""
 
 
-def fingerprint(recipe: Recipe, data: PackedDataset) -> dict[str, Any]:
+DTYPE = "train.dtype"
+"""In teacher.json: the type that the logits were computed in. Folders of earlier versions lack it."""
+
+
+def fingerprint(recipe: Recipe, data: PackedDataset, dtype: torch.dtype) -> dict[str, Any]:
     """What a teacher's logits depend on, apart from the window's number.
 
     Args:
         recipe: model.path, model.reference (the teacher, where it is given), distill.top_k and distill.temperature
             count.
         data: The packed training text; its tokens, borders of documents and length count.
+        dtype: What train.dtype stands for in this process.
 
     Raises:
         UserError: a weight file is damaged.
@@ -54,6 +59,7 @@ def fingerprint(recipe: Recipe, data: PackedDataset) -> dict[str, Any]:
         "data": windows.hexdigest(),
         "distill.temperature": recipe.distill.temperature,
         "distill.top_k": recipe.distill.top_k,
+        DTYPE: str(dtype).removeprefix("torch."),
     }
 
 
@@ -87,7 +93,10 @@ def begin(folder: Path, made_from: dict[str, Any], windows: Sequence[int]) -> li
     content = {"made from": made_from, "files": groups}
     index = folder / TEACHER_INDEX
     if index.exists():
-        if read_json(index) != content:
+        there = read_json(index)
+        with damage(index):
+            there["made from"].setdefault(DTYPE, made_from[DTYPE])
+        if there != content:
             raise UserError(f"{folder}: holds the logits of another teacher or of other windows; choose another folder")
     else:
         write_json(index, content)
@@ -159,6 +168,9 @@ class TeacherFiles:
         made_from: The run's own `fingerprint`.
         windows: The windows that training will ask for.
 
+    Attributes:
+        note: One line if the logits were computed in another type than this run's; None if not, or if nobody noted it.
+
     Raises:
         UserError: another teacher, data, tokenizer or setting, missing windows, or a folder that is not complete.
     """
@@ -170,12 +182,19 @@ class TeacherFiles:
             there: dict[str, Any] = content["made from"]
             groups: list[list[int]] = content["files"]
             self._place = {w: (n, row) for n, group in enumerate(groups) for row, w in enumerate(group)}
-            differing = [name for name, value in made_from.items() if there[name] != value]
+            differing = [name for name, value in made_from.items() if name != DTYPE and there[name] != value]
+            made_in = there.get(DTYPE, made_from[DTYPE])
         if differing:
             name = differing[0]
             shown = f"{there[name]}, this run has {made_from[name]}"
             raise UserError(
                 f"distill.teacher = {folder}: made from another {name} ({shown}); make it again: halfbyte teacher"
+            )
+        self.note = None
+        if made_in != made_from[DTYPE]:
+            reason = f"its logits were computed in {made_in}, this run computes in {made_from[DTYPE]}"
+            self.note = (
+                f"distill.teacher = {folder}: {reason}; halfbyte teacher with this run's train.dtype makes its own"
             )
         missing = [w for w in windows if w not in self._place]
         if missing:

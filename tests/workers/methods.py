@@ -89,7 +89,7 @@ def files_of(place: Path, folder: Path, teacher, data: PackedDataset, recipe: Re
     """The teacher's files: written under the first layout, read under all."""
     recipe.model.path = str(folder)
     windows = needed_windows(recipe, data)
-    made_from = fingerprint(recipe, data)
+    made_from = fingerprint(recipe, data, runtime.dtype)
     if not on_first_rank(runtime, place.exists):
         said = ask(teacher, recipe, data, windows, runtime.device)
         on_first_rank(runtime, lambda: begin(place, made_from, windows))
