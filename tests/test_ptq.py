@@ -213,6 +213,33 @@ def test_awq_never_loses_on_its_sample(world, method):
     assert sum(facts[name]["alpha"] > 0 for name in LINEARS) >= 4
 
 
+@pytest.mark.parametrize("percentile", [100.0, 90.0])
+def test_awq_chooses_by_what_the_layer_is_quantized_with(world, monkeypatch, percentile):
+    """Every exponent tried by itself: none has a smaller error under the scale that calibration then gives."""
+    from halfbyte.training import quantize, smoothing
+
+    settings = {"smoothing": Smoothing.awq_lite, "activations": Activations.percentile, "percentile": percentile}
+    ours = [name for name in LINEARS if name.endswith(("proj", "fc2"))]  # others' rows are scaled for the next linear
+    plain = world[0](Quantize())
+    exact = {name: x @ plain.get_submodule(name).weight.T for name, x in inputs_of(plain).items()}
+    _, report, _ = calibrated(world, **settings)
+    errors = {name: {} for name in ours}
+    for alpha, beta in smoothing.EXPONENTS[Smoothing.awq_lite]:
+        monkeypatch.setitem(smoothing.EXPONENTS, Smoothing.awq_lite, [(alpha, beta)])
+        section, smoothed = Quantize(**settings), world[0](Quantize())
+        smoothing.smooth(smoothed, quantize.plan(smoothed, section), section, forward)
+        inputs, (_, found, _) = inputs_of(smoothed), calibrated(world, **settings)
+        for name in ours:
+            amax = found["layers"][name]["amax"]
+            sides = {"input": inputs[name], "weight": smoothed.get_submodule(name).weight.detach()}
+            scales = {side: numerics.second_scale(torch.tensor(amax[side]), SecondScale.pow2) for side in sides}
+            x, w = (numerics.nvfp4_fake(value, scales[side]) for side, value in sides.items())
+            errors[name][alpha] = float((x @ w.T - exact[name]).square().sum())
+    for name in ours:
+        chosen = report["layers"][name]["smoothing"]["alpha"]
+        assert errors[name][chosen] <= min(errors[name].values()) * (1 + 1e-4), (name, chosen, errors[name])
+
+
 @pytest.mark.parametrize("number_format", [Format.nvfp4, Format.mxfp4])  # FP8's steps are relative: little to gain
 @pytest.mark.parametrize("method", [Smoothing.smoothquant, Smoothing.awq_lite, Smoothing.awq_duo])
 def test_smoothing_brings_the_quantized_model_closer(world, number_format, method):

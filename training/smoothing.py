@@ -34,10 +34,10 @@ from megatron.core import parallel_state
 
 from halfbyte.training import typed
 from halfbyte.training.arithmetic import Arithmetic
-from halfbyte.training.config import Quantize, Smoothing
+from halfbyte.training.config import Activations, Quantize, Smoothing
 from halfbyte.training.errors import UserError
-from halfbyte.training.formats import SPECS
-from halfbyte.training.observe import is_row_parallel, observe, whole_input
+from halfbyte.training.formats import GRIDS, SPECS
+from halfbyte.training.observe import Percentiles, is_row_parallel, observe, whole_input
 from halfbyte.training.quantize import Planned, gather_layers
 
 SAMPLE_TOKENS = 512
@@ -223,7 +223,7 @@ class _Site:
         layer: Planned,
         section: Quantize,
     ) -> float:
-        """Squared error of the output with s: both sides scaled and rounded."""
+        """Squared error of the output with s: both sides scaled, inputs clipped as by recipe, and rounded."""
         w_amax, x_amax = (w_NK * s_K).abs().amax().float(), (self.x_amax / s_K).amax().float()
         group = parallel_state.get_tensor_model_parallel_group()
         dist.all_reduce(w_amax, dist.ReduceOp.MAX, group=group)
@@ -232,6 +232,10 @@ class _Site:
         x_TK = (x_TK / s_K).to(x_TK.dtype)
         inputs = SPECS[layer.format].inputs
         if inputs is not None:
+            if section.activations is Activations.percentile and GRIDS[inputs].per_tensor:
+                seen = Percentiles()
+                seen.take(layer, x_TK)
+                x_amax = torch.minimum(x_amax, seen.amax(section.percentile)[layer.key])
             x_TK = Arithmetic.of("input", inputs, x_amax, section).fake(x_TK)
         error = (self._output(x_TK, w_NK) - right_TN).square().sum().double()
         if not self.row_parallel:

@@ -40,7 +40,13 @@ VARIANTS = {
     "clipped": Quantize(
         activations=Activations.percentile, percentile=99.5, smoothing=Smoothing.smoothquant, format=Format.nvfp4
     ),
-    "searched": Quantize(smoothing=Smoothing.awq_lite, block_scale=BlockScale.mse, weights=Weights.gptq),
+    "searched": Quantize(
+        smoothing=Smoothing.awq_lite,
+        activations=Activations.percentile,
+        percentile=99.5,
+        block_scale=BlockScale.mse,
+        weights=Weights.gptq,
+    ),
     "duo": Quantize(smoothing=Smoothing.awq_duo, format=Format.mxfp4),
 }
 
