@@ -1,11 +1,12 @@
-"""README.md of a released checkpoint: the model card, with what the gate measured."""
+"""README.md of a released checkpoint: the model card, with what the gate measured and the commands that serve it."""
 
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from halfbyte.export.handoff import size_line, what_it_is
+from halfbyte.export.handoff import commands_text, needs_text, served_as, size_line, what_it_is
+from halfbyte.export.verdict_text import BASELINES, beside, verdict_lines
 from halfbyte.training.config import Format, Recipe
 
 
@@ -14,6 +15,8 @@ def card_text(
     formats: Iterable[Format],
     verdict: dict[str, Any],
     sizes: dict[str, Any],
+    versions: dict[str, str],
+    architecture: str,
     *,
     licensed: bool,
 ) -> str:
@@ -24,15 +27,17 @@ def card_text(
         formats: Of the quantized linears, one entry each; none for a BF16 checkpoint.
         verdict: Content of gate.json.
         sizes: What export.hf.write returned.
+        versions: Package -> version.
+        architecture: `architectures[0]` of config.json.
         licensed: Whether the source's LICENSE is among the files.
     """
     count, source = Counter(formats), Path(recipe.model.path).name
-    tags = ["halfbyte", *sorted(count)]
+    served = served_as("FOLDER", recipe, count, architecture)
     lines = [
         "---",
         f"base_model: {source}",
         "tags:",
-        *(f"- {tag}" for tag in tags),
+        *(f"- {tag}" for tag in ["halfbyte", *sorted(count)]),
         "---",
         "",
         f"# {recipe.run.name}",
@@ -40,27 +45,35 @@ def card_text(
         what_it_is(count),
         f"Made from `{source}` by `{recipe.method.value}`. {size_line(sizes)}",
         "",
-        f"## Accuracy gate: {verdict['verdict']}",
+        "## Accuracy gate",
         "",
-        *_table(verdict),
-        *(f"- {reason}" for reason in verdict.get("reasons", [])),
+        *verdict_lines(verdict),
         "",
+        *_table(BASELINES.get(verdict.get("baseline", ""), ""), verdict["tasks"]),
+        *(line for against, block in beside(verdict).items() for line in _table(against, block["tasks"])),
+        "## Serving",
+        "",
+        commands_text(served, recipe),
+        "FOLDER is where these files are. No server was run where they were made.",
+        "",
+        needs_text(served),
+        f"Made with {', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}.",
         "`halfbyte.json` holds the whole verdict, the recipe, the versions and the SHA-256 of every file.",
         *(["", "The licence of the original model is in `LICENSE`."] if licensed else []),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _table(verdict: dict[str, Any]) -> list[str]:
+def _table(against: str, tasks: dict[str, Any]) -> list[str]:
     """One row per task and measure; the unit of the difference is the gate's: percentage points, a ratio, nats."""
     rows = []
-    for task, result in verdict.get("tasks", {}).items():
-        for measure, numbers in result.get("numbers", {}).items():
+    for task, result in tasks.items():
+        for measure, numbers in result["numbers"].items():
             values = [_shown(numbers.get(key)) for key in ("baseline", "candidate", "delta")]
             difference = f"{values[2]} {numbers.get('unit', '')} {_interval(numbers)}"
             cells = [f"{task} ({result['n']})", measure, *values[:2], difference, result["measures"].get(measure, "-")]
             rows.append(f"| {' | '.join(cells)} |")
-    heading = ["| task (items) | measure | compared with | this checkpoint | difference | |", f"|{'---|' * 6}"]
+    heading = [f"| task (items) | measure | {against} | this checkpoint | difference | |", f"|{'---|' * 6}"]
     return [*heading, *rows, ""] if rows else []
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.export import serving
-from halfbyte.training.config import Format, Method, Recipe
+from halfbyte.export.verdict_text import verdict_lines
+from halfbyte.training.config import Format, Recipe
 from halfbyte.training.kv_format import KVCache
 
 _FORMAT = {
@@ -25,10 +26,12 @@ _HARDWARE = {
     Format.nvfp4: """\
 - Blackwell (SM100, SM103, SM120): FP4 tensor cores, the arithmetic that was trained and evaluated.
 - Hopper and older: no FP4 tensor cores. vLLM and SGLang run the checkpoint weight-only (Marlin kernels, BF16
-  activations), so results differ from the ones evaluated here. TensorRT-LLM has no W4A4 kernel there.""",
+  activations; where SGLang refuses, add `--fp4-gemm-backend marlin`), so results differ from the ones evaluated here.
+  TensorRT-LLM has no W4A4 kernel there.""",
     Format.w4a16_nvfp4: """\
-- vLLM: Marlin kernels, Turing (SM75) and newer, Hopper included.
-- SGLang: compute capability 8.0 and newer.
+- vLLM: Marlin kernels, Turing (SM75) and newer, Hopper included; needs a release newer than May 2026.
+- SGLang: compute capability 8.0 and newer; needs a release that knows W4A16_NVFP4 (its source does in September 2026,
+  and did not in June).
 - TensorRT-LLM: needs a release that knows W4A16_NVFP4, newer than 1.2.1.""",
     Format.w4a8_nvfp4_fp8: """\
 - TensorRT-LLM on Blackwell only. By ModelOpt's account its kernel holds a weight's code times its block scale in FP8,
@@ -42,24 +45,31 @@ _HARDWARE = {
 - TensorRT-LLM and SGLang have no established reader for dense MXFP4 weights.""",
     Format.fp8: """\
 - Ada (SM89), Hopper, Blackwell: FP8 tensor cores, the arithmetic that was trained and evaluated.
-- Older GPUs: vLLM asks for SM89; only FP8 layers of a mixed checkpoint run there, weight-only (Marlin kernels, BF16
-  activations), so results differ from the ones evaluated here.""",
+- Older GPUs: vLLM and SGLang ask for SM89, vLLM for a mix as well; SGLang runs a mix from SM80 on, its FP8 layers
+  weight-only (Marlin kernels, BF16 activations), so results differ from the ones evaluated here.""",
 }
 
 _CACHE = {
     KVCache.none: "The KV cache is not quantized.",
     KVCache.fp8: "The KV cache is FP8 (E4M3, `k_scale` and `v_scale` beside k_proj and v_proj): keys and values were"
-    " rounded to it in training and evaluation. vLLM and SGLang want `--kv-cache-dtype fp8_e4m3`, TensorRT-LLM reads it"
+    " rounded to it in training and evaluation. vLLM and SGLang are told by `--kv-cache-dtype`, TensorRT-LLM reads it"
     " from `hf_quant_config.json`.",
     KVCache.nvfp4: "The KV cache is NVFP4 (blocks of 16 along a head; `k_scale`, `v_scale` beside k_proj and v_proj):"
     " keys and values were rounded to it in training and evaluation. TensorRT-LLM reads it from `hf_quant_config.json`"
-    " and needs Blackwell; a server without it keeps the cache in BF16, or in FP8 with the same scales.",
+    " and needs Blackwell. vLLM's `nvfp4` cache needs SM100; elsewhere leave the option out, and the cache is BF16."
+    " SGLang has no such cache: its command takes FP8 with the same scales, because it would multiply a BF16 cache by"
+    " them.",
 }
+_QWEN2_ON_SGLANG = (
+    "SGLang drops the cache's scales of Qwen2 models (sgl-project/sglang#39942, open in September 2026): its command"
+    " keeps the cache in BF16."
+)
 
 _MIXED = """\
 - The formats of the layers are in `quantized_layers` of `hf_quant_config.json` and of `config.json` (quant_algo
   MIXED_PRECISION). TensorRT-LLM needs a release that reads them there; older ones ask for a `quant_cfg.json`.
-- SGLang is not listed: it has read MIXED_PRECISION for other architectures only.
+- SGLang needs a release that recognizes the mix by itself (its source does in September 2026); older ones take
+  MIXED_PRECISION for another format.
 - A GPU must run every format that is used; what each needs follows."""
 
 
@@ -67,9 +77,10 @@ def write_handoff(
     out: Path,
     recipe: Recipe,
     formats: Iterable[Format],
-    verdict: dict[str, Any] | None,
+    verdict: dict[str, Any],
     sizes: dict[str, Any],
     versions: dict[str, str],
+    architecture: str,
 ) -> Path:
     """Write HANDOFF.md into the folder that holds the checkpoint.
 
@@ -77,29 +88,31 @@ def write_handoff(
         out: The exported directory; the commands name it.
         recipe: The recipe of the run.
         formats: Of the quantized linears, one entry each; none for a BF16 checkpoint.
-        verdict: Content of gate.json; None if no gate ran.
+        verdict: Content of gate.json.
         sizes: What export.hf.write returned.
         versions: Package -> version.
+        architecture: `architectures[0]` of config.json.
 
     Returns:
         Path of the file.
     """
     count = Counter(formats)
-    used = sorted(count)
+    served = served_as(str(out.resolve()), recipe, count, architecture)
     sections = [
         f"# Serving {recipe.run.name}\n",
         what_it_is(count),
         f"Trained with method `{recipe.method.value}` from `{recipe.model.path}`. {size_line(sizes)}\n",
         "## Accuracy gate\n",
-        _gate_text(verdict),
+        *verdict_lines(verdict),
+        "\nThe full report is in `halfbyte.json` under `gate`.\n",
         "## Commands\n",
-        _commands(out, used, recipe),
+        commands_text(served, recipe),
         "None of these commands was run where this file was written: the servers are not part of halfbyte. What was"
         " checked is listed below.\n",
         "## Hardware\n",
-        _hardware(used),
+        needs_text(served),
         "## What was checked, and how to check it again\n",
-        _checks(out, recipe),
+        _checks(out),
         "## Made with\n",
         "\n".join(f"- {name} {version}" for name, version in sorted(versions.items())),
     ]
@@ -118,13 +131,24 @@ def what_it_is(count: Counter[Format]) -> str:
     return "\n".join(["A mix of formats:\n", *lines, ""])
 
 
-def _hardware(used: list[Format]) -> str:
+def served_as(folder: str, recipe: Recipe, formats: Iterable[Format], architecture: str) -> serving.Served:
+    """The checkpoint of a recipe for the commands, which name `folder`."""
+    used = frozenset(formats)
+    return serving.Served(folder, used, recipe.quantize.kv_cache if used else KVCache.none, architecture)
+
+
+def needs_text(served: serving.Served) -> str:
+    """What a server needs for it: hardware and releases per format, and what it has to be told of the cache."""
+    used = sorted(served.formats)
     if not used:
         return "Any GPU that the server supports.\n"
-    if len(used) == 1:
-        return f"{_HARDWARE[used[0]]}\n"
-    parts = [f"\n{number_format.value}:\n\n{_HARDWARE[number_format]}" for number_format in used]
-    return "\n".join([_MIXED, *parts]) + "\n"
+    parts = [_HARDWARE[used[0]]]
+    if len(used) > 1:
+        parts = [_MIXED, *(f"\n{number_format.value}:\n\n{_HARDWARE[number_format]}" for number_format in used)]
+    told = f"\n{_CACHE[served.cache]}"
+    if served.cache is not KVCache.none and served.architecture == "Qwen2ForCausalLM":
+        told += f" {_QWEN2_ON_SGLANG}"
+    return "\n".join([*parts, told]) + "\n"
 
 
 def size_line(sizes: dict[str, Any]) -> str:
@@ -136,21 +160,13 @@ def size_line(sizes: dict[str, Any]) -> str:
     )
 
 
-def _gate_text(verdict: dict[str, Any] | None) -> str:
-    if verdict is None:
-        return "No gate was run on this model: its accuracy is unknown.\n"
-    lines = [f"Verdict: **{verdict['verdict']}**. The full report is in `halfbyte.json` under `gate`."]
-    lines += [f"- {reason}" for reason in verdict.get("reasons", [])]
-    return "\n".join(lines) + "\n"
-
-
-def _commands(out: Path, used: list[Format], recipe: Recipe) -> str:
+def commands_text(served: serving.Served, recipe: Recipe) -> str:
+    """The commands of every server that reads the checkpoint, in a block."""
     load = serving.Load(ranks=recipe.export.tensor_parallel)
-    cache = recipe.quantize.kv_cache if used else KVCache.none
-    return "```bash\n" + "\n".join(serving.commands(out, used, cache, load, None).values()) + "\n```\n"
+    return "```bash\n" + "\n".join(serving.commands(served, load).values()) + "\n```\n"
 
 
-def _checks(out: Path, recipe: Recipe) -> str:
+def _checks(out: Path) -> str:
     lines = [
         "`halfbyte verify` reads the files back with a reader of its own and compares every tensor with the trained"
         " model, bit for bit; its result is `verify.json` in the run folder.",
@@ -160,10 +176,6 @@ def _checks(out: Path, recipe: Recipe) -> str:
         "```",
         "",
         f"`{out.name}/halfbyte.json` lists the SHA-256 of every file: compare after copying the directory.",
+        "A server's kernels may add in another order than the evaluation did, so single tokens can differ.",
     ]
-    if recipe.method is not Method.bf16:
-        lines.append(
-            f"{_CACHE[recipe.quantize.kv_cache]} A server's kernels may add in another order than the evaluation did,"
-            " so single tokens can differ."
-        )
     return "\n".join(lines) + "\n"

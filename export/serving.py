@@ -17,6 +17,27 @@ SGLANG_NAME = {Format.nvfp4: "modelopt_fp4", Format.w4a16_nvfp4: "modelopt_fp4",
 TOKENS_PER_PAGE = 32
 
 
+VLLM_CACHE = {KVCache.fp8: "fp8_e4m3", KVCache.nvfp4: "nvfp4"}
+"""What vLLM is told of the cache; its nvfp4 needs SM100."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint as the person who serves it sees it.
+
+    Attributes:
+        folder: Path of the directory, as the commands name it.
+        formats: Of the quantized linears; none for BF16.
+        cache: Format of the key/value cache.
+        architecture: `architectures[0]` of its config.json.
+    """
+
+    folder: str
+    formats: frozenset[Format]
+    cache: KVCache
+    architecture: str
+
+
 @dataclass(frozen=True)
 class Load:
     """What a server has to hold.
@@ -32,36 +53,43 @@ class Load:
     length: int | None = None
 
 
-def commands(out: Path, used: Collection[Format], cache: KVCache, load: Load, config: Path | None) -> dict[str, str]:
+def commands(served: Served, load: Load, config: Path | None = None) -> dict[str, str]:
     """Server -> shell command, for every server that reads these formats.
 
     Args:
-        out: The exported directory; the commands name its absolute path.
-        used: Formats of the quantized linears; none for BF16.
-        cache: Format of the key/value cache. TensorRT-LLM reads it from hf_quant_config.json and `config`; vLLM and
-            SGLang know FP8 only.
+        served: The checkpoint. TensorRT-LLM reads the format of the cache from hf_quant_config.json and `config`.
         load: Sizes.
         config: Settings for trtllm-serve (cache_settings), if they were written.
     """
-    folder, fp8 = str(out.resolve()), cache is KVCache.fp8
-    trtllm = ["trtllm-serve", folder, *_options(load, "--tp_size", "--max_batch_size", "--max_seq_len")]
+    trtllm = ["trtllm-serve", served.folder, *_options(load, "--tp_size", "--max_batch_size", "--max_seq_len")]
     trtllm += ["--config", str(config.resolve())] if config is not None else []
-    vllm = ["vllm", "serve", folder, *_options(load, "--tensor-parallel-size", "--max-num-seqs", "--max-model-len")]
-    sglang = ["python", "-m", "sglang.launch_server", "--model-path", folder]
+    vllm = ["vllm", "serve", served.folder]
+    vllm += _options(load, "--tensor-parallel-size", "--max-num-seqs", "--max-model-len")
+    sglang = ["python", "-m", "sglang.launch_server", "--model-path", served.folder]
     sglang += _options(load, "--tp", "--max-running-requests", "--context-length")
-    names = [SGLANG_NAME[number_format] for number_format in set(used) if number_format in SGLANG_NAME]
-    sglang += ["--quantization", names[0]] if names else []
-    for command in (vllm, sglang) if fp8 else ():
-        command += ["--kv-cache-dtype", "fp8_e4m3"]
+    if len(served.formats) == 1:  # a mix, and what has no name of its own, is recognized by config.json
+        sglang += [
+            word for used in served.formats & SGLANG_NAME.keys() for word in ("--quantization", SGLANG_NAME[used])
+        ]
+    if served.cache is not KVCache.none:
+        vllm += ["--kv-cache-dtype", VLLM_CACHE[served.cache]]
+        sglang += ["--kv-cache-dtype", _sglang_cache(served)]
     all_of_them = {"TensorRT-LLM": trtllm, "vLLM": vllm, "SGLang": sglang}
-    return {name: shlex.join(all_of_them[name]) for name in readers(used)}
+    return {name: shlex.join(all_of_them[name]) for name in readers(served.formats)}
+
+
+def _sglang_cache(served: Served) -> str:
+    """FP8, also for NVFP4: it has no such cache, and its FlashInfer backend multiplies a BF16 one by the scales.
+
+    It drops the scales of Qwen2 models (sgl-project/sglang#39942, open in September 2026), and an FP8 cache without
+    them is another model than the one that was evaluated.
+    """
+    return "bfloat16" if served.architecture == "Qwen2ForCausalLM" else "fp8_e4m3"
 
 
 def readers(used: Collection[Format]) -> list[str]:
     """Servers that read a checkpoint of these formats."""
     distinct = set(used)
-    if len(distinct) > 1:
-        return ["TensorRT-LLM", "vLLM"]
     if distinct & MXFP4:
         return ["vLLM"]
     return ["TensorRT-LLM"] if Format.w4a8_nvfp4_fp8 in distinct else ["TensorRT-LLM", "vLLM", "SGLang"]

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from halfbyte.export.verdict_text import waived
 from halfbyte.launch.scored import kinds, read_result, read_run
-from halfbyte.launch.summary import columns, waived
+from halfbyte.launch.summary import columns
 from halfbyte.training import gate
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import RecipeError, UserError

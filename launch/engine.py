@@ -235,14 +235,15 @@ def write_page(folder: Path, source: Path, sizes: serving.Load) -> Path:
         The page.
     """
     checkpoint = open_checkpoint(source)
-    formats, cache = set(formats_of(checkpoint).values()), cache_of(checkpoint)
+    formats, cache = frozenset(formats_of(checkpoint).values()), cache_of(checkpoint)
+    served = serving.Served(str(source.resolve()), formats, cache, checkpoint.config["architectures"][0])
     settings = _write(folder / "export" / "trtllm-serve.yaml", yaml.safe_dump(serving.cache_settings(cache)))
     lines = [
         f"# Serving {folder.name} on {sizes.ranks} GPU(s), {sizes.batch} sequences of {sizes.length} tokens",
         "",
         "None of these commands was run where this file was written.",
     ]
-    for server, command in serving.commands(source, formats, cache, sizes, settings).items():
+    for server, command in serving.commands(served, sizes, settings).items():
         lines += ["", f"## {server}", "", "```bash", command, "```"]
     return _write(folder / "export" / "SERVE.md", "\n".join([*lines, ""]))
 

@@ -31,6 +31,7 @@ from halfbyte.training.config import Format, Method, Recipe
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json, write_json
 from halfbyte.training.hf_map import HFWeight
+from halfbyte.training.model_config import read_config
 from halfbyte.training.model_source import is_quantized
 from halfbyte.training.shape import planned_linears, read_shape
 
@@ -265,13 +266,13 @@ def release(recipe: Recipe, folder: Path, verdict: dict[str, Any]) -> Path:
     out, record = exported(folder), known(folder)
     if out is None or not record.get("verified"):
         raise UserError(f"{folder}: no verified export of the newest checkpoint; export it first (halfbyte export)")
-    formats = _formats(recipe).values()
-    licensed = any(out.glob("LICENSE*"))
-    record_verdict(out, verdict, card_text(recipe, formats, verdict, record["sizes"], licensed=licensed))
+    architecture = read_config(out / "config.json")["architectures"][0]
+    made = (recipe, _formats(recipe).values(), verdict, record["sizes"], versions(), architecture)
+    record_verdict(out, verdict, card_text(*made, licensed=any(out.glob("LICENSE*"))))
     remember(folder, record_sha256=file_hash(out / RECORD))
     if out != released(folder):
         move(out, released(folder))
-    handoff.write_handoff(released(folder), recipe, formats, verdict, record["sizes"], versions())
+    handoff.write_handoff(released(folder), *made)
     return released(folder)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from halfbyte.export.verdict_text import RULES
 from halfbyte.launch.report_blocks import Block, Cell, Group, Head, Missing, Ruling, Table, Text
 from halfbyte.launch.report_numbers import bytes_text, interval_text, metric_text, stage_name
 from halfbyte.launch.report_run import Absent, RunFiles
@@ -13,10 +14,6 @@ from halfbyte.training.config import GateRule, Judges
 from halfbyte.training.errors import UserError
 from halfbyte.training.files import damage, read_json
 
-RULES = {
-    GateRule.bf16: "every score within its threshold of BF16",
-    GateRule.better_than_ptq: "better than PTQ on every task and measure",
-}
 VERDICTS = ("pass", "fail", "inconclusive", "not_applicable")
 
 

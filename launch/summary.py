@@ -6,10 +6,12 @@ from typing import Any
 
 from halfbyte.export import serving
 from halfbyte.export.record import RECORD
+from halfbyte.export.verdict_text import beside, waived
 from halfbyte.training import metrics
 from halfbyte.training.config import Format, Recipe
 from halfbyte.training.files import damage, read_json
 from halfbyte.training.kv_format import KVCache
+from halfbyte.training.model_config import read_config
 
 SHOWN = {
     "accuracy": ("accuracy, %", 100.0, "{:.2f}"),
@@ -83,20 +85,12 @@ def _formats(recipe: Recipe) -> str:
     return recipe.quantize.format.value + (f" with {', '.join(others)} layers" if others else "") + stored
 
 
-def waived(verdict: dict[str, Any]) -> str:
-    """What stands behind a verdict that is inconclusive but released."""
-    waves = verdict["verdict"] == "inconclusive" and verdict["release"]
-    return " (released: gate.inconclusive = release)" if waves else ""
-
-
 def _beside(verdict: dict[str, Any]) -> list[str]:
     """The verdicts that do not count, and how a control differs from what it should be."""
     lines = []
-    for baseline, against in (("control", "the BF16 control"), ("bf16", "BF16")):
-        block = verdict[f"against_{baseline}"]
-        if block and verdict["baseline"] != baseline:
-            lines.append(f"  within the thresholds of {against}: {block['verdict'].upper()}")
-            lines += [f"    {reason}" for reason in block["reasons"]]
+    for against, block in beside(verdict).items():
+        lines.append(f"  within the thresholds of {against}: {block['verdict'].upper()}")
+        lines += [f"    {reason}" for reason in block["reasons"]]
     control = verdict["control"] or {"differs": []}
     return lines + [f"  note: the BF16 control was trained otherwise: {line}" for line in control["differs"]]
 
@@ -104,9 +98,10 @@ def _beside(verdict: dict[str, Any]) -> list[str]:
 def _served(out: Path) -> str:
     """The command of the first server that reads the release."""
     record = read_json(out / RECORD)
-    used = [Format(name) for name in record["format"].split("+") if name != "bf16"]
-    commands = serving.commands(out, used, KVCache(record["kv_cache"]), serving.Load(), None)
-    return next(iter(commands.values()))
+    used = frozenset(Format(name) for name in record["format"].split("+") if name != "bf16")
+    architecture = read_config(out / "config.json")["architectures"][0]
+    served = serving.Served(str(out.resolve()), used, KVCache(record["kv_cache"]), architecture)
+    return next(iter(serving.commands(served, serving.Load()).values()))
 
 
 def _shipped(folder: Path) -> list[str]:

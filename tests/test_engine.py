@@ -11,7 +11,7 @@ import torch
 import yaml
 from export_tools import LLAMA, QWEN3, export, recipe
 
-from halfbyte.export.serving import Load, commands, readers
+from halfbyte.export.serving import Load, Served, commands, readers
 from halfbyte.launch import engine as stage
 from halfbyte.launch.cli import main
 from halfbyte.launch.engine import engine
@@ -180,11 +180,36 @@ def test_bad_sizes_and_folders_are_usage(run: Path, tmp_path: Path):
 
 
 def test_servers_by_format():
-    assert readers([Format.nvfp4, Format.fp8]) == ["TensorRT-LLM", "vLLM"]
+    assert readers([Format.nvfp4, Format.fp8]) == ["TensorRT-LLM", "vLLM", "SGLang"]
     assert readers([Format.mxfp4]) == ["vLLM"]
     assert readers([Format.w4a8_nvfp4_fp8]) == ["TensorRT-LLM"]
-    made = commands(Path("/a b"), [Format.fp8], KVCache.none, Load(), None)
-    assert made["SGLang"] == "python -m sglang.launch_server --model-path '/a b' --quantization modelopt_fp8"
+
+
+@pytest.mark.parametrize(
+    ("formats", "cache", "vllm", "sglang"),
+    [
+        ({Format.fp8}, KVCache.none, "", "--quantization modelopt_fp8"),
+        (
+            {Format.nvfp4},
+            KVCache.fp8,
+            "--kv-cache-dtype fp8_e4m3",
+            "--quantization modelopt_fp4 --kv-cache-dtype fp8_e4m3",
+        ),
+        # the scales of an NVFP4 cache are those of an FP8 one, and SGLang has no NVFP4
+        (
+            {Format.nvfp4},
+            KVCache.nvfp4,
+            "--kv-cache-dtype nvfp4",
+            "--quantization modelopt_fp4 --kv-cache-dtype fp8_e4m3",
+        ),
+        ({Format.nvfp4, Format.fp8}, KVCache.none, "", ""),
+    ],
+)
+def test_the_options_of_each_server(formats: set[Format], cache: KVCache, vllm: str, sglang: str):
+    made = commands(Served("/a b", frozenset(formats), cache, "LlamaForCausalLM"), Load())
+    assert made["vLLM"] == f"vllm serve '/a b' {vllm}".rstrip()
+    assert made["SGLang"] == f"python -m sglang.launch_server --model-path '/a b' {sglang}".rstrip()
+    assert made["TensorRT-LLM"] == "trtllm-serve '/a b'"
 
 
 def test_the_version_is_the_builders_own(tmp_path: Path, monkeypatch):

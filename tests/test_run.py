@@ -57,7 +57,9 @@ def check_export(export: Path) -> None:
     assert folders == {"hf", "compressed_tensors", "trtllm"}
     assert len(list((export / "hf").glob("model-*-of-00003.safetensors"))) == 3
     assert {"tokenizer.json", "generation_config.json"} < {path.name for path in (export / "hf").iterdir()}
-    assert "## Accuracy gate: pass" in (export / "hf" / "README.md").read_text()
+    card = (export / "hf" / "README.md").read_text()
+    assert "Verdict: **pass**, by the rule `bf16`" in card
+    assert "\nvllm serve FOLDER --tensor-parallel-size 2\n" in card
     assert (export / "trtllm" / "README.md").exists()
     assert (export / "trtllm" / "rank1.safetensors").exists()
     assert read(export / "trtllm" / "halfbyte.json")["gate"]["verdict"] == "pass"
@@ -257,7 +259,9 @@ def test_a_mixed_run_says_what_each_layer_is_and_guards_its_fp8_bytes(halfbyte, 
     assert quantization["kv_cache_quant_algo"] == "NVFP4"
     named = quantization["quantized_layers"]
     assert named["model.layers.0.mlp.up_proj"] == {"quant_algo": "FP8"}
-    assert len(named) == sum(len(layer["hf"]) for layer in layers.values()) == 24
+    fused = {name for name in named if name.endswith((".qkv_proj", ".gate_up_proj"))}
+    assert len(named.keys() - fused) == sum(len(layer["hf"]) for layer in layers.values()) == 24
+    assert len(fused) == sum(len(layer["hf"]) > 1 for layer in layers.values())
     assert "MIXED_PRECISION" in (run / "export" / "HANDOFF.md").read_text()
     entry = open_checkpoint(run / "export" / "hf").entries["model.layers.0.mlp.up_proj.weight"]
     assert entry.dtype == "F8_E4M3"
