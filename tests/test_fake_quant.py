@@ -10,11 +10,11 @@ from torch.nn import functional
 from halfbyte.training import numerics
 from halfbyte.training.config import Distill, Format, LayerFormat, Method, Quantize, Recipe, SecondScale, Train
 from halfbyte.training.data import MicroBatch
-from halfbyte.training.fake_quant import clip_gradient, clip_weight_gradients, largest, unquantized
 from halfbyte.training.formats import Rounding
 from halfbyte.training.kv_format import KVCache
 from halfbyte.training.resolve import resolve
 from halfbyte.training.rules import problems
+from halfbyte.training.saturation import clip_gradient, clip_weight_gradients, largest
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core and ModelOpt
 MIXED = {"*.self_attn.*": LayerFormat.fp8, "model.layers.0.mlp.down_proj": LayerFormat.w4a16_nvfp4}
@@ -189,7 +189,20 @@ def test_the_switch_is_a_matter_of_the_step_so_a_resume_keeps_it(world):
         assert (found != bf16) == quantizes
 
 
+def test_unquantized_is_the_plain_model_its_cache_included(world):
+    from halfbyte.training import quantize
+    from halfbyte.training.fake_quant import unquantized
+
+    recipe = Recipe(method=Method.qat, quantize=Quantize(kv_cache=KVCache.fp8))
+    (gpt, plain), batch = (world[0](recipe) for _ in range(2)), batches(1)[0]
+    quantize.quantize(gpt, recipe, calibrate)
+    with unquantized(gpt):
+        assert torch.equal(forward(gpt, batch), forward(plain, batch))
+    assert not torch.equal(forward(gpt, batch), forward(plain, batch))
+
+
 def test_unquantized_ends_with_an_error_too(world):
+    from halfbyte.training.fake_quant import unquantized
     from halfbyte.training.quantize import enabled_quantizers
 
     gpt, _ = narrowed(world, clip=False)

@@ -7,8 +7,8 @@ import torch
 
 from halfbyte.training import learned_scales, numerics
 from halfbyte.training.config import BlockScale, Quantize
-from halfbyte.training.fake_quant import clip_gradient, largest
 from halfbyte.training.formats import GRIDS, Rounding
+from halfbyte.training.saturation import clip_gradient, largest
 
 
 @dataclass

@@ -83,7 +83,7 @@ def collecting(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unrounded(model: torch.nn.Module) -> Iterator[None]:
-    """Inside this context keys and values pass as they are: for steps before quantization begins."""
+    """Inside this context keys and values pass as they are: fake_quant.unquantized, which is about the linears too."""
     roundings = _roundings(model).values()
     for rounding in roundings:
         rounding.rounds = False

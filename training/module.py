@@ -22,17 +22,18 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch.utils.data import DataLoader, IterableDataset
 
-from halfbyte.training import companions, gradients, graphs, kv_cache, lora, losses, lsq
+from halfbyte.training import companions, gradients, graphs, lora, losses, lsq
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
 from halfbyte.training.distillation import Distillation
 from halfbyte.training.errors import StoppedTogether, UserError
-from halfbyte.training.fake_quant import clip_weight_gradients, unquantized
+from halfbyte.training.fake_quant import unquantized
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.files import write_json
 from halfbyte.training.freeze import freeze
 from halfbyte.training.runtime import Runtime
+from halfbyte.training.saturation import clip_weight_gradients
 from halfbyte.training.schedule import Loss, StepLoss, step_loss, train_batch
 from halfbyte.training.teacher_files import TeacherFiles
 
@@ -257,7 +258,6 @@ class Training(pl.LightningModule):
         with ExitStack() as passes:
             if not quantizes:
                 passes.enter_context(unquantized(self.gpt))
-                passes.enter_context(kv_cache.unrounded(self.gpt))
             passes.enter_context(weights_once(self.gpt, self._rounded))
             loss = self._pass(batch, quantizes)
         if loss.tokens == 0:

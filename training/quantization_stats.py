@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from halfbyte.training import companions
 from halfbyte.training.config import Quantize
 from halfbyte.training.data import MicroBatch
-from halfbyte.training.fake_quant import largest
 from halfbyte.training.quantize import SIDES, enabled_quantizers, gather_layers, plan
+from halfbyte.training.saturation import largest
 from halfbyte.training.schedule import collect
 
 CHUNK = 1 << 24
