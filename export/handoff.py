@@ -11,7 +11,7 @@ from halfbyte.export.verdict_text import verdict_lines
 from halfbyte.training.config import Format, Recipe
 from halfbyte.training.kv_format import KVCache
 
-_FORMAT = {
+FORMATS = {
     Format.nvfp4: "NVFP4, W4A4: weights and activations in FP4 (E2M1, blocks of 16 with an E4M3 scale)",
     Format.w4a16_nvfp4: "NVFP4, W4A16: weights in FP4 (E2M1, blocks of 16 with an E4M3 scale), activations in BF16",
     Format.w4a8_nvfp4_fp8: "NVFP4 with FP8 activations, W4A8: weights in FP4 (E2M1, blocks of 32 with an E4M3 scale),"
@@ -21,8 +21,8 @@ _FORMAT = {
     Format.mxfp4: "MXFP4, W4A4: weights and activations in FP4 (E2M1, blocks of 32 with a power-of-two scale)",
     Format.fp8: "FP8, W8A8: weights and activations in FP8 (E4M3, one static scale per tensor)",
 }
-
-_HARDWARE = {
+"""What a format is, in words."""
+HARDWARE = {
     Format.nvfp4: """\
 - Blackwell (SM100, SM103, SM120): FP4 tensor cores, the arithmetic that was trained and evaluated.
 - Hopper and older: no FP4 tensor cores. vLLM and SGLang run the checkpoint weight-only (Marlin kernels, BF16
@@ -48,6 +48,7 @@ _HARDWARE = {
 - Older GPUs: vLLM and SGLang ask for SM89, vLLM for a mix as well; SGLang runs a mix from SM80 on, its FP8 layers
   weight-only (Marlin kernels, BF16 activations), so results differ from the ones evaluated here.""",
 }
+"""What each server needs for a format: GPUs, and releases where not all know it."""
 
 _CACHE = {
     KVCache.none: "The KV cache is not quantized.",
@@ -126,8 +127,8 @@ def what_it_is(count: Counter[Format]) -> str:
     if not count:
         return "BF16, not quantized."
     if len(count) == 1:
-        return f"{_FORMAT[next(iter(count))]}."
-    lines = [f"- {count[number_format]} of the linears: {_FORMAT[number_format]}" for number_format in sorted(count)]
+        return f"{FORMATS[next(iter(count))]}."
+    lines = [f"- {count[number_format]} of the linears: {FORMATS[number_format]}" for number_format in sorted(count)]
     return "\n".join(["A mix of formats:\n", *lines, ""])
 
 
@@ -142,9 +143,9 @@ def needs_text(served: serving.Served) -> str:
     used = sorted(served.formats)
     if not used:
         return "Any GPU that the server supports.\n"
-    parts = [_HARDWARE[used[0]]]
+    parts = [HARDWARE[used[0]]]
     if len(used) > 1:
-        parts = [_MIXED, *(f"\n{number_format.value}:\n\n{_HARDWARE[number_format]}" for number_format in used)]
+        parts = [_MIXED, *(f"\n{number_format.value}:\n\n{HARDWARE[number_format]}" for number_format in used)]
     told = f"\n{_CACHE[served.cache]}"
     if served.cache is not KVCache.none and served.architecture == "Qwen2ForCausalLM":
         told += f" {_QWEN2_ON_SGLANG}"

@@ -12,7 +12,16 @@ from typing import Any
 from halfbyte.training.config import Format
 from halfbyte.training.kv_format import KVCache
 
-MXFP4 = {Format.mxfp4, Format.w4a16_mxfp4}
+SERVERS = ("TensorRT-LLM", "vLLM", "SGLang")
+READERS = {
+    Format.nvfp4: SERVERS,
+    Format.w4a16_nvfp4: SERVERS,
+    Format.w4a8_nvfp4_fp8: ("TensorRT-LLM",),
+    Format.mxfp4: ("vLLM",),
+    Format.w4a16_mxfp4: ("vLLM",),
+    Format.fp8: SERVERS,
+}
+"""Which servers have a reader for a format; what each needs is told in handoff.py."""
 SGLANG_NAME = {Format.nvfp4: "modelopt_fp4", Format.w4a16_nvfp4: "modelopt_fp4", Format.fp8: "modelopt_fp8"}
 TOKENS_PER_PAGE = 32
 
@@ -88,11 +97,8 @@ def _sglang_cache(served: Served) -> str:
 
 
 def readers(used: Collection[Format]) -> list[str]:
-    """Servers that read a checkpoint of these formats."""
-    distinct = set(used)
-    if distinct & MXFP4:
-        return ["vLLM"]
-    return ["TensorRT-LLM"] if Format.w4a8_nvfp4_fp8 in distinct else ["TensorRT-LLM", "vLLM", "SGLang"]
+    """Servers that read a checkpoint of these formats; of BF16, all."""
+    return [server for server in SERVERS if all(server in READERS[number_format] for number_format in used)]
 
 
 def _options(load: Load, ranks: str, batch: str, length: str) -> list[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from halfbyte.export import handoff
-from halfbyte.training.config import Format, Recipe
+from halfbyte.export import handoff, serving
+from halfbyte.training.config import Format, LayerFormat, Recipe
+from halfbyte.training.formats import SPECS
 from halfbyte.training.kv_format import KVCache
 
 VERDICT = {
@@ -114,3 +115,9 @@ def test_handoff_names_this_directory(tmp_path: Path, formats: list[Format], com
     assert "4.00 times smaller" in text
     for word in words:
         assert word in text
+
+
+def test_every_format_is_in_every_table():
+    """A format that is missing in one of them would stop a run at its release, after all of the training."""
+    assert {*serving.READERS} == {*handoff.FORMATS} == {*handoff.HARDWARE} == {*SPECS} == {*Format}
+    assert {*LayerFormat} == {*Format} | {"bf16"}

@@ -17,6 +17,7 @@ from halfbyte.export.convert import convert
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Format, LayerFormat, Recipe
 from halfbyte.training.errors import RecipeError
+from halfbyte.training.kv_format import KVCache
 from halfbyte.training.shape import layer_format, shape_of
 
 from .export_tools import LLAMA, QWEN3, export, recipe
@@ -150,3 +151,34 @@ def test_every_server_builds_each_linear_as_the_files_hold_it(tmp_path: Path, co
             assert built_by_tensorrt_llm(nested, name) == ALGORITHMS[held], name
     assert {built(flat, "lm_head") for built in (built_by_vllm, built_by_sglang)} == {None}
     assert built_by_tensorrt_llm(nested, "lm_head") is None
+
+
+@pytest.mark.parametrize(
+    ("number_format", "container", "rounds_inputs"),
+    [
+        (Format.mxfp4, None, True),
+        (Format.w4a16_mxfp4, None, False),
+        (Format.nvfp4, Container.compressed_tensors, True),
+        (Format.w4a16_nvfp4, Container.compressed_tensors, False),
+    ],
+)
+def test_vllm_finds_a_scheme_for_compressed_tensors(
+    tmp_path: Path, number_format: Format, container: Container | None, rounds_inputs: bool
+):
+    """CompressedTensorsConfig._is_nvfp4_format, _is_mxfp4, and its kv_cache_scheme."""
+    cache = KVCache.none if container is None else KVCache.fp8
+    out = export(tmp_path, LLAMA, recipe(number_format, cache))
+    if container is not None:
+        convert(out, container, tmp_path / "other", ranks=1)
+    section = config_of(out if container is None else tmp_path / "other")["quantization_config"]
+    (group,) = section["config_groups"].values()
+    elements = {"num_bits": 4, "type": "float", "symmetric": True}
+    elements |= (
+        {"strategy": "group", "group_size": 32} if container is None else {"strategy": "tensor_group", "group_size": 16}
+    )
+    for operand in ("weights", "input_activations") if rounds_inputs else ("weights",):
+        assert elements.items() <= group[operand].items()
+    assert rounds_inputs or group["input_activations"] is None
+    if container is not None:
+        scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+        assert scheme.items() <= section["kv_cache_scheme"].items()
