@@ -6,7 +6,7 @@ everything else is bound by the memory. Letters as in plan_memory.py.
 
 from dataclasses import dataclass
 
-from halfbyte.launch.plan_memory import loads_teacher, parameters_of_stage, rounds_inputs, trained_shares
+from halfbyte.launch.plan_memory import Trained, loads_teacher, parameters_of_stage, rounds_inputs, trained_shares
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Method, Recipe
@@ -69,15 +69,16 @@ def step_time(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, rea
         gpu: The hardware.
         reached: Shares of its peaks.
     """
-    count = layout.micro_batches(recipe)
-    stages = [_micro_batch(recipe, model, layout, stage, gpu, reached) for stage in layout.stages()]
+    count, trained = layout.micro_batches(recipe), trained_shares(recipe, model.sizes)
+    layer = _layer(recipe, model, layout, gpu, reached, trained)
+    stages = [_micro_batch(recipe, model, layout, stage, gpu, reached, trained, layer) for stage in layout.stages()]
     kernels, waiting, gathers = max(stages, key=sum)
     gathered = gathers * gpu.nvlink * reached.nvlink
     nvlink, network = count * gathered, 0.0
     handed, over_network = _handed_on(recipe, model, layout, gpu)
     hop = handed / ((gpu.network * reached.network) if over_network else (gpu.nvlink * reached.nvlink))
     bubble = (layout.pipeline - 1) * (kernels + waiting + gathers) + 2 * (count + layout.pipeline - 1) * hop
-    reduced, data_seconds, data_network = _data_parallel(recipe, model, layout, gpu, reached)
+    reduced, data_seconds, data_network = _data_parallel(model, layout, gpu, reached, trained)
     nvlink += (0.0 if data_network else reduced) + (0.0 if over_network else count * handed)
     network += (reduced if data_network else 0.0) + (count * handed if over_network else 0.0)
     train = recipe.train
@@ -87,7 +88,7 @@ def step_time(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, rea
         tensor=count * gathers,
         bubble=bubble if layout.pipeline > 1 else 0.0,
         data=data_seconds,
-        optimizer=max(_update(recipe, model, layout, stage, gpu, reached) for stage in layout.stages()),
+        optimizer=max(_update(recipe, model, layout, stage, gpu, reached, trained) for stage in layout.stages()),
         nvlink_bytes=nvlink,
         network_bytes=network,
         model_flops=step_flops(model, train.global_batch * train.sequence_length, train.sequence_length),
@@ -95,28 +96,35 @@ def step_time(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, rea
 
 
 def _micro_batch(
-    recipe: Recipe, model: Architecture, layout: Layout, stage: int, gpu: Gpu, reached: Reached
+    recipe: Recipe,
+    model: Architecture,
+    layout: Layout,
+    stage: int,
+    gpu: Gpu,
+    reached: Reached,
+    trained: Trained,
+    layer: tuple[float, float],
 ) -> tuple[float, float, float]:
-    """Seconds of a micro-batch on one stage: kernels, waiting for Python, tensor-parallel collectives."""
+    """Seconds of a micro-batch on one stage, of whose layers each takes `layer`: kernels, Python, collectives."""
     shape, last, first = model.sizes, stage == layout.pipeline - 1, stage == 0
     rate, memory = gpu.bf16 * reached.gemm, gpu.memory * reached.memory
     tokens = layout.micro_batch * recipe.train.sequence_length
-    layers, whole = layout.layers(shape, stage), trained_shares(recipe, shape).whole
+    layers = layout.layers(shape, stage)
     student, teacher = recipe.method is not Method.bf16, loads_teacher(recipe)
-    forward, backward = _layer(recipe, model, layout, gpu, reached)
+    forward, backward = layer
     repeats = 1 + int(layout.recompute) + int(teacher)
     kernels = layers * (repeats * forward + backward)
     python = layers * reached.layer * (0.5 * repeats + 0.5) * (1.2 if student else 1.0)
     unit = 2 * tokens * shape.hidden * (layout.tensor - 1) / layout.tensor
     gathers = layers * unit * (4 * repeats + (6 if layout.sequence else 4))
     if first:  # the embedding's gradient is written as a whole and added to main_grad
-        kernels += 12 * shape.vocab * shape.hidden / layout.tensor / memory if whole else 0.0
+        kernels += trained.whole * 12 * shape.vocab * shape.hidden / layout.tensor / memory
         gathers += 2 * unit
     if last:
         columns = shape.vocab / layout.tensor
         ahead, into_input, into_weight = _linear(tokens, columns, shape.hidden, rate, memory)
         logits = 2 * tokens * columns * (5 if recipe.method is Method.qad else 3) / memory
-        kernels += ahead * (1 + int(teacher)) + into_input + (into_weight if whole else 0.0) + logits
+        kernels += ahead * (1 + int(teacher)) + into_input + trained.whole * into_weight + logits
         gathers += unit * (2 + int(teacher))
     waiting = 0.0 if _captured(recipe, layout) else max(0.0, python - kernels)
     return kernels, waiting, gathers / (gpu.nvlink * reached.nvlink)
@@ -136,7 +144,9 @@ def _linear(tokens: float, n: float, k: float, rate: float, memory: float) -> tu
     return product, product, product + 6 * n * k / memory
 
 
-def _layer(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reached: Reached) -> tuple[float, float]:
+def _layer(
+    recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reached: Reached, trained: Trained
+) -> tuple[float, float]:
     """Forward and backward seconds of one layer and micro-batch on one rank.
 
     Element-wise traffic in numbers per token, forward / backward: norms 4 h / 6 h; residual sums 6 h / 6 h; copy of q
@@ -157,7 +167,7 @@ def _layer(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reache
     ahead = 10 * h / split + 2 * q + 2 * (q + kv) + 3 * f + rounding
     back = 12 * h / split + 2 * (q + 2 * kv) + 2 * (q + kv) + 5 * f
     forward, into_inputs, into_weights = (sum(kind) for kind in zip(*times, strict=True))
-    backward = into_inputs + trained_shares(recipe, shape).linears * into_weights
+    backward = into_inputs + trained.linears * into_weights
     return (
         forward + attention + 2 * tokens * ahead / memory,
         backward + BACKWARD_OF_ATTENTION * attention + 2 * tokens * back / memory,
@@ -174,14 +184,14 @@ def _handed_on(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) ->
 
 
 def _data_parallel(
-    recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, reached: Reached
+    model: Architecture, layout: Layout, gpu: Gpu, reached: Reached, trained: Trained
 ) -> tuple[float, float, bool]:
     """Bytes sent per step, their seconds, whether over the network.
 
     FP32 gradients and BF16 weights of the model, 6 bytes per parameter, where it is trained; FP32 both of what stands
     beside it, 8. A ring that leaves a node goes through the network cards of all its members there.
     """
-    d, trained = layout.data, trained_shares(recipe, model.sizes)
+    d = layout.data
     if d == 1:
         return 0.0, 0.0, False
     stages = [parameters_of_stage(model, layout, stage) for stage in layout.stages()]
@@ -195,7 +205,9 @@ def _data_parallel(
     return sent, sent / rate, over_network
 
 
-def _update(recipe: Recipe, model: Architecture, layout: Layout, stage: int, gpu: Gpu, reached: Reached) -> float:
+def _update(
+    recipe: Recipe, model: Architecture, layout: Layout, stage: int, gpu: Gpu, reached: Reached, trained: Trained
+) -> float:
     """Seconds of what happens once per step, on the GPU or in Python, whichever takes longer.
 
     Bytes per trained parameter: zeroing of gradients 4, norm 4, clipping 8, Adam 30; per quantized linear's, rounding
@@ -203,7 +215,7 @@ def _update(recipe: Recipe, model: Architecture, layout: Layout, stage: int, gpu
     FP64 16 (r + 2) and 12 at its ends, again where quantize.clip_gradient asks for the merged weight (low_rank.py).
     """
     linears, tables = parameters_of_stage(model, layout, stage)
-    trained, rank = trained_shares(recipe, model.sizes), recipe.train.lora.rank
+    rank = recipe.train.lora.rank
     shards = layout.data if recipe.train.distributed_optimizer else 1
     changed = (linears + tables) * trained.whole + trained.beside * linears
     traffic = (4 + (4 + 8 + 30) / shards) * changed
