@@ -245,6 +245,10 @@ def test_what_would_do_nothing_is_one_line(overrides, says):
     assert says in line
 
 
+def test_blocks_of_mxfp4_end_where_their_scale_is_learned():
+    assert resolve("tiny", ["quantize.clip_gradient=true", "quantize.format=mxfp4", "train.block_scale_lr_mult=1"])
+
+
 def test_a_late_start_of_qad_has_labels_to_learn_from():
     recipe = resolve("tiny", ["method=qad", "train.fake_quant_after_steps=2", "distill.cross_entropy=0.5"])
     assert recipe.distill == Distill(cross_entropy=0.5)

@@ -257,6 +257,37 @@ def test_scales_learn_at_their_own_rate_and_without_decay(opened):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number_format", [Format.w4a16_nvfp4, Format.w4a16_mxfp4])
+def test_a_clipped_gradient_ends_where_the_block_ends(opened, number_format):
+    """quantize.clip_gradient: LSQ's own gradient of the weight, 0 beyond 6 s; that of the scales stays as it is."""
+    modules = []
+    for clips in (False, True):
+        recipe = recipe_of(clip_grad=0.0)
+        recipe.quantize.format, recipe.quantize.clip_gradient = number_format, clips
+        modules.append(training(opened, recipe))
+        with torch.no_grad():  # every block's end below its maximum
+            for name, parameter in modules[-1].gpt.named_parameters():
+                parameter.sub_(1.0 if name.endswith("log2") else 0.0)
+    outside = {}
+    for name, linear in modules[0].gpt.named_modules():
+        rule = linear.weight_quantizer._quantizer_cache if hasattr(linear, "weight_quantizer") else None
+        if rule is not None:  # lm_head has none
+            steps = learned_scales.block_scales(rule.log2.flatten(0, 1), rule.rounding) * (rule.scale or 1.0)
+            blocks = linear.weight.detach().view(*steps.shape, -1).abs()
+            outside[f"{name}.weight"] = (blocks > 6 * steps[..., None]).view_as(linear.weight)
+    assert len(outside) == 8
+    for module in modules:
+        module.training_step(batches(), 0)
+    plain, clipped = (dict(module.gpt.named_parameters()) for module in modules)
+    for name, parameter in plain.items():
+        expected = parameter.main_grad
+        if name in outside:
+            assert expected[outside[name]].abs().sum() > 0
+            expected = expected.masked_fill(outside[name], 0.0)
+        assert torch.equal(clipped[name].main_grad, expected), name
+
+
+@pytest.mark.slow
 def test_scales_that_learn_beat_scales_by_rule(opened):
     """With weights that hardly move, the loss of one batch falls further."""
     ends = []

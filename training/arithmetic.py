@@ -19,7 +19,8 @@ class Arithmetic:
         rounding: How values round.
         scale: FP32 [] scale per tensor: NVFP4's second-level scale or FP8's only one; None for MXFP4.
         block_scale: How block scales are chosen.
-        limit: FP32 [] magnitude beyond which the gradient is zero; None passes it everywhere.
+        limit: FP32 [], the largest magnitude that the format represents with the scale per tensor, where the gradient
+            is zero beyond what is represented (`end`); None passes it everywhere.
         log2: [.., K / block] logarithms of the block scales where they are learned (lsq.py), in the place of the rule.
     """
 
@@ -41,13 +42,20 @@ class Arithmetic:
         """The arithmetic of one side (weight or input) of a linear whose calibrated maximum is FP32 [] `amax`."""
         block_scale = quantize.block_scale if side == "weight" else BlockScale.amax
         if amax is None or not GRIDS[rounding].per_tensor:
-            return cls(rounding, None, block_scale, log2=log2)
+            clips = quantize.clip_gradient and log2 is not None  # blocks whose scale does not follow have an end
+            return cls(rounding, None, block_scale, torch.tensor(torch.inf) if clips else None, log2)
         scale = numerics.tensor_scale(amax.float(), rounding, quantize.scale_2, block_scale)
         return cls(rounding, scale, block_scale, largest(rounding, scale) if quantize.clip_gradient else None, log2)
 
+    def end(self) -> torch.Tensor | None:
+        """The magnitude beyond which the gradient is zero: FP32 [], under learned scales [.., K]; None for nowhere."""
+        if self.limit is None or self.log2 is None:
+            return self.limit
+        return learned_scales.ends(self.log2.detach().flatten(0, -2), self.rounding, self.scale)
+
     def fake(self, x: torch.Tensor) -> torch.Tensor:
-        """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through, within `limit`."""
-        x = clip_gradient(x, self.limit)
+        """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through, within `end`."""
+        x = clip_gradient(x, self.end())
         if self.log2 is not None:
             return learned_scales.fake_quantize(x, self.log2, self.rounding, self.scale)
         return numerics.fake_quantize(x, self.rounding, self.scale, self.block_scale)

@@ -167,7 +167,8 @@ class Quantize:
     """SmoothQuant's exponent, 0 .. 1: at 1 all input channels get the same maximum, at 0 all weight channels do."""
     weights: Weights = Weights.round
     clip_gradient: bool = False
-    """The straight-through gradient is zero where a value exceeds what the calibrated scale can represent."""
+    """The straight-through gradient is zero where a value exceeds what the calibrated scale can represent, or what its
+    block's scale can where that is learned."""
     kv_cache: KVCache = KVCache.none
     """Of keys (after their rotation) and values, in every layer; quantize.exclude and quantize.layers do not apply."""
     exclude: list[str] = field(default_factory=lambda: ["lm_head", "model.embed_tokens"])

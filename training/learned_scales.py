@@ -144,6 +144,17 @@ def gradient(w_NK: Tensor, grad_NK: Tensor, log2_NG: Tensor, rounding: Rounding,
     return out_NG
 
 
+def ends(log2_NG: Tensor, rounding: Rounding, scale_2: Tensor | None) -> Tensor:
+    """The largest magnitude that each element of a weight can have: FP32 [N, K], 6 of its block's steps.
+
+    Args:
+        log2_NG: Float [N, G].
+        rounding: nvfp4, nvfp4_block32 or mxfp4.
+        scale_2: FP32 [] scale per tensor; None for MXFP4.
+    """
+    return (E2M1_MAX * _steps(log2_NG, rounding, scale_2)).expand(-1, GRIDS[rounding].block).reshape(len(log2_NG), -1)
+
+
 def _kernels(w: Tensor, log2: Tensor) -> Any:
     """The module with the kernels, where they take a weight."""
     if not w.is_cuda:

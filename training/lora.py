@@ -47,7 +47,7 @@ class Adapter(Companion):
 
     def take_gradient(self, linear: Any, weight: Callable[[], torch.Tensor]) -> None:
         """See Companion; quantize.clip_gradient leaves out what lies outside of the format's range."""
-        grad_NK, limit = companions.collected(linear).to(self.a.dtype), linear.weight_quantizer._quantizer_cache.limit
+        grad_NK, limit = companions.collected(linear).to(self.a.dtype), linear.weight_quantizer._quantizer_cache.end()
         if limit is not None:
             grad_NK = grad_NK.masked_fill(weight().abs() > limit, 0.0)
         grad_Nr, grad_rK = low_rank.gradients(grad_NK, self.b.flatten(0, 1), self.a, float(self.factor))

@@ -121,6 +121,7 @@ def _formats(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     if (
         quantize.clip_gradient
         and formats
+        and not recipe.train.block_scale_lr_mult
         and not any(SPECS[number_format].grid.per_tensor for number_format in formats)
     ):
         yield f"quantize.clip_gradient = true: {' and '.join(formats)} has no calibrated range to leave; leave it out"

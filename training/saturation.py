@@ -2,7 +2,8 @@
 
 `clip_gradient` makes the straight-through estimator that of rounding *and* saturation: beyond the largest value that
 the frozen scale lets the format represent, the output no longer follows the input, and its derivative is zero (as for
-the saturating estimator of arXiv 1602.02830, section 1.3).
+the saturating estimator of arXiv 1602.02830, section 1.3). Where block scales are learned, a weight ends with its block
+(arXiv 1902.08153, equation 5); where a rule finds them, they follow the weight.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from halfbyte.training.formats import Rounding
 
 LARGEST = {Rounding.nvfp4: 6.0 * 448.0, Rounding.nvfp4_block32: 448.0, Rounding.fp8: 448.0}
-"""Largest magnitude per unit of the scale per tensor. MXFP4 has no such scale and saturates nowhere."""
+"""Largest magnitude per unit of the scale per tensor. MXFP4 has no such scale."""
 
 
 def largest(rounding: Rounding, scale: torch.Tensor) -> torch.Tensor:
@@ -43,7 +44,7 @@ def clip_gradient(x: torch.Tensor, limit: torch.Tensor | None) -> torch.Tensor:
 
     Args:
         x: Any shape, any float dtype.
-        limit: FP32 [] on x's device; None limits nothing.
+        limit: FP32 on x's device, [] or x's shape; None limits nothing.
     """
     if limit is None or not (x.requires_grad and torch.is_grad_enabled()):
         return x
@@ -63,6 +64,6 @@ def clip_weight_gradients(model: torch.nn.Module) -> None:
     for linear in converted:
         if not (linear.weight_quantizer.is_enabled and linear.weight.requires_grad):
             continue
-        limit = linear.weight_quantizer._quantizer_cache.limit
+        limit = linear.weight_quantizer._quantizer_cache.end()
         if limit is not None:
             linear.weight.main_grad.masked_fill_(linear.weight.detach().abs() > limit, 0.0)
