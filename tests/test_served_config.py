@@ -16,9 +16,8 @@ from transformers import AutoConfig
 from halfbyte.export.convert import convert
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Format, LayerFormat, Recipe
-from halfbyte.training.errors import RecipeError
 from halfbyte.training.kv_format import KVCache
-from halfbyte.training.shape import layer_format, shape_of
+from halfbyte.training.shape import layer_format
 
 from .export_tools import LLAMA, QWEN3, export, recipe
 
@@ -60,14 +59,6 @@ def test_transformers_4_and_5_read_the_same_rotation(tmp_path: Path, rope: dict[
         assert AutoConfig.for_model(**config).rope_parameters == {"rope_type": "default", "rope_theta": 1e5} | (
             scaling or {}
         )
-
-
-def test_two_spellings_that_contradict_each_other_are_one_line():
-    both = LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 1e5}, "rope_scaling": LLAMA3 | {"factor": 16.0}}
-    with pytest.raises(RecipeError, match="rope_parameters and rope_scaling differ in factor") as caught:
-        shape_of(both, "config.json")
-    assert len(caught.value.problems) == 1
-    assert shape_of(both | {"rope_scaling": LLAMA3}, "config.json").rope_scaling_factor == 8.0
 
 
 MEMBERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -1,6 +1,7 @@
 """The facts of a model that planning needs, read from its Hugging Face config.json. Torch-free."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +12,7 @@ from halfbyte.training.errors import RecipeError
 from halfbyte.training.families import FAMILIES, Family
 from halfbyte.training.formats import BITS
 from halfbyte.training.model_config import read_config
+from halfbyte.training.rope import rope_of, rope_problems
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -25,9 +27,6 @@ NORMS = {
 """Megatron's norms inside a layer -> Hugging Face module name inside the layer; the last two only with qk_norm."""
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
 """Linears whose K is split over tensor-parallel ranks; the others split N."""
-
-# Megatron-Core's Llama-3 RoPE takes only the factor; these three are constants in it.
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,6 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
 
 
 def _shape_of(config: dict[str, Any], where: str) -> ModelShape:
-    rope = _rope(config)
     architecture = (config.get("architectures") or ["none"])[0]
     family = FAMILIES.get(architecture, Family())
     given = [key for key in ("head_dim", "num_key_value_heads") if config.get(key)]
@@ -193,12 +191,11 @@ def _shape_of(config: dict[str, Any], where: str) -> ModelShape:
     problems = [f"{where}: {key} is missing or no positive number; take the model's own file" for key in missing]
     if not missing and config["num_hidden_layers"] > MOST_LAYERS:
         problems.append(f"{where}: num_hidden_layers = {config['num_hidden_layers']}: more than {MOST_LAYERS}")
-    problems += [f"{where}: {reason}" for reason in _unsupported(config, rope)]
-    if not missing and not config.get("head_dim") and config["hidden_size"] < config["num_attention_heads"]:
-        problems.append(f"{where}: num_attention_heads = {config['num_attention_heads']}: more than hidden_size")
+    problems += [f"{where}: {reason}" for reason in _unsupported(config)]
+    problems += [] if missing else [f"{where}: {reason}" for reason in _heads(config)]
     if problems:
         raise RecipeError(problems)
-    heads, window = config["num_attention_heads"], family.window(config)
+    heads, window, rope = config["num_attention_heads"], family.window(config), rope_of(config)
     return ModelShape(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
@@ -237,27 +234,19 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))  # `type` is the spelling before transformers 4.43
-    for key in ("rope_theta", "partial_rotary_factor"):  # where files before transformers 5 have them
-        if key not in rope and config.get(key) is not None:
-            rope[key] = config[key]
-    return rope
+def _heads(config: dict[str, Any]) -> Iterator[str]:
+    """Heads that no attention can have."""
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    if not size:
+        yield f"num_attention_heads = {heads}: more than hidden_size"
+    if size % 2:
+        yield f"head_dim = {size}: the rotation turns pairs of values, so it must be even; take the model's own file"
+    if groups and heads % groups:
+        yield f"num_key_value_heads = {groups}: no divisor of num_attention_heads = {heads}; take the model's own file"
 
 
-def _two_ropes(config: dict[str, Any]) -> str | None:
-    """The first setting in which the newer and the older spelling contradict each other, if both are there."""
-    if not config.get("rope_parameters") or not config.get("rope_scaling"):
-        return None
-    newer, older = (
-        _rope({"rope_parameters": config["rope_parameters"]}),
-        _rope({"rope_scaling": config["rope_scaling"]}),
-    )
-    return next((key for key in sorted(newer.keys() & older.keys()) if newer[key] != older[key]), None)
-
-
-def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+def _unsupported(config: dict[str, Any]) -> list[str]:
     """What in the config has no counterpart in training/model.py, one reason each."""
     reasons = []
     architecture = (config.get("architectures") or ["none"])[0]
@@ -265,30 +254,16 @@ def _unsupported(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     biases = ("mlp_bias",) if FAMILIES.get(architecture, Family()).qkv_bias else ("attention_bias", "mlp_bias")
     if architecture not in FAMILIES:
         reasons.append(f"architectures = {architecture}: only {', '.join(FAMILIES)} models can be trained")
-    if not isinstance(config.get("sliding_window"), int | None):
+    if config.get("sliding_window") is not None and not is_size(config["sliding_window"]):
         reasons.append(
             f"sliding_window = {config['sliding_window']}: not a number of tokens; take the model's own file"
         )
+    if not isinstance(config.get("tie_word_embeddings", False), bool):
+        reasons.append(f"tie_word_embeddings = {config['tie_word_embeddings']!r}: neither true nor false")
     if config.get("hidden_act", "silu") != "silu":
         reasons.append(f"hidden_act = {config['hidden_act']}: only silu (SwiGLU) is supported")
     reasons += [f"{key} = true: linears with a bias are not supported" for key in biases if config.get(key)]
-    differing = _two_ropes(config)
-    if differing is not None:
-        reasons.append(
-            f"rope_parameters and rope_scaling differ in {differing}: readers take one or the other; keep one"
-        )
-    if rope["rope_type"] == "llama3":
-        reasons += [
-            f"rope {key} = {rope.get(key)}: Megatron-Core computes Llama-3 scaling with {key} = {value:g} only"
-            for key, value in LLAMA3_ROPE.items()
-            if rope.get(key) != value
-        ]
-        if not isinstance(rope.get("factor"), int | float):
-            reasons.append(f"rope factor = {rope.get('factor')}: Llama-3 scaling needs a number")
-    elif rope["rope_type"] != "default":
-        reasons.append(f"rope_type = {rope['rope_type']}: only default and llama3 are supported")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        reasons.append(f"partial_rotary_factor = {rope['partial_rotary_factor']}: only full rotary (1.0) is supported")
+    reasons += rope_problems(config)
     return reasons
 
 
