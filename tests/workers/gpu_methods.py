@@ -56,7 +56,12 @@ CASES: dict[str, tuple[Method, dict, dict, Distill]] = {
     "kv_nvfp4": (Method.qat, {}, {"kv_cache": KVCache.nvfp4}, Distill()),
     "qad_top_k": (Method.qad, {}, WEIGHTS_ONLY, Distill(top_k=8, cross_entropy=0.5, hidden=0.1)),
     "lsq": (Method.qat, {"block_scale_lr_mult": 30.0}, WEIGHTS_ONLY, Distill()),
-    "lsq_mxfp4": (Method.qat, {"block_scale_lr_mult": 300.0}, {"format": Format.w4a16_mxfp4}, Distill()),
+    "lsq_mxfp4": (
+        Method.qat,
+        {"block_scale_lr_mult": 300.0},
+        {"format": Format.w4a16_mxfp4, "clip_gradient": True},
+        Distill(),
+    ),
     "lora": (Method.qad, {"lora": Lora(rank=4)}, WEIGHTS_ONLY, Distill()),
     "lora_lsq": (Method.qat, {"lora": Lora(rank=4), "block_scale_lr_mult": 30.0}, {}, Distill()),
 }
