@@ -1,4 +1,4 @@
-"""Export, verify, gate, release: the stages on files, in one process.
+"""Export, verify, gate, release: the stages on files. A team of processes shares out what is written and compared.
 
     checkpoint -> export/candidate (exported, verified) -> scored -> judged -> export/hf (released, verdict inside)
 

@@ -4,9 +4,10 @@
            -> export (a candidate) -> verify -> evaluate what the exported files decode to
            -> gate -> release (the candidate becomes export/hf)
 
-The first two lines need all processes of the layout and happen in `together`, except that rank 0 exports and verifies
-while the others wait; the last works on files and happens in `alone`, on rank 0. Each stage writes one JSON into the
-run folder, so a stopped run goes on where it was and any stage can be run again by itself.
+The first two lines need all processes of the layout and happen in `together`: the model's stages are methods of `Work`
+(stages.py), and every process exports and verifies files of its own (handover.prepare). The last line works on files
+and happens in `alone`, on rank 0. Each stage writes one JSON into the run folder, so a stopped run goes on where it was
+and any stage can be run again by itself.
 """
 
 import sys

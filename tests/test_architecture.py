@@ -1,6 +1,7 @@
 """The shape of the code base, read from its source: directions of import, single doorways, sizes."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 DOORWAYS = {
     "nemo": {"training/experiment.py"},
     "wandb": {"training/experiment.py"},
-    "modelopt": {"training/quantize.py", "training/checkpoint.py", "training/model.py", "export/hf.py"},
+    "modelopt": {"training/quantize.py", "training/model.py"},
 }
 ENVIRONMENT = {"training/environment.py", "launch/start.py"}
 
@@ -71,10 +72,26 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_single_doorways(path):
     source = path.read_text()
-    packages = {module.partition(".")[0] for module in imported(source)}
+    packages = _packages(path)
     for package, files in DOORWAYS.items():
         assert package not in packages or name(path) in files, f"{package} is imported in {sorted(files)} only"
     assert not reads_environment(source) or name(path) in ENVIRONMENT, f"os.environ belongs to {sorted(ENVIRONMENT)}"
+
+
+def test_the_map_in_contributing_is_true():
+    """Every file that it names is there, and the doorways that it names are those that are held here."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:training|export|launch|recipes|tests)/\w+\.py)`", text))
+    assert len(named) > 20
+    assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
+    doors = set().union(*DOORWAYS.values(), ENVIRONMENT)
+    assert doors <= named
+    used = {package: {name(path) for path in SOURCES if package in _packages(path)} for package in DOORWAYS}
+    assert used == DOORWAYS
+
+
+def _packages(path: Path) -> set[str]:
+    return {module.partition(".")[0] for module in imported(path.read_text())}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
