@@ -32,6 +32,12 @@ def test_the_loss_curve_is_that_of_one_gpu(found, layout):
     assert len(mine["nvfp4"]["seconds"]) == 1
 
 
+def test_gradients_are_summed_beside_the_backward_pass(found):
+    first, second = False, True  # Megatron learns in a model's first step which gradients a bucket waits for
+    assert found["dp4"]["early"] == [first, second] * 2  # of both arms
+    assert not any(found["tp4"]["early"])  # nothing to sum
+
+
 @pytest.mark.parametrize("layout", FOUR)
 def test_the_export_is_byte_for_byte_that_of_one_gpu(found, layout):
     one, mine = found["tp1"]["files"], found[layout]["files"]

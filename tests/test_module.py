@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.config_distill import Distill
 from halfbyte.training.data import MicroBatch
@@ -345,3 +346,17 @@ def test_hidden_states_teach(world, layers):
     for _ in range(30):
         bench.step(part)
     assert bench.module.progress.losses[-1] < 0.3 * bench.module.progress.losses[0]
+
+
+def test_gradients_are_summed_early_where_hooks_can_tell_that_they_are_ready():
+    from halfbyte.training import companions, module
+
+    model, recipe = torch.nn.Module(), Recipe()
+    assert not module.reduces_early(model, recipe)  # one data-parallel rank
+    recipe.parallel.data = 2
+    assert module.reduces_early(model, recipe)
+    recipe.train.cuda_graphs = CudaGraphs.always  # a replay runs no hook
+    assert not module.reduces_early(model, recipe)
+    recipe.train.cuda_graphs = CudaGraphs.auto
+    model.add_module(companions.NAME, companions.Companions())  # they read this rank's own sums after the pass
+    assert not module.reduces_early(model, recipe)

@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch.utils.data import DataLoader, IterableDataset
 
 from halfbyte.training import companions, gradients, graphs, lora, losses, lsq
+from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
@@ -52,16 +53,30 @@ def learning_rate(step: int, train: Train) -> float:
 
 def wrap(model: GPTModel, recipe: Recipe) -> DistributedDataParallel:
     """Megatron's DDP around one pipeline stage: contiguous gradient buffers, FP32 except in float64 runs."""
-    sharded = uses_distributed_optimizer(recipe)
+    sharded, early = uses_distributed_optimizer(recipe), reduces_early(model, recipe)
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=recipe.train.dtype != "float64", use_distributed_optimizer=sharded
+        grad_reduce_in_fp32=recipe.train.dtype != "float64",
+        use_distributed_optimizer=sharded,
+        overlap_grad_reduce=early,
     )
     model.config.finalize_model_grads_func = companions.finalize(model)
     with graphs.capturable_hooks(next(model.parameters()).device):
         ddp = DistributedDataParallel(model.config, config, model)
+    if early:
+        model.config.no_sync_func = ddp.no_sync  # the schedule then says which micro-batch is the last
     if config.grad_reduce_in_fp32:
         gradients.fuse(model)
     return ddp
+
+
+def reduces_early(model: GPTModel, recipe: Recipe) -> bool:
+    """Whether gradients are summed over data-parallel ranks bucket by bucket, beside the last backward pass.
+
+    Companions read a weight's gradient of this rank when the pass is over, and a graph's replay tells no hook which
+    gradients are ready: there the sum is taken at the end.
+    """
+    replayed = recipe.train.cuda_graphs is CudaGraphs.always
+    return recipe.parallel.data > 1 and companions.of(model) is None and not replayed
 
 
 def uses_distributed_optimizer(recipe: Recipe) -> bool:

@@ -1,13 +1,17 @@
 """What the benchmarks of four GPUs do, on a small model: steps in FP32, exports in float64.
 
-Usage: start.py four.py FOLDER, alone or in four ranks. FOLDER/<ranks>.json gets {layout: {"measured", "files"}}.
+Usage: start.py four.py FOLDER, alone or in four ranks. FOLDER/<ranks>.json gets
+{layout: {"measured", "files", "early"}}.
 """
 
 import dataclasses
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
 from halfbyte.bench import layout_bytes, worker
 from halfbyte.bench.layout_export import SMALL
@@ -15,6 +19,19 @@ from halfbyte.bench.plan import ARMS, LAYOUTS, recipe
 from halfbyte.training import environment
 from halfbyte.training.files import write_json
 from halfbyte.training.runtime import close_runtime, on_first_rank, open_runtime
+
+
+@contextmanager
+def sums_watched():
+    """Gives a list; for every bucket of every step it gets whether its sum had begun before the backward pass ended."""
+    begun, finish = [], BucketGroup.finish_grad_sync
+
+    def watched(group, *args, **options):
+        begun.append(group.grad_reduce_handle is not None)
+        return finish(group, *args, **options)
+
+    with mock.patch.object(BucketGroup, "finish_grad_sync", watched):
+        yield begun
 
 
 def main(folder: Path) -> None:
@@ -30,9 +47,10 @@ def main(folder: Path) -> None:
             parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
         arms = [ARMS["bf16"], ARMS["nvfp4"]]
-        measured = worker.measure(SMALL, layout, arms, runtime, steps=1, rounds=1)
+        with sums_watched() as early:
+            measured = worker.measure(SMALL, layout, arms, runtime, steps=1, rounds=1)
         exact = dataclasses.replace(runtime, dtype=torch.float64)
         files = layout_bytes.exported(SMALL, layout, exact, folder, steps=2)
-        found[name] = {"measured": measured, "files": files}
+        found[name] = {"measured": measured, "files": files, "early": early}
     on_first_rank(runtime, lambda: write_json(folder / f"{ranks}.json", found))
     close_runtime()
