@@ -131,10 +131,12 @@ def _micro_batch(
 
 
 def _captured(recipe: Recipe, layout: Layout) -> bool:
-    """Whether passes are replayed as CUDA graphs, by the rules of training/graphs.py."""
+    """Whether passes are replayed as CUDA graphs, by the rules of training/graphs.py and training/stage_graphs.py."""
     choice = recipe.train.cuda_graphs
+    if layout.pipeline > 1:
+        return choice is CudaGraphs.always and not layout.recompute and not recipe.distill.hidden
     asked = choice is CudaGraphs.always or (choice is CudaGraphs.auto and layout.data == 1)
-    return asked and layout.pipeline == 1 and not layout.recompute and recipe.distill.teacher is None
+    return asked and not layout.recompute and recipe.distill.teacher is None
 
 
 def _linear(tokens: float, n: float, k: float, rate: float, memory: float) -> tuple[float, float, float]:

@@ -105,10 +105,25 @@ def test_inner_layers_are_compared_under_sequence_parallelism(found):
     assert "inner" not in found["pp2"]
 
 
+@pytest.mark.parametrize(
+    ("layout", "variant"),
+    [*(("pp2", name) for name in ("forward_kl", "files", "lsq")), *((n, "lsq") for n in ("tp2_pp2_sp", "pp4"))],
+)
+def test_recorded_stages_are_the_plain_ones(found, four, layout, variant):
+    """Bit for bit: the losses and the norm of the last gradient, whose passes were recorded."""
+    of = (found if layout == "pp2" else four)[layout]
+    assert of[f"{variant}, stages again"] == of[f"{variant}, stages"]
+    assert of[f"{variant}, stages"][:2] == of[variant][:2]
+
+
 @pytest.mark.parametrize("layout", ["tp2_pp2_sp", "tp2_dp2_sp", "pp4", "dp4"])
 def test_four_processes_give_what_two_give(found, four, layout):
     """Also from the checkpoint of a pipeline of two."""
-    values_of = {variant: values for variant, values in four[layout].items() if "float32" not in variant}
+    values_of = {
+        variant: values
+        for variant, values in four[layout].items()
+        if "float32" not in variant and "stages" not in variant
+    }
     assert len(values_of) == (3 if layout == "pp4" else 5)
     for variant, values in values_of.items():
         assert values == pytest.approx(found["dp2"][variant.removesuffix(", resumed")][-len(values) :], rel=1e-6), (

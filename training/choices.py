@@ -56,7 +56,7 @@ class CudaGraphs(StrEnum):
     auto = "auto"
     """Where it was measured: on one GPU, and under tensor parallelism alone."""
     always = "always"
-    """Wherever it is possible: also under data parallelism."""
+    """Wherever it is possible: also under data parallelism and, as pairs, in a pipeline (training/stage_graphs.py)."""
     never = "never"
 
 

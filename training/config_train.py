@@ -46,7 +46,8 @@ class Train:
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
     cuda_graphs: CudaGraphs = CudaGraphs.auto
-    """No graph with a pipeline, recompute or distill.teacher, whatever this says."""
+    """No graph with recompute, whatever this says; without a pipeline none with distill.teacher, with one none with
+    distill.hidden."""
     freeze: list[str] = field(default_factory=list)
     """fnmatch patterns on Hugging Face module names (*norm*, lm_head, model.layers.0.mlp.*) that are not trained.
     q/k/v, gate/up and tied embeddings are one parameter each: all members or none."""

@@ -22,7 +22,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch.utils.data import DataLoader, IterableDataset
 
-from halfbyte.training import companions, gradients, graphs, lora, losses, lsq
+from halfbyte.training import companions, gradients, graphs, lora, losses, lsq, stage_graphs
 from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
@@ -224,7 +224,8 @@ class Training(pl.LightningModule):
         self.optimizer = MegatronOptimizer(self.ddp, recipe, runtime.dtype)
         lora.collect_gradients(model)
         self._replay = graphs.Replay() if graphs.wanted(recipe, runtime) else None
-        self._rounded: dict[str, torch.Tensor] | None = None if self._replay is None else {}
+        self._stage = stage_graphs.StageReplay() if stage_graphs.wanted(recipe, runtime) else None
+        self._rounded: dict[str, torch.Tensor] | None = {} if self._replay or self._stage else None
 
     @property
     def gpt(self) -> GPTModel:
@@ -318,15 +319,16 @@ class Training(pl.LightningModule):
             total = self._replay.run(self.ddp, batch, loss, needs_logits=needs_logits, kind=quantizes)
             if total is not None:
                 return step_loss(total)
-        return train_batch(self.ddp, batch, loss, needs_logits=needs_logits)
+        call = self._stage and self._stage.call(self.gpt, batch, needs_logits=needs_logits, kind=quantizes)
+        return train_batch(self.ddp, batch, loss, needs_logits=needs_logits, call=call)
 
     def _loss(self, batches: list[MicroBatch]) -> Loss:
         return losses.cross_entropy if self._distillation is None else self._distillation.loss(batches)
 
     def on_train_end(self) -> None:
         """The end of training: graphs are freed here, and not whenever Python collects them."""
-        if self._replay is not None:
-            self._replay.close()
+        for replay in filter(None, (self._replay, self._stage)):
+            replay.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store losses and token counts, whose length is the data position, and which text it is a position in."""

@@ -83,7 +83,14 @@ def forward_only(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         return forward(model, batch, None)
 
 
-def train_batch(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Loss, *, needs_logits: bool) -> StepLoss:
+def train_batch(
+    model: torch.nn.Module,
+    batches: Sequence[MicroBatch],
+    loss: Loss,
+    *,
+    needs_logits: bool,
+    call: Forward | None = None,
+) -> StepLoss:
     """Forward and backward of one rank's share of a global batch; gradients are left in the DDP buffers.
 
     Args:
@@ -91,6 +98,7 @@ def train_batch(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Los
         batches: This data-parallel rank's micro-batches, equal shapes, on the model's device.
         loss: Loss per token on the last stage.
         needs_logits: Whether `loss` takes the logits [B, S, V/tp]; else the model's own cross-entropy [B, S].
+        call: How a stage is called, where that was recorded (stage_graphs.py).
 
     Returns:
         The loss over all ranks' tokens.
@@ -98,7 +106,7 @@ def train_batch(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Los
 
     def forward_step(data: Any, stage: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         index, batch = next(data)
-        out = forward(stage, batch, None if needs_logits else batch.labels)
+        out = call(stage, batch, index) if call else forward(stage, batch, None if needs_logits else batch.labels)
 
         def reduce(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Part]:
             part = part_of(loss(output, batch, index), batch)

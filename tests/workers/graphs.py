@@ -1,7 +1,8 @@
 """Trains a small random model on GPUs with and without CUDA graphs, in every way that matters to a capture.
 
-Run under torchrun with OUT.json and a tensor-parallel size; rank 0 writes {case: {plain, graphs, again}}, each the
-losses of a few steps and a sum over the final weights ("again": the plain path once more, the run-to-run spread).
+Run under torchrun with OUT.json, a tensor-parallel size and a number of stages; rank 0 writes {case: {plain, graphs,
+again}}, each the losses of a few steps, a sum over the final weights ("again": the plain path once more, the run-to-run
+spread) and how many graphs (pairs of them, in a pipeline) it captured.
 """
 
 import json
@@ -48,13 +49,13 @@ CASES = {
 }
 
 
-def recipe(case: dict, tensor: int, *, graphs: bool) -> Recipe:
+def recipe(case: dict, tensor: int, pipeline: int, *, graphs: bool) -> Recipe:
     return Recipe(
         run=Run(name="graphs", dir="graphs"),
         method=case["method"],
         model=Model(path="none"),
         quantize=case.get("quantize", Quantize()),
-        parallel=Parallel(tensor=tensor, sequence=tensor > 1),
+        parallel=Parallel(tensor=tensor, pipeline=pipeline, sequence=tensor > 1),
         distill=case.get("distill", Distill()),
         train=Train(
             steps=STEPS,
@@ -87,8 +88,14 @@ def batches(step: int, runtime: Runtime) -> list[MicroBatch]:
     return [MicroBatch(w[:, :-1].contiguous(), w[:, 1:].contiguous(), m, None).to(runtime.device) for w, m in found]
 
 
-def train(case: dict, tensor: int, runtime: Runtime, *, graphs: bool) -> dict:
-    plan = recipe(case, tensor, graphs=graphs)
+def captured(trained: module.Training) -> int:
+    if trained._stage is not None:
+        return trained._stage.recorded
+    return 0 if trained._replay is None else sum(x is not None for x in trained._replay._captured.values())
+
+
+def train(case: dict, tensor: int, pipeline: int, runtime: Runtime, *, graphs: bool) -> dict:
+    plan = recipe(case, tensor, pipeline, graphs=graphs)
     gpt, teacher = random_model(plan, runtime, 1), None
     if plan.method is Method.qad:
         teacher = random_model(plan, runtime, 2).requires_grad_(False)
@@ -99,24 +106,25 @@ def train(case: dict, tensor: int, runtime: Runtime, *, graphs: bool) -> dict:
     trained.log_dict = lambda *_, **__: None
     for step in range(STEPS):
         trained.training_step(batches(step, runtime), step)
-    weights = sum(parameter.double().square().sum() for parameter in gpt.parameters())
-    captured = 0 if trained._replay is None else sum(x is not None for x in trained._replay._captured.values())
+    weights = torch.stack([parameter.double().square().sum() for parameter in gpt.parameters()]).sum()
+    torch.distributed.all_reduce(weights)
+    found = {"losses": trained.progress.losses, "weights": float(weights), "captured": captured(trained)}
     trained.on_train_end()
-    return {"losses": trained.progress.losses, "weights": float(weights), "captured": captured}
+    return found
 
 
-def main(out: str, tensor: str) -> None:
+def main(out: str, tensor: int, pipeline: int) -> None:
     environment.set_process_environment()
     environment.quiet_libraries()
-    runtime = open_runtime(recipe(CASES["bf16"], int(tensor), graphs=False))
+    runtime = open_runtime(recipe(CASES["bf16"], tensor, pipeline, graphs=False))
     found = {}
     for name, case in CASES.items():
         ways = {"plain": False, "graphs": True, "again": False}
-        found[name] = {way: train(case, int(tensor), runtime, graphs=graphs) for way, graphs in ways.items()}
+        found[name] = {way: train(case, tensor, pipeline, runtime, graphs=graphs) for way, graphs in ways.items()}
     if runtime.first:
         Path(out).write_text(json.dumps(found, indent=1))
     close_runtime()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -5,6 +5,8 @@ nothing: rank 0 writes {layout: {variant: [loss of every step]}}. What is traine
 of all of it; "<variant>, resumed" is the same from the first layout's checkpoint after one step on, and "<variant>,
 float32" and "<variant>, float32, resumed" are what they say, in FP32 with Megatron's distributed optimizer, whose
 checkpoint is saved a second time as Megatron gathers it ("<variant>.<layout>.float32.gathered" beside OUT.json).
+"<variant>, stages" and "<variant>, stages again" of a pipeline end with the norm of the last gradient; in the second
+every stage is called through the pairs of stage_graphs.py, with functions in the place of CUDA graphs.
 """
 
 import copy
@@ -31,6 +33,7 @@ from halfbyte.training.packing import PackingReport
 from halfbyte.training.runtime import Runtime, close_runtime, on_first_rank, open_runtime
 from halfbyte.training.schedule import collect
 from halfbyte.training.shape import read_shape
+from halfbyte.training.stage_graphs import StageReplay
 from halfbyte.training.teacher_files import TeacherFiles, ask, begin, fingerprint, needed_windows, write_file
 
 LAYOUTS = {
@@ -61,8 +64,24 @@ BESIDE = ("lsq", "lora")
 """Variants with parameters beside the weights."""
 SHARDED = (*(("dp2", name) for name in BESIDE), ("tp2_dp2_sp", "lsq"))
 """What is tried with the distributed optimizer."""
+STAGES = ("forward_kl", "files", "lsq")
+"""What is tried with recorded stages."""
 AMONG_FOUR = ("forward_kl", *BESIDE)
 """Variants of four processes."""
+
+
+class Again:
+    """In the place of stage_graphs.Capture: computes on the same tensors again."""
+
+    def record(self, compute):
+        """A capture computes nothing, but there is an output from then on."""
+        again = torch.enable_grad()(compute)  # replayed inside a Function, whose forward computes no graph
+        if compute.__name__ == "_forward":
+            again()
+        return again
+
+    def close(self) -> None:
+        """Nothing to free."""
 
 
 def recipe_of(variant: str, parallel: Parallel, dtype: str = "float64") -> Recipe:
@@ -100,11 +119,17 @@ def files_of(place: Path, folder: Path, teacher, data: PackedDataset, recipe: Re
 
 
 def losses(
-    folder: Path, recipe: Recipe, runtime: Runtime, place: Path, save: Path | None = None, load_from: Path | None = None
+    folder: Path,
+    recipe: Recipe,
+    runtime: Runtime,
+    place: Path,
+    save: Path | None = None,
+    load_from: Path | None = None,
+    stages: StageReplay | None = None,
 ) -> list[float]:
     """Mean loss per token of every step and, with parameters beside the weights, a number made of them.
 
-    Saves after the first step, or starts from there.
+    Saves after the first step, or starts from there. With `stages` the norm of the last gradient comes after them.
     """
     shape = read_shape(folder / "config.json")
 
@@ -122,6 +147,8 @@ def losses(
     module = Training(student, teacher=teacher, recipe=recipe, runtime=runtime, data=data)
     module.optimizers = lambda: module.optimizer  # what Lightning's trainer would give it
     module.log_dict = lambda *_, **__: None
+    if stages is not None:
+        module._stage, module._rounded = stages, {}
     if load_from is not None:
         checkpoint.load(checkpoint.Trainable(student, module.optimizer.megatron), load_from)
         quantize.refresh_scales(student, recipe.quantize)
@@ -143,7 +170,18 @@ def losses(
             if recipe.train.dtype == "float32":
                 with mock.patch.object(checkpoint.optimizer_state, "ungathered", return_value=nullcontext()):
                     checkpoint.save(trained, {}, save.with_name(f"{save.name}.gathered"))
-    return module.progress.losses[0 if load_from is None else 1 :] + beside_weights(student)
+    found = module.progress.losses[0 if load_from is None else 1 :] + beside_weights(student)
+    return found if stages is None else [*found, module.optimizer.gradient_norm]
+
+
+def two_ways(folder: Path, recipe: Recipe, runtime: Runtime, place: Path) -> tuple[list[float], list[float]]:
+    """A pipeline's numbers, its stages called as ever and through their pairs."""
+    plain, pairs = StageReplay(Again), StageReplay(Again)
+    plain.call = lambda *_, **__: None
+    found = [losses(folder, recipe, runtime, place, stages=way) for way in (plain, pairs)]
+    in_flight = recipe.parallel.pipeline - parallel_state.get_pipeline_model_parallel_rank()
+    assert pairs.recorded == in_flight, (pairs.recorded, in_flight)
+    return found[0], found[1]
 
 
 def beside_weights(gpt: torch.nn.Module) -> list[float]:
@@ -188,6 +226,9 @@ def main(folder: Path, out: Path) -> None:
         found[layout] = {
             name: losses(folder, recipe, runtime, out.parent / "files") for name, recipe in recipes.items()
         }
+        for name in (name for name in STAGES if name in names and parallel.pipeline > 1):
+            ways = two_ways(folder, recipes[name], runtime, out.parent / "files")
+            found[layout] |= zip((f"{name}, stages", f"{name}, stages again"), ways, strict=True)
         for name in (name for name in BESIDE if name in names):
             place = out.parent / name
             if not on_first_rank(runtime, place.exists):

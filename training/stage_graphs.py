@@ -1,0 +1,191 @@
+"""A pipeline stage's passes as CUDA graphs: a pair, forward and backward, for every micro-batch that can be in flight.
+
+A pipeline's forward and backward pass of a micro-batch are apart: others come in between, and activations wait. Under
+1F1B a stage of p has at most p - (its number) micro-batches waiting and finishes them in the order in which it began
+them, so micro-batch i can use the tensors of pair i mod that number again. Everything between the stages stays
+Megatron's: its schedule calls a stage as before and gets a tensor with a gradient; behind it stand the two graphs.
+
+Teacher and loss are outside: a pipeline's teacher has spoken before (distillation.py), into memory that moves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+
+from halfbyte.training import graphs
+from halfbyte.training.choices import CudaGraphs
+from halfbyte.training.config import Recipe
+from halfbyte.training.data import MicroBatch
+from halfbyte.training.runtime import Runtime
+from halfbyte.training.schedule import Forward, forward
+
+
+class Recorder(Protocol):
+    """Makes a computation on fixed tensors repeatable."""
+
+    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """What computes it again; the tensors that `compute` made stay where they are."""
+        ...
+
+    def close(self) -> None:
+        """Free what was recorded."""
+
+
+class Capture:
+    """CUDA graphs that share memory; they are replayed in the order in which they were recorded, one at a time."""
+
+    def __init__(self) -> None:
+        self._pool, self._graphs = torch.cuda.graph_pool_handle(), []
+
+    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """Capture it: nothing is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        # As in graphs.py: other threads go on with calls that a global capture would refuse.
+        with (
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            graphs.without_generator(),
+        ):
+            compute()
+        self._graphs.append(graph)
+        return graph.replay
+
+    def close(self) -> None:
+        """Free the graphs; nothing of them may run any more."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+
+
+class StageReplay:
+    """The recorded passes of one pipeline stage; a training run has one.
+
+    As in graphs.Replay the first global batch of every kind runs unrecorded.
+    """
+
+    def __init__(self, recorder: Callable[[], Recorder] = Capture) -> None:
+        self._recorder = recorder
+        self._pairs: dict[Any, list[_Pair]] = {}
+
+    def call(self, gpt: torch.nn.Module, batches: Sequence[MicroBatch], *, needs_logits: bool, kind: Any) -> Any:
+        """How this stage is to be called for the micro-batches of a global batch, in their order.
+
+        Args:
+            gpt: This rank's GPTModel; its trained parameters and their `main_grad` keep their addresses.
+            batches: This data-parallel rank's micro-batches, equal shapes.
+            needs_logits: As in schedule.train_batch.
+            kind: Whatever else changes the computation (hashable).
+
+        Returns:
+            A schedule.Forward; None the first time: the caller calls the model itself.
+        """
+        key = (kind, tuple(batches[0].tokens.shape), batches[0].segments is None, len(batches))
+        if key not in self._pairs:
+            self._pairs[key] = []
+            return None
+        return self._through(gpt, self._pairs[key], min(_in_flight(), len(batches)), needs_logits=needs_logits)
+
+    def _through(self, gpt: Any, pairs: "list[_Pair]", count: int, *, needs_logits: bool) -> Forward:
+        def call(stage: torch.nn.Module, batch: MicroBatch, index: int) -> torch.Tensor:
+            received = None if gpt.pre_process else gpt.decoder.input_tensor
+            if len(pairs) < count:
+                pairs.append(_Pair(gpt, batch, received, self._recorder(), needs_logits=needs_logits))
+            pair = pairs[index % count]
+            return _Replayed.apply(pair, batch, received, pair.anchor)  # type: ignore[no-any-return]
+
+        return call
+
+    @property
+    def recorded(self) -> int:
+        """How many pairs there are."""
+        return sum(map(len, self._pairs.values()))
+
+    def close(self) -> None:
+        """Free the graphs, when nothing of them runs any more; every rank at the same place (graphs.Replay.close)."""
+        for pair in (pair for pairs in self._pairs.values() for pair in pairs):
+            pair.recorder.close()
+        self._pairs.clear()
+
+
+def _in_flight() -> int:
+    """Micro-batches whose backward pass this stage has not done when it begins another, that one included."""
+    return parallel_state.get_pipeline_model_parallel_world_size() - parallel_state.get_pipeline_model_parallel_rank()
+
+
+class _Pair:
+    """The two recorded passes, and the tensors that they read and write.
+
+    Args:
+        gpt: The stage's model.
+        example: A micro-batch of the shapes to come.
+        received: [S, B, H] from the stage before, this rank's part of S under sequence parallelism; None: the first.
+        recorder: Its own, for the memory of a pair must not serve another one that is in flight.
+        needs_logits: As in schedule.train_batch.
+    """
+
+    def __init__(
+        self,
+        gpt: torch.nn.Module,
+        example: MicroBatch,
+        received: torch.Tensor | None,
+        recorder: Recorder,
+        *,
+        needs_logits: bool,
+    ):
+        self.gpt, self.recorder, self.needs_logits = gpt, recorder, needs_logits
+        self.anchor = torch.zeros((), device=example.tokens.device, requires_grad=True)
+        """Gives the first stage's output a gradient: nothing that it receives has one."""
+        self.inputs = MicroBatch(*(None if x is None else x.clone() for x in graphs.tensors(example)))
+        self.received = None if received is None else received.detach().clone().requires_grad_()
+        self.handed_back: torch.Tensor | None = None
+        """The gradient of `received`."""
+        self.forward = recorder.record(self._forward)
+        self.gradient = torch.empty_like(self.out)
+        self.backward = recorder.record(self._backward)
+
+    def _forward(self) -> None:
+        self.gpt.set_input_tensor(self.received)  # type: ignore[operator]
+        self.out = forward(self.gpt, self.inputs, None if self.needs_logits else self.inputs.labels)
+
+    def _backward(self) -> None:
+        if self.received is not None:
+            self.received.grad = None
+        if self.out.requires_grad:  # else all of the stage is frozen
+            self.out.backward(self.gradient)
+        if self.received is not None:
+            self.handed_back = self.received.grad
+
+
+class _Replayed(torch.autograd.Function):
+    """A stage's output [S, B, H] (the last one's: as schedule.forward) from a pair's graphs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pair: _Pair, batch: MicroBatch, received: torch.Tensor | None, anchor: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.pair = pair
+        for place, value in zip(graphs.tensors(pair.inputs), graphs.tensors(batch), strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        if pair.received is not None and received is not None:
+            pair.received.data.copy_(received)
+        pair.forward()
+        return pair.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        pair: _Pair = ctx.pair
+        pair.gradient.copy_(gradients[0])
+        pair.backward()
+        return None, None, pair.handed_back, None
+
+
+def wanted(recipe: Recipe, runtime: Runtime) -> bool:
+    """Whether this run's stages are recorded: only where the recipe says `always`, for it was never run on a GPU."""
+    possible = (
+        recipe.parallel.pipeline > 1
+        and not recipe.train.recompute
+        and not recipe.distill.hidden  # the loss would read activations inside a graph
+    )
+    return recipe.train.cuda_graphs is CudaGraphs.always and possible and runtime.device.type == "cuda"
