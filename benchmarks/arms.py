@@ -120,5 +120,15 @@ ROWS = (
         "MXFP4 QAD, full KL + 0.1 CE, learned scales, from AWQ-duo, wide text, 33 M tokens",
         (*LONG, *MIX, *MXFP4, *DUO, *SCALES),
     ),
+    Row(
+        "nvfp4_qad_best30",
+        "NVFP4 QAD, full KL + 0.3 CE, learned scales, from AWQ-duo, wide text, 33 M tokens",
+        (*LONG, *DUO, *SCALES, "distill.cross_entropy=0.3"),
+    ),
+    Row(
+        "mxfp4_qad_best20",
+        "MXFP4 QAD, full KL + 0.2 CE, learned scales, from AWQ-duo, wide text, 33 M tokens",
+        (*LONG, *MXFP4, *DUO, *SCALES, "distill.cross_entropy=0.2"),
+    ),
     Row("nvfp4_qad_wide", "NVFP4 QAD, full KL, learned scales, from AWQ-lite, wide text", (*AWQ, *SCALES)),
 )
