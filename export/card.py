@@ -7,7 +7,23 @@ from typing import Any
 
 from halfbyte.export.handoff import commands_text, needs_text, served_as, size_line, what_it_is
 from halfbyte.export.verdict_text import BASELINES, beside, verdict_lines
+from halfbyte.training.choices import Container
 from halfbyte.training.config import Format, Recipe
+
+SERVING, MADE = "## Serving", "Made with "
+"""Where a card says how its files are served, and what comes after."""
+CONVERTED = {
+    Container.compressed_tensors: "vLLM and SGLang recognize compressed-tensors by config.json, without an option for"
+    " the format: `vllm serve FOLDER`, with `--kv-cache-dtype fp8_e4m3` where the cache is FP8. transformers reads it"
+    " with the package compressed-tensors.",
+    Container.trtllm: "This is the input of `trtllm-build` up to TensorRT-LLM 1.2.1, on Blackwell: `halfbyte engine"
+    " RUN_DIR` writes the whole command. Newer releases have no engines; they load the directory that this was made"
+    " from.",
+    Container.dequantized: "These are plain weights with the values of the quantized ones: whatever loads the original"
+    " model loads them. Nothing rounds activations or a cache here, so where the format does, results differ from the"
+    " ones above.",
+}
+"""How each other layout is served."""
 
 
 def card_text(
@@ -51,17 +67,24 @@ def card_text(
         "",
         *_table(BASELINES.get(verdict.get("baseline", ""), ""), verdict["tasks"]),
         *(line for against, block in beside(verdict).items() for line in _table(against, block["tasks"])),
-        "## Serving",
+        SERVING,
         "",
         commands_text(served, recipe),
         "FOLDER is where these files are. No server was run where they were made.",
         "",
         needs_text(served),
-        f"Made with {', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}.",
+        f"{MADE}{', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}.",
         "`halfbyte.json` holds the whole verdict, the recipe, the versions and the SHA-256 of every file.",
         *(["", "The licence of the original model is in `LICENSE`."] if licensed else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def converted_card(text: str, container: Container) -> str:
+    """The card of a conversion: what was measured is its source's, how it is served is not."""
+    before, _, after = text.partition(f"{SERVING}\n")
+    made = after.partition(f"\n{MADE}")[2]
+    return f"{before}{SERVING}\n\n{CONVERTED[container]}\n\n{MADE}{made}" if made else text
 
 
 def _table(against: str, tasks: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.export import compressed, converted, trtllm
+from halfbyte.export.card import converted_card
 from halfbyte.export.container import write_file, write_shards
 from halfbyte.export.decode import decode_into
 from halfbyte.export.folder import disk_errors, replacing, write_plain_json
@@ -64,6 +65,8 @@ def convert(source: Path, container: Container, out: Path, *, ranks: int) -> dic
         tensors = converted.check(checkpoint, container, folder)
         for path in [*side_files(source), *source.glob(CARD)]:
             shutil.copyfile(path, folder / path.name)
+        if (source / RECORD).exists() and (folder / CARD).exists():  # a published directory's card is not ours
+            (folder / CARD).write_text(converted_card((folder / CARD).read_text(), container))
         write_plain_json(folder / RECORD, record_of(source, container, folder, ranks=ranks))
         size = sum(path.stat().st_size for path in folder.iterdir())
         count = len(list(folder.glob("*.safetensors")))

@@ -6,7 +6,7 @@ from halfbyte.training.config import GateRule
 
 RULES = {
     GateRule.bf16: "every score within its threshold of BF16",
-    GateRule.better_than_ptq: "better than PTQ on every task and measure",
+    GateRule.better_than_ptq: "perplexity and KL below PTQ's, no other score significantly lower",
 }
 """What a pass means under a rule."""
 BASELINES = {"control": "the BF16 control", "bf16": "BF16", "ptq": "PTQ"}

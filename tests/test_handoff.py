@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from halfbyte.export import handoff, serving
+from halfbyte.training.choices import Container
 from halfbyte.training.config import Format, LayerFormat, Recipe
 from halfbyte.training.formats import SPECS
 from halfbyte.training.kv_format import KVCache
@@ -25,7 +26,7 @@ VERDICT = {
 
 
 def test_the_card_shows_what_the_gate_measured(tmp_path: Path):
-    from halfbyte.export.card import card_text
+    from halfbyte.export.card import CONVERTED, card_text, converted_card
     from halfbyte.export.record import record_verdict
 
     numbers = {"unit": "pp", "candidate": 34.0, "baseline": 36.5, "delta": -2.5, "interval": [-4.0, -1.0]}
@@ -45,14 +46,20 @@ def test_the_card_shows_what_the_gate_measured(tmp_path: Path):
     assert "| task (items) | measure | BF16 | this checkpoint | difference | |" in body
     assert "| lambada (200) | accuracy | 36.5 | 34 | -2.5 pp [-4, -1] | fail |" in body
     # a pass under one rule does not hide what the other says
-    assert (
-        "Verdict: **pass**, by the rule `better_than_ptq`: better than PTQ on every task and measure.\n- better" in body
-    )
+    rule = "perplexity and KL below PTQ's, no other score significantly lower"
+    assert f"Verdict: **pass**, by the rule `better_than_ptq`: {rule}.\n- better" in body
     assert "Within the thresholds of BF16: **fail**.\n- lambada: accuracy -2.50 pp against BF16" in body
     # whoever has this folder and nothing else can serve it
     assert "\nvllm serve FOLDER --kv-cache-dtype fp8_e4m3\n" in body
     assert "--model-path FOLDER --quantization modelopt_fp4 --kv-cache-dtype bfloat16\n" in body
     assert "SGLang drops the cache's scales of Qwen2 models" in body
+    for container in CONVERTED:  # measured as its source, served in its own way
+        other = converted_card(text, container)
+        assert other.startswith(text[: text.index("## Serving")])
+        assert CONVERTED[container] in other
+        assert "modelopt_fp4" not in other
+        assert "\nMade with torch 2.11.\n" in other
+    assert converted_card("# Somebody's own card", Container.dequantized) == "# Somebody's own card"
     assert "--kv-cache-dtype bfloat16" not in card_text(*made, "Qwen3ForCausalLM", licensed=True)
     assert "Blackwell (SM100, SM103, SM120)" in body
     assert "Made with torch 2.11." in body

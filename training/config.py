@@ -83,7 +83,7 @@ class TaskKind(StrEnum):
 
 
 class GateRule(StrEnum):
-    """bf16: within the thresholds of BF16. better_than_ptq: beats the PTQ model on every task and measure."""
+    """bf16: within the thresholds of BF16. better_than_ptq: perplexity and KL below PTQ's, no score clearly lower."""
 
     bf16 = "bf16"
     better_than_ptq = "better_than_ptq"
