@@ -50,16 +50,20 @@ HARDWARE = {
 }
 """What each server needs for a format: GPUs, and releases where not all know it."""
 
+_SCALES_IN_TRTLLM = (
+    " It takes the scales where q, k and v are NVFP4 (W4A4) or FP8; where they are BF16 or W4A8, its source does not"
+    " load them and the cache has scale 1."
+)
 _CACHE = {
     KVCache.none: "The KV cache is not quantized.",
     KVCache.fp8: "The KV cache is FP8 (E4M3, `k_scale` and `v_scale` beside k_proj and v_proj): keys and values were"
     " rounded to it in training and evaluation. vLLM and SGLang are told by `--kv-cache-dtype`, TensorRT-LLM reads it"
-    " from `hf_quant_config.json`.",
+    f" from `hf_quant_config.json`.{_SCALES_IN_TRTLLM}",
     KVCache.nvfp4: "The KV cache is NVFP4 (blocks of 16 along a head; `k_scale`, `v_scale` beside k_proj and v_proj):"
     " keys and values were rounded to it in training and evaluation. TensorRT-LLM reads it from `hf_quant_config.json`"
-    " and needs Blackwell. vLLM's `nvfp4` cache needs SM100; elsewhere leave the option out, and the cache is BF16."
-    " SGLang has no such cache: its command takes FP8 with the same scales, because it would multiply a BF16 cache by"
-    " them.",
+    f" and needs Blackwell.{_SCALES_IN_TRTLLM} vLLM's `nvfp4` cache needs SM100; elsewhere leave the option out, and"
+    " the cache is BF16. SGLang has no such cache: its command takes FP8 with the same scales, because it would"
+    " multiply a BF16 cache by them.",
 }
 _QWEN2_ON_SGLANG = (
     "SGLang drops the cache's scales of Qwen2 models (sgl-project/sglang#39942, open in September 2026): its command"

@@ -53,6 +53,7 @@ def test_the_card_shows_what_the_gate_measured(tmp_path: Path):
     assert "\nvllm serve FOLDER --kv-cache-dtype fp8_e4m3\n" in body
     assert "--model-path FOLDER --quantization modelopt_fp4 --kv-cache-dtype bfloat16\n" in body
     assert "SGLang drops the cache's scales of Qwen2 models" in body
+    assert "where they are BF16 or W4A8, its source does not load them" in body
     for container in CONVERTED:  # measured as its source, served in its own way
         other = converted_card(text, container)
         assert other.startswith(text[: text.index("## Serving")])
