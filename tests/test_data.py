@@ -290,7 +290,7 @@ REFUSING = "{{ raise_exception('turns must alternate') }}"
         (None, turns("a", "b"), "no chat template"),
         (CHATML, turns("a"), r"c\.jsonl:1: no assistant turn"),
         (CHATML, {"messages": [{"role": "assistant", "content": "a"}]}, "starts with an assistant turn"),
-        (CHATML, {"messages": []}, "'messages' is not a list of turns"),
+        (CHATML, {"messages": []}, "'messages' is empty; take the line out"),
         (CHATML, {"chat": [1]}, r"'messages' is not a list of turns \(keys: chat\)"),
         (CHATML, {"messages": ["a"]}, "turn 1 is a str"),
         (CHATML, {"messages": [{"role": "user", "content": None}]}, "turn 1: 'content' is a NoneType"),

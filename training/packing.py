@@ -286,8 +286,10 @@ def turns_of(record: dict[str, Any], key: str, where: str) -> list[dict[str, str
     Raises:
         UserError: there is no such list, or a turn lacks one of the two.
     """
-    if not isinstance(messages := record.get(key), list) or not messages:
+    if not isinstance(messages := record.get(key), list):
         raise UserError(f"{where}: {key!r} is not a list of turns (keys: {', '.join(record)}); set data.chat_key")
+    if not messages:
+        raise UserError(f"{where}: {key!r} is empty; take the line out")
     for turn, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise UserError(f"{where}: turn {turn} is a {type(message).__name__}, not an object; fix the line")
