@@ -33,6 +33,14 @@ LLAMA = {
     "eos_token_id": 2,
 }
 UNTIED = LLAMA | {"tie_word_embeddings": False}
+LLAMA3_SCALED = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Rotary scaling as Llama 3.1 has it."""
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
 
 

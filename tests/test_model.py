@@ -6,21 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from .export_tools import LLAMA3_SCALED
+
 WORKER = Path(__file__).with_name("workers") / "parity.py"
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 32}
 MODELS = {
     "scaled_untied_gqa": {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "tie_word_embeddings": False,
-        "rope_parameters": {"rope_theta": 500000.0, **LLAMA3},
+        "rope_parameters": {"rope_theta": 500000.0, **LLAMA3_SCALED},
     },
     "plain_tied_mha": {
         "num_attention_heads": 2,
@@ -33,7 +28,7 @@ MODELS = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
-        "rope_parameters": {"rope_theta": 10000.0, **LLAMA3},
+        "rope_parameters": {"rope_theta": 10000.0, **LLAMA3_SCALED},
         "num_hidden_layers": 3,
     },
 }

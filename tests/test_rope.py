@@ -7,15 +7,7 @@ import pytest
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.shape import shape_of
 
-from .export_tools import LLAMA
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+from .export_tools import LLAMA, LLAMA3_SCALED
 
 
 @pytest.mark.parametrize(
@@ -41,8 +33,11 @@ def test_what_cannot_be_a_model_is_one_line(changes: dict[str, Any], says: str):
 
 
 def test_two_spellings_that_contradict_each_other_are_one_line():
-    both = LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 1e5}, "rope_scaling": LLAMA3 | {"factor": 16.0}}
+    both = LLAMA | {
+        "rope_parameters": LLAMA3_SCALED | {"rope_theta": 1e5},
+        "rope_scaling": LLAMA3_SCALED | {"factor": 16.0},
+    }
     with pytest.raises(RecipeError, match="rope_parameters and rope_scaling differ in factor") as caught:
         shape_of(both, "config.json")
     assert len(caught.value.problems) == 1
-    assert shape_of(both | {"rope_scaling": LLAMA3}, "config.json").rope_scaling_factor == 8.0
+    assert shape_of(both | {"rope_scaling": LLAMA3_SCALED}, "config.json").rope_scaling_factor == 8.0

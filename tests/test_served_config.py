@@ -19,15 +19,7 @@ from halfbyte.training.config import Format, LayerFormat, Recipe
 from halfbyte.training.kv_format import KVCache
 from halfbyte.training.shape import layer_format
 
-from .export_tools import LLAMA, QWEN3, export, recipe
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+from .export_tools import LLAMA, LLAMA3_SCALED, QWEN3, export, recipe
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -43,9 +35,9 @@ def rope_of_transformers_4(config: dict[str, Any]) -> tuple[float, dict[str, Any
     ("rope", "scaling"),
     [
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, None),
-        ({"rope_parameters": LLAMA3 | {"rope_theta": 1e5}}, LLAMA3),
+        ({"rope_parameters": LLAMA3_SCALED | {"rope_theta": 1e5}}, LLAMA3_SCALED),
         ({"rope_theta": 1e5}, None),
-        ({"rope_theta": 1e5, "rope_scaling": LLAMA3}, LLAMA3),
+        ({"rope_theta": 1e5, "rope_scaling": LLAMA3_SCALED}, LLAMA3_SCALED),
     ],
 )
 def test_transformers_4_and_5_read_the_same_rotation(tmp_path: Path, rope: dict[str, Any], scaling: dict | None):
