@@ -116,6 +116,26 @@ def test_a_weight_is_seen_with_its_adapter(make):
     assert all(found[key]["weight"]["drift"] > bare[key]["weight"]["drift"] for key in found)
 
 
+@pytest.mark.parametrize("number_format", [Format.mxfp4, Format.nvfp4])
+def test_a_block_is_clipped_where_its_learned_scale_ends(make, number_format):
+    from halfbyte.training import companions, lsq, quantization_stats, quantize
+
+    section = Quantize(format=number_format)
+    gpt = make(section)
+    lsq.attach(gpt, Recipe(method=Method.qat, quantize=section, train=Train(block_scale_lr_mult=1.0)))
+    with torch.no_grad():
+        for _, scale in companions.of(gpt).each():
+            scale.log2.sub_(1.0)  # half of what every block needs
+    found = quantization_stats.measure(gpt, batch(1), section)
+    for layer in quantize.plan(gpt, section):
+        linear = gpt.get_submodule(layer.module)
+        weight = linear.weight.detach()
+        most = linear.weight_quantizer._quantizer_cache.fake(1e3 * weight.sign()).abs()  # a full block's largest value
+        share = float((weight.abs() > most).double().mean())
+        assert found[layer.key]["weight"]["clipped"] == share
+        assert share > 0.01
+
+
 def test_tensors_larger_than_a_piece(monkeypatch):
     from halfbyte.training import quantization_stats
 

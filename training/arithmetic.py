@@ -49,9 +49,13 @@ class Arithmetic:
 
     def end(self) -> torch.Tensor | None:
         """The magnitude beyond which the gradient is zero: FP32 [], under learned scales [.., K]; None for nowhere."""
-        if self.limit is None or self.log2 is None:
-            return self.limit
-        return learned_scales.ends(self.log2.detach().flatten(0, -2), self.rounding, self.scale)
+        return self.limit if self.limit is None or self.log2 is None else self.represented()
+
+    def represented(self) -> torch.Tensor | None:
+        """The largest magnitude that comes out: FP32 [], under learned scales [N, K]; None where scales follow x."""
+        if self.log2 is not None:
+            return learned_scales.ends(self.log2.detach().flatten(0, -2), self.rounding, self.scale)
+        return None if self.scale is None else largest(self.rounding, self.scale)
 
     def fake(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantized x [..., K] in its own dtype; the gradient passes straight through, within `end`."""

@@ -18,7 +18,6 @@ from halfbyte.training import companions
 from halfbyte.training.config import Quantize
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.quantize import SIDES, enabled_quantizers, gather_layers, plan
-from halfbyte.training.saturation import largest
 from halfbyte.training.schedule import collect
 
 CHUNK = 1 << 24
@@ -32,7 +31,8 @@ class Seen:
     """What one quantizer did with a tensor x, on the tensor's device.
 
     Attributes:
-        sums: FP64 [4]: of (Q(x) - x)^2, of x^2, of |x| beyond what the scale represents (a count), of elements.
+        sums: FP64 [4]: of (Q(x) - x)^2, of x^2, of |x| beyond what the scale (a learned one: of its block) represents
+            (a count), of elements.
         amax: FP32 []: largest |x|.
         calibrated: FP32 []: the calibrated maximum; NaN where the format needs none.
     """
@@ -48,14 +48,17 @@ def see(x: torch.Tensor, rounded: torch.Tensor, limit: torch.Tensor | None, cali
     Args:
         x: Any shape and float dtype.
         rounded: Q(x), the same shape and dtype.
-        limit: FP32 []: magnitude that the scale represents at most; None clips nothing.
+        limit: FP32 [] or x's shape: magnitude that is represented at most; None clips nothing.
         calibrated: [] calibrated maximum; None where there is none.
     """
     sums, amax = torch.zeros(4, dtype=torch.float64, device=x.device), torch.zeros((), device=x.device)
-    for part, fake in zip(x.flatten().split(CHUNK), rounded.flatten().split(CHUNK), strict=True):
+    values, fakes = x.flatten().split(CHUNK), rounded.flatten().split(CHUNK)
+    limit = torch.tensor(torch.inf, device=x.device) if limit is None else limit
+    ends = limit.flatten().split(CHUNK) if limit.dim() else [limit] * len(values)
+    for part, fake, end in zip(values, fakes, ends, strict=True):
         part = part.float()
         magnitude = part.abs()
-        clipped = magnitude.new_zeros(()) if limit is None else (magnitude > limit).sum()
+        clipped = (magnitude > end).sum()
         error = (fake.float() - part).square().sum()
         sums += torch.stack([error, part.square().sum(), clipped, torch.tensor(part.numel(), device=x.device)]).double()
         amax = torch.maximum(amax, magnitude.max())
@@ -81,8 +84,8 @@ def measure(model: torch.nn.Module, batch: MicroBatch, quantize: Quantize) -> di
 
             def look(module: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor, name: str = name) -> None:
                 rule = module._quantizer_cache
-                limit = None if rule.scale is None else largest(rule.rounding, rule.scale)
-                seen[name] = see(args[0].detach(), out.detach(), limit, None if limit is None else module.amax)
+                calibrated = None if rule.scale is None else module.amax
+                seen[name] = see(args[0].detach(), out.detach(), rule.represented(), calibrated)
 
             hooks.callback(quantizer.register_forward_hook(look).remove)
             linear, _, side = name.removesuffix("_quantizer").rpartition(".")
