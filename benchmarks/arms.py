@@ -77,6 +77,11 @@ ROWS = (
         "NVFP4 QAD, full KL, learned scales (LR x 30), from AWQ-lite",
         (*AWQ, "train.block_scale_lr_mult=30"),
     ),
+    Row(
+        "nvfp4_qad_clip",
+        "NVFP4 QAD, full KL, learned scales, clipped gradient, from AWQ-lite",
+        (*AWQ, *SCALES, "quantize.clip_gradient=true"),
+    ),
     Row("nvfp4_qad_duo", "NVFP4 QAD, full KL, learned scales, from AWQ-duo", (*DUO, *SCALES)),
     Row("nvfp4_qad_mixed", "NVFP4 QAD, full KL, from AWQ-duo, gate and up in FP8", (*DUO, *FP8_GATE_UP)),
     Row(
