@@ -68,7 +68,9 @@ class StageReplay:
         self._recorder = recorder
         self._pairs: dict[Any, list[_Pair]] = {}
 
-    def call(self, gpt: torch.nn.Module, batches: Sequence[MicroBatch], *, needs_logits: bool, kind: Any) -> Any:
+    def call(
+        self, gpt: torch.nn.Module, batches: Sequence[MicroBatch], *, needs_logits: bool, kind: Any
+    ) -> Forward | None:
         """How this stage is to be called for the micro-batches of a global batch, in their order.
 
         Args:
@@ -78,7 +80,7 @@ class StageReplay:
             kind: Whatever else changes the computation (hashable).
 
         Returns:
-            A schedule.Forward; None the first time: the caller calls the model itself.
+            None the first time: the caller calls the model itself.
         """
         key = (kind, tuple(batches[0].tokens.shape), batches[0].segments is None, len(batches))
         if key not in self._pairs:
