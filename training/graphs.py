@@ -68,11 +68,7 @@ class Replay:
         A graph that holds a communicator's kernels keeps the communicator: left to the garbage collector, which each
         rank runs at another moment, it can stop a collective under way, and `destroy_process_group` waits for it.
         """
-        captured = [one for one in self._captured.values() if one is not None]
-        if captured:
-            torch.cuda.synchronize()
-        for one in captured:
-            one.graph.reset()
+        free([one.graph for one in self._captured.values() if one is not None])
         self._captured.clear()
 
 
@@ -80,11 +76,10 @@ class _Captured:
     """One graph, with the tensors that it reads (`inputs`) and adds to (`total`)."""
 
     def __init__(self, model: torch.nn.Module, example: MicroBatch, loss: Loss, *, needs_logits: bool):
-        self.inputs = MicroBatch(*(None if x is None else x.clone() for x in tensors(example)))
+        self.inputs = held(example)
         self.total = torch.zeros(2, dtype=torch.float64, device=example.tokens.device)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog, the autograd engine) go on with calls that a global capture would refuse.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), without_generator():
+        with capture(self.graph):
             out = forward(model, self.inputs, None if needs_logits else self.inputs.labels)
             part: Part = part_of(loss(out, self.inputs, 0), self.inputs)
             part.loss.backward()
@@ -92,13 +87,44 @@ class _Captured:
 
     def replay(self, batch: MicroBatch) -> None:
         """The pass for another micro-batch of the same shape."""
-        for place, value in zip(tensors(self.inputs), tensors(batch), strict=True):
-            if place is not None and value is not None:
-                place.copy_(value)
+        fill(self.inputs, batch)
         self.graph.replay()
 
 
-def tensors(batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
+@contextmanager
+def capture(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """Around what `graph` is to repeat: nothing of it is computed yet.
+
+    Args:
+        graph: A new one.
+        pool: Memory that it shares with other graphs (torch.cuda.graph_pool_handle); None: its own.
+    """
+    # Other threads (NCCL's watchdog, the autograd engine) go on with calls that a global capture would refuse.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), without_generator():
+        yield
+
+
+def free(graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
+    """Free graphs, when nothing runs on the GPU any more."""
+    if graphs:
+        torch.cuda.synchronize()
+    for graph in graphs:
+        graph.reset()
+
+
+def held(example: MicroBatch) -> MicroBatch:
+    """A copy of a micro-batch in tensors for a graph to read, which `fill` gives other values."""
+    return MicroBatch(*(None if x is None else x.clone() for x in _tensors(example)))
+
+
+def fill(inputs: MicroBatch, batch: MicroBatch) -> None:
+    """Copy a micro-batch of the same shape into the tensors that a graph reads."""
+    for place, value in zip(_tensors(inputs), _tensors(batch), strict=True):
+        if place is not None and value is not None:
+            place.copy_(value)
+
+
+def _tensors(batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
     """A micro-batch's tensors, in the order of its fields."""
     return batch.tokens, batch.labels, batch.loss_mask, batch.segments
 

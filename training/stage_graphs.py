@@ -42,19 +42,14 @@ class Capture:
     def record(self, compute: Callable[[], None]) -> Callable[[], None]:
         """Capture it: nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
-        # As in graphs.py: other threads go on with calls that a global capture would refuse.
-        with (
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            graphs.without_generator(),
-        ):
+        with graphs.capture(graph, self._pool):
             compute()
         self._graphs.append(graph)
         return graph.replay
 
     def close(self) -> None:
-        """Free the graphs; nothing of them may run any more."""
-        for graph in self._graphs:
-            graph.reset()
+        """Free the graphs."""
+        graphs.free(self._graphs)
         self._graphs.clear()
 
 
@@ -138,7 +133,7 @@ class _Pair:
         self.gpt, self.recorder, self.needs_logits = gpt, recorder, needs_logits
         self.anchor = torch.zeros((), device=example.tokens.device, requires_grad=True)
         """Gives the first stage's output a gradient: nothing that it receives has one."""
-        self.inputs = MicroBatch(*(None if x is None else x.clone() for x in graphs.tensors(example)))
+        self.inputs = graphs.held(example)
         self.received = None if received is None else received.detach().clone().requires_grad_()
         self.handed_back: torch.Tensor | None = None
         """The gradient of `received`."""
@@ -167,9 +162,7 @@ class _Replayed(torch.autograd.Function):
         ctx: Any, pair: _Pair, batch: MicroBatch, received: torch.Tensor | None, anchor: torch.Tensor
     ) -> torch.Tensor:
         ctx.pair = pair
-        for place, value in zip(graphs.tensors(pair.inputs), graphs.tensors(batch), strict=True):
-            if place is not None and value is not None:
-                place.copy_(value)
+        graphs.fill(pair.inputs, batch)
         if pair.received is not None and received is not None:
             pair.received.data.copy_(received)
         pair.forward()
