@@ -33,6 +33,7 @@ FOUR_OVER_SIX = ("quantize.block_scale=four_over_six",)
 SCALES = ("train.block_scale_lr_mult=10",)
 LORA = ("train.lora.rank=32", "train.lora.alpha=32", "train.learning_rate=2e-3")
 MIX = ("distill.cross_entropy=0.1",)
+MIX30 = ("distill.cross_entropy=0.3",)
 
 ROWS = (
     Row("nvfp4_max", "NVFP4 PTQ, max", PTQ, trained=False),
@@ -69,7 +70,7 @@ ROWS = (
     Row(
         "nvfp4_qad_mix30",
         "NVFP4 QAD, full KL + 0.3 CE, from AWQ-lite",
-        (*AWQ, "distill.cross_entropy=0.3"),
+        (*AWQ, *MIX30),
     ),
     Row("nvfp4_qad_lsq", "NVFP4 QAD, full KL, learned scales, from AWQ-lite", (*AWQ, *SCALES)),
     Row(
@@ -128,7 +129,7 @@ ROWS = (
     Row(
         "nvfp4_qad_best30",
         "NVFP4 QAD, full KL + 0.3 CE, learned scales, from AWQ-duo, wide text, 33 M tokens",
-        (*LONG, *DUO, *SCALES, "distill.cross_entropy=0.3"),
+        (*LONG, *MIX30, *DUO, *SCALES),
     ),
     Row(
         "mxfp4_qad_best20",

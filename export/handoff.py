@@ -151,7 +151,7 @@ def needs_text(served: serving.Served) -> str:
     if len(used) > 1:
         parts = [_MIXED, *(f"\n{number_format.value}:\n\n{HARDWARE[number_format]}" for number_format in used)]
     told = f"\n{_CACHE[served.cache]}"
-    if served.cache is not KVCache.none and served.architecture == "Qwen2ForCausalLM":
+    if served.cache is not KVCache.none and served.architecture in serving.UNSCALED_IN_SGLANG:
         told += f" {_QWEN2_ON_SGLANG}"
     return "\n".join([*parts, told]) + "\n"
 

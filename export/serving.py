@@ -12,7 +12,7 @@ from typing import Any
 from halfbyte.training.config import Format
 from halfbyte.training.kv_format import KVCache
 
-SERVERS = ("TensorRT-LLM", "vLLM", "SGLang")
+SERVERS: tuple[str, ...] = ("TensorRT-LLM", "vLLM", "SGLang")
 READERS = {
     Format.nvfp4: SERVERS,
     Format.w4a16_nvfp4: SERVERS,
@@ -24,10 +24,10 @@ READERS = {
 """Which servers have a reader for a format; what each needs is told in handoff.py."""
 SGLANG_NAME = {Format.nvfp4: "modelopt_fp4", Format.w4a16_nvfp4: "modelopt_fp4", Format.fp8: "modelopt_fp8"}
 TOKENS_PER_PAGE = 32
-
-
 VLLM_CACHE = {KVCache.fp8: "fp8_e4m3", KVCache.nvfp4: "nvfp4"}
 """What vLLM is told of the cache; its nvfp4 needs SM100."""
+UNSCALED_IN_SGLANG = {"Qwen2ForCausalLM"}
+"""Models whose cache SGLang leaves without its scales (sgl-project/sglang#39942, open in September 2026)."""
 
 
 @dataclass(frozen=True)
@@ -76,24 +76,22 @@ def commands(served: Served, load: Load, config: Path | None = None) -> dict[str
     vllm += _options(load, "--tensor-parallel-size", "--max-num-seqs", "--max-model-len")
     sglang = ["python", "-m", "sglang.launch_server", "--model-path", served.folder]
     sglang += _options(load, "--tp", "--max-running-requests", "--context-length")
-    if len(served.formats) == 1:  # a mix, and what has no name of its own, is recognized by config.json
-        sglang += [
-            word for used in served.formats & SGLANG_NAME.keys() for word in ("--quantization", SGLANG_NAME[used])
-        ]
+    # a mix, and what has no name of its own, is recognized by config.json
+    name = SGLANG_NAME.get(next(iter(served.formats))) if len(served.formats) == 1 else None
+    sglang += ["--quantization", name] if name else []
     if served.cache is not KVCache.none:
         vllm += ["--kv-cache-dtype", VLLM_CACHE[served.cache]]
         sglang += ["--kv-cache-dtype", _sglang_cache(served)]
-    all_of_them = {"TensorRT-LLM": trtllm, "vLLM": vllm, "SGLang": sglang}
+    all_of_them = dict(zip(SERVERS, (trtllm, vllm, sglang), strict=True))
     return {name: shlex.join(all_of_them[name]) for name in readers(served.formats)}
 
 
 def _sglang_cache(served: Served) -> str:
     """FP8, also for NVFP4: it has no such cache, and its FlashInfer backend multiplies a BF16 one by the scales.
 
-    It drops the scales of Qwen2 models (sgl-project/sglang#39942, open in September 2026), and an FP8 cache without
-    them is another model than the one that was evaluated.
+    An FP8 cache without its scales is another model than the one that was evaluated.
     """
-    return "bfloat16" if served.architecture == "Qwen2ForCausalLM" else "fp8_e4m3"
+    return "bfloat16" if served.architecture in UNSCALED_IN_SGLANG else "fp8_e4m3"
 
 
 def readers(used: Collection[Format]) -> list[str]:
