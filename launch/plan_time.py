@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from halfbyte.launch.plan_memory import Trained, loads_teacher, parameters_of_stage, rounds_inputs, trained_shares
 from halfbyte.launch.plan_model import Architecture, Layout
-from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Method, Recipe
+from halfbyte.training.graph_rules import captures_under
 from halfbyte.training.hardware import REACHED, Gpu, Reached
 from halfbyte.training.shape import model_flops
 
@@ -126,17 +126,9 @@ def _micro_batch(
         logits = 2 * tokens * columns * (5 if recipe.method is Method.qad else 3) / memory
         kernels += ahead * (1 + int(teacher)) + into_input + trained.whole * into_weight + logits
         gathers += unit * (2 + int(teacher))
-    waiting = 0.0 if _captured(recipe, layout) else max(0.0, python - kernels)
+    captured = captures_under(recipe, layout.pipeline, layout.data, recompute=layout.recompute)
+    waiting = 0.0 if captured else max(0.0, python - kernels)
     return kernels, waiting, gathers / (gpu.nvlink * reached.nvlink)
-
-
-def _captured(recipe: Recipe, layout: Layout) -> bool:
-    """Whether passes are replayed as CUDA graphs, by the rules of training/graphs.py and training/stage_graphs.py."""
-    choice = recipe.train.cuda_graphs
-    if layout.pipeline > 1:
-        return choice is CudaGraphs.always and not layout.recompute and not recipe.distill.hidden
-    asked = choice is CudaGraphs.always or (choice is CudaGraphs.auto and layout.data == 1)
-    return asked and not layout.recompute and recipe.distill.teacher is None
 
 
 def _linear(tokens: float, n: float, k: float, rate: float, memory: float) -> tuple[float, float, float]:

@@ -1,10 +1,12 @@
 """CUDA graphs: where they are used, what keeps its address for them, and that a replayed step is the plain one."""
 
 import contextlib
+import itertools
 import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,25 @@ import torch
 from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import BlockScale, Recipe
 from halfbyte.training.formats import Rounding
+from halfbyte.training.hardware import GPUS, REACHED
 from halfbyte.training.numerics import fake_quantize, fake_quantize_into
+from halfbyte.training.shape import ModelShape
 
 WORKERS = Path(__file__).with_name("workers")
+SMALL = ModelShape(
+    layers=4,
+    hidden=128,
+    ffn=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    vocab=256,
+    tied=True,
+    max_positions=512,
+    rope_theta=10000.0,
+    rope_scaling_factor=None,
+    norm_eps=1e-5,
+)
 
 
 @pytest.mark.parametrize("rounding", [Rounding.nvfp4, Rounding.mxfp4, Rounding.fp8])
@@ -81,42 +99,93 @@ def test_no_micro_batch_pays_for_modelopts_lookup(monkeypatch):
         assert isinstance(gpt.decoder.layers[0].mlp, DynamicModule)  # else there was nothing to save
 
 
-def test_where_graphs_are_used():
-    from halfbyte.training import graphs
+def recipe_with(**keys) -> Recipe:
+    """The defaults with section__key=value changed."""
+    recipe = Recipe()
+    for name, value in keys.items():
+        section, key = name.split("__")
+        setattr(getattr(recipe, section), key, value)
+    return recipe
+
+
+def on(device: str):
+    """A process beside such a device."""
     from halfbyte.training.runtime import Runtime
 
-    def wanted(world=1, device="cuda", **keys):
-        recipe = Recipe()
-        for name, value in keys.items():
-            section, key = name.split("__")
-            setattr(getattr(recipe, section), key, value)
-        layout = {"rank": 0, "world": world, "local_rank": 0, "local_world": world, "dtype": torch.bfloat16}
-        return graphs.wanted(recipe, Runtime(device=torch.device(device), **layout))
+    return Runtime(rank=0, world=1, local_rank=0, local_world=1, dtype=torch.bfloat16, device=torch.device(device))
+
+
+def test_where_graphs_are_used():
+    from halfbyte.training import graphs
+
+    def wanted(device="cuda", **keys):
+        return graphs.wanted(recipe_with(**keys), on(device))
 
     assert wanted()
     assert not wanted(device="cpu")
     assert not wanted(train__cuda_graphs=CudaGraphs.never)
-    assert wanted(world=2, parallel__tensor=2)
-    assert not wanted(world=2, parallel__data=2)
-    assert wanted(world=2, parallel__data=2, train__cuda_graphs=CudaGraphs.always)
-    assert not wanted(world=2, parallel__pipeline=2)
-    assert not wanted(world=2, parallel__pipeline=2, train__cuda_graphs=CudaGraphs.always)
+    assert wanted(parallel__tensor=2)
+    assert not wanted(parallel__data=2)
+    assert wanted(parallel__data=2, train__cuda_graphs=CudaGraphs.always)
+    assert not wanted(parallel__pipeline=2)
+    assert not wanted(parallel__pipeline=2, train__cuda_graphs=CudaGraphs.always)
     assert not wanted(train__recompute=True)
-    assert not wanted(distill__teacher="folder")
+    assert not wanted(distill__teacher="folder")  # it is read between two replays
+    assert wanted(distill__hidden=0.5)
 
 
 def test_where_stages_are_recorded():
     from halfbyte.training import stage_graphs
-    from halfbyte.training.runtime import Runtime
 
-    runtime = Runtime(rank=0, world=2, local_rank=0, local_world=2, dtype=torch.bfloat16, device=torch.device("cuda"))
-    recipe = Recipe()
-    recipe.parallel.pipeline = 2
-    assert not stage_graphs.wanted(recipe, runtime)  # auto: never run on a GPU
-    recipe.train.cuda_graphs = CudaGraphs.always
-    assert stage_graphs.wanted(recipe, runtime)
-    recipe.distill.hidden = 0.5
-    assert not stage_graphs.wanted(recipe, runtime)
+    def wanted(device="cuda", **keys):
+        return stage_graphs.wanted(recipe_with(**({"parallel__pipeline": 2} | keys)), on(device))
+
+    assert wanted()
+    assert not wanted(device="cpu")
+    assert wanted(parallel__tensor=2)
+    assert not wanted(parallel__pipeline=1)
+    assert not wanted(train__cuda_graphs=CudaGraphs.never)
+    assert not wanted(parallel__data=2)
+    assert wanted(parallel__data=2, train__cuda_graphs=CudaGraphs.always)
+    assert not wanted(train__recompute=True)
+    assert not wanted(distill__hidden=0.5)  # the loss would read activations inside a graph
+    assert wanted(distill__teacher="folder")  # read before the schedule begins
+
+
+GRID = list(itertools.product([1, 2, 4], [1, 2], CudaGraphs, [False, True], [0.0, 0.5], [None, "folder"]))
+"""Pipeline stages, data-parallel ranks, train.cuda_graphs, train.recompute, distill.hidden, distill.teacher."""
+
+
+@pytest.mark.parametrize("companion", [False, True])
+def test_hooks_that_no_replay_runs_and_replays_exclude_each_other(companion):
+    """Over all settings: one kind of graph at most, and with one no early sum; and the plan knows which it is."""
+    from halfbyte.launch.plan_model import Architecture, Layout
+    from halfbyte.launch.plan_time import step_time
+    from halfbyte.training import companions, graphs, module, stage_graphs
+
+    model, planned = torch.nn.Module(), Architecture.dense("", SMALL)
+    if companion:
+        model.add_module(companions.NAME, companions.Companions())
+    captured = 0
+    for pipeline, data, choice, recompute, hidden, teacher in GRID:
+        recipe = recipe_with(
+            parallel__pipeline=pipeline,
+            parallel__data=data,
+            train__cuda_graphs=choice,
+            train__recompute=recompute,
+            distill__hidden=hidden,
+            distill__teacher=teacher,
+        )
+        kinds = [kind.wanted(recipe, on("cuda")) for kind in (graphs, stage_graphs)]
+        assert sum(kinds) <= 1
+        assert not any(kind.wanted(recipe, on("cpu")) for kind in (graphs, stage_graphs))
+        assert module.reduces_early(model, recipe) == (data > 1 and not companion and not any(kinds))
+        slow_python = replace(REACHED, layer=1e6)
+        waits = step_time(recipe, planned, Layout.of(recipe), GPUS["H200"], slow_python).waiting > 0
+        assert waits != any(kinds)
+        captured += any(kinds)
+    # Half of the teachers or of the hidden losses, no recomputation: `auto` at one data rank, `always` at both.
+    assert captured == 3 * 3 * 2
 
 
 @pytest.mark.slow

@@ -357,6 +357,8 @@ def test_gradients_are_summed_early_where_hooks_can_tell_that_they_are_ready():
     assert module.reduces_early(model, recipe)
     recipe.train.cuda_graphs = CudaGraphs.always  # a replay runs no hook
     assert not module.reduces_early(model, recipe)
+    recipe.train.recompute = True  # and nothing is replayed
+    assert module.reduces_early(model, recipe)
     recipe.train.cuda_graphs = CudaGraphs.auto
     model.add_module(companions.NAME, companions.Companions())  # they read this rank's own sums after the pass
     assert not module.reduces_early(model, recipe)

@@ -51,12 +51,15 @@ class Weights(StrEnum):
 
 
 class CudaGraphs(StrEnum):
-    """Whether a micro-batch's passes are replayed as one CUDA graph (training/graphs.py)."""
+    """Whether the passes of a micro-batch are replayed from CUDA graphs.
+
+    One graph (training/graphs.py); in a pipeline's stage a pair for each micro-batch in flight (stage_graphs.py).
+    """
 
     auto = "auto"
-    """Where it was measured: on one GPU, and under tensor parallelism alone."""
+    """Everywhere but under data parallelism, whose gradients are then summed beside the last backward pass."""
     always = "always"
-    """Wherever it is possible: also under data parallelism and, as pairs, in a pipeline (training/stage_graphs.py)."""
+    """Also under data parallelism; gradients are summed after the last backward pass."""
     never = "never"
 
 

@@ -46,8 +46,8 @@ class Train:
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
     cuda_graphs: CudaGraphs = CudaGraphs.auto
-    """No graph with recompute, whatever this says; without a pipeline none with distill.teacher, with one none with
-    distill.hidden."""
+    """In a pipeline each micro-batch in flight keeps memory of its own. No graph with
+    recompute, whatever this says; without a pipeline none with distill.teacher, with one none with distill.hidden."""
     freeze: list[str] = field(default_factory=list)
     """fnmatch patterns on Hugging Face module names (*norm*, lm_head, model.layers.0.mlp.*) that are not trained.
     q/k/v, gate/up and tied embeddings are one parameter each: all members or none."""

@@ -6,8 +6,7 @@ collectives included, with no Python in between; losses and gradients are those 
 
 What a graph needs: fixed addresses. Inputs are copied into the tensors that were captured, rounded weights are kept
 between steps (fast_path.weights_once), gradients go to Megatron's buffers, which stay where they are. A pipeline's
-passes wait for other stages, recomputation asks for the generator's state, and a teacher on disk is read in between:
-those run as they always did.
+passes wait for other stages and are captured apart (stage_graphs.py); graph_rules.py says what is not captured at all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Recipe
 from halfbyte.training.data import MicroBatch
+from halfbyte.training.graph_rules import captures
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import Loss, Part, forward, part_of
 
@@ -130,12 +129,8 @@ def _tensors(batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
 
 
 def wanted(recipe: Recipe, runtime: Runtime) -> bool:
-    """Whether this run's passes are captured: it says so, and they can be (see the top of this file)."""
-    asked = recipe.train.cuda_graphs is CudaGraphs.always or (
-        recipe.train.cuda_graphs is CudaGraphs.auto and recipe.parallel.data == 1
-    )
-    possible = recipe.parallel.pipeline == 1 and not recipe.train.recompute and recipe.distill.teacher is None
-    return asked and possible and runtime.device.type == "cuda"
+    """Whether this run captures both passes of a micro-batch as one graph: on a GPU, without a pipeline."""
+    return captures(recipe) and recipe.parallel.pipeline == 1 and runtime.device.type == "cuda"
 
 
 @contextmanager

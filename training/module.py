@@ -23,7 +23,6 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch.utils.data import DataLoader, IterableDataset
 
 from halfbyte.training import companions, gradients, graphs, lora, losses, lsq, stage_graphs
-from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Method, Recipe, Train
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import MicroBatch, StepStream
@@ -33,6 +32,7 @@ from halfbyte.training.fake_quant import unquantized
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.files import write_json
 from halfbyte.training.freeze import freeze
+from halfbyte.training.graph_rules import captures
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.saturation import clip_weight_gradients
 from halfbyte.training.schedule import Loss, StepLoss, step_loss, train_batch
@@ -75,8 +75,7 @@ def reduces_early(model: GPTModel, recipe: Recipe) -> bool:
     Companions read a weight's gradient of this rank when the pass is over, and a graph's replay tells no hook which
     gradients are ready: there the sum is taken at the end.
     """
-    replayed = recipe.train.cuda_graphs is CudaGraphs.always
-    return recipe.parallel.data > 1 and companions.of(model) is None and not replayed
+    return recipe.parallel.data > 1 and companions.of(model) is None and not captures(recipe)
 
 
 def uses_distributed_optimizer(recipe: Recipe) -> bool:

@@ -15,9 +15,9 @@ import torch
 from megatron.core import parallel_state
 
 from halfbyte.training import graphs
-from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Recipe
 from halfbyte.training.data import MicroBatch
+from halfbyte.training.graph_rules import captures
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import Forward, forward
 
@@ -177,10 +177,5 @@ class _Replayed(torch.autograd.Function):
 
 
 def wanted(recipe: Recipe, runtime: Runtime) -> bool:
-    """Whether this run's stages are recorded: only where the recipe says `always`, for it was never run on a GPU."""
-    possible = (
-        recipe.parallel.pipeline > 1
-        and not recipe.train.recompute
-        and not recipe.distill.hidden  # the loss would read activations inside a graph
-    )
-    return recipe.train.cuda_graphs is CudaGraphs.always and possible and runtime.device.type == "cuda"
+    """Whether this run records its pipeline's stages: on GPUs."""
+    return captures(recipe) and recipe.parallel.pipeline > 1 and runtime.device.type == "cuda"
