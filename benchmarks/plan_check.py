@@ -63,8 +63,14 @@ def of_steps(found: dict[str, Any], gpu: Gpu) -> Iterator[Compared]:
             if bench.ARMS[arm].modelopt is not None:
                 continue
             recipe = bench.recipe(size, bench.LAYOUTS[layout], bench.ARMS[arm])
-            recipe.train.cuda_graphs = CudaGraphs.never if "first_step" in entry else recipe.train.cuda_graphs
+            recipe.train.cuda_graphs = _replayed(entry, bench.ARMS[arm])
             yield compare(f"{layout} {arm}", recipe, bench.shape_of(size), gpu, entry["peak_bytes"], entry["median"])
+
+
+def _replayed(entry: dict[str, Any], arm: bench.Arm) -> CudaGraphs:
+    """Whether a measured step was replayed from graphs: it says so; older ones were only where their arm asked."""
+    replayed = entry.get("graphs", arm.graphs is CudaGraphs.always)
+    return CudaGraphs.always if replayed else CudaGraphs.never
 
 
 def of_cases(found: dict[str, Any], gpu: Gpu) -> Iterator[Compared]:

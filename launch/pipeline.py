@@ -245,7 +245,7 @@ def _memory(error: BaseException | None) -> str | None:
     facts = ". ".join(_line(error).split(". ")[:3])
     return (
         f"GPU memory ran out ({facts}): lower train.micro_batch, in an evaluation evaluate.tokens_per_batch, or set "
-        "train.recompute=true; halfbyte plan says what a layout needs"
+        "train.cuda_graphs=never (in a pipeline) or train.recompute=true; halfbyte plan says what a layout needs"
     )
 
 

@@ -11,6 +11,7 @@ from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.choices import Dtype
 from halfbyte.training.config import Method, Recipe, Smoothing, Weights
 from halfbyte.training.formats import SPECS
+from halfbyte.training.graph_rules import captures_under
 from halfbyte.training.shape import ROW_PARALLEL, ModelShape, excluded, linear_sizes, planned_linears
 
 WIDTH = {Dtype.auto: 2, Dtype.bfloat16: 2, Dtype.float32: 4, Dtype.float64: 8}
@@ -28,7 +29,8 @@ def memory_per_rank(recipe: Recipe, model: Architecture, layout: Layout) -> dict
     under the distributed optimizer. FP32 needs no master copy: 4 P, 4 P and 8 P; FP64, never distributed, 8 P, 8 P and
     16 P. Fake quantization holds one rounded copy of its linears. `activations`: what autograd keeps of every
     micro-batch in flight (stage i of p has p - i). `logits`: the vocabulary's tensors of one micro-batch, or the
-    temporaries of a layer's backward pass where those are larger. What train.freeze names counts as the rest does;
+    temporaries of a layer's backward pass where those are larger. `CUDA graphs`: what their pools hold beyond that
+    (`_pools`). What train.freeze names counts as the rest does;
     under train.lora only weights with an adapter have gradients, and none is in the optimizer. `beside`: FP32 adapters
     and learned block scales, 8 each with their gradients, and two Adam moments, 8, over the data-parallel ranks as
     above. Calibration comes before there are gradients (`_calibration`); for method ptq it is all there is.
@@ -113,13 +115,11 @@ def _training(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -
     full = 8 if precise else 4  # bytes of what is never BF16: gradients, moments, adapters
     tokens = layout.micro_batch * recipe.train.sequence_length
     in_flight = min(layout.pipeline - stage, count)
-    split = layout.tensor if layout.sequence else 1
     one = layer_activations(recipe, model, layout, tokens)
-    ends = width * tokens * shape.hidden / split  # a layer's input: all that is kept of it under recomputation
-    kept = in_flight * layers * ends + one if layout.recompute else in_flight * layers * one
-    # The last norm's input and output, and what goes back through the last layer.
-    kept += 2 * ends if last else 0.0
-    passing = width * tokens * (3 * shape.ffn / layout.tensor + 2 * shape.hidden / split)
+    end = _end(recipe, shape, layout)  # all that is kept of a layer under recomputation
+    kept = in_flight * layers * end + one if layout.recompute else in_flight * layers * one
+    kept += 2 * end if last else 0.0  # the last norm's input and output
+    largest = max(_vocabulary(recipe, shape, layout) if last else 0.0, _passing(recipe, shape, layout))
     shards = layout.data if recipe.train.distributed_optimizer and not precise else 1
     trained = trained_shares(recipe, shape)
     copies = 2 if width >= full else 3
@@ -130,11 +130,40 @@ def _training(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -
         "beside": trained.beside * linears * full * (2 + 2 / shards),
         "rounded weights": width * linears * _planned_share(recipe, shape),
         "activations": kept,
-        "logits": max(_vocabulary(recipe, shape, layout) if last else 0.0, passing),
+        "logits": largest,
     }
+    if captures_under(recipe, layout.pipeline, layout.data, recompute=layout.recompute):
+        pools = _pools(recipe, model, layout, stage) if layout.pipeline > 1 else 0.0
+        # Graphs of steps that are not quantized yet stay when those of the others come.
+        two_kinds = 0 < recipe.train.fake_quant_after_steps < recipe.train.steps
+        parts["CUDA graphs"] = pools + (pools + kept + largest if two_kinds else 0.0)
     if loads_teacher(recipe):
         parts["teacher"] = width * held + (_teacher_said(recipe, shape, layout) if last else 0.0)
     return parts
+
+
+def _pools(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> float:
+    """Bytes of a pipeline stage's pairs of graphs (training/stage_graphs.py) beyond those of the plain path.
+
+    Each pair has a pool, in which a micro-batch's activations wait as they do without graphs. Also its own are: what
+    goes back through a layer, which otherwise all micro-batches share; the tensors at the stage's ends and their
+    gradients; and for each weight a tensor of its size, which Megatron's fused linears hand to autograd in the place of
+    a gradient. A capture does not reuse these, because another stream sees them. They take the place of activations
+    that are freed layer by layer, but the first of them, a down projection's, comes before any is, and the
+    vocabulary's fit into nothing else's place.
+    """
+    shape, width = model.sizes, WIDTH[recipe.train.dtype]
+    trained, layers = trained_shares(recipe, shape), layout.layers(shape, stage)
+    count = min(layout.pipeline - stage, layout.micro_batches(recipe))
+    linears, tables = parameters_of_stage(model, layout, stage)
+    freed = layers * layer_activations(recipe, model, layout, layout.micro_batch * recipe.train.sequence_length)
+    down = width * trained.linears * shape.ffn * shape.hidden / layout.tensor
+    own = max(down, width * trained.linears * linears - freed) + width * trained.whole * tables
+    own += (2 if stage == 0 else 4) * _end(recipe, shape, layout)
+    # Where the loss stands outside of the graphs, its gradient of the logits is copied into a tensor of theirs.
+    outside = recipe.method is Method.qad and stage == layout.pipeline - 1
+    logits = _logits(recipe, shape, layout) if outside else 0.0
+    return count * own + (count - 1) * _passing(recipe, shape, layout) + logits
 
 
 def evaluation_memory(recipe: Recipe, model: Architecture, layout: Layout) -> tuple[float, float]:
@@ -226,9 +255,26 @@ def trained_shares(recipe: Recipe, shape: ModelShape) -> Trained:
 
 def _vocabulary(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
     """Logits and their gradient; under QAD with a teacher beside it, the teacher's logits as well."""
-    tensors = 3 if recipe.method is Method.qad else 2
+    return (3 if recipe.method is Method.qad else 2) * _logits(recipe, shape, layout)
+
+
+def _logits(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
+    """Bytes of a micro-batch's logits."""
     tokens = layout.micro_batch * recipe.train.sequence_length
-    return tensors * WIDTH[recipe.train.dtype] * tokens * shape.vocab / layout.tensor
+    return WIDTH[recipe.train.dtype] * tokens * shape.vocab / layout.tensor
+
+
+def _end(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
+    """Bytes of a micro-batch between two layers."""
+    tokens = layout.micro_batch * recipe.train.sequence_length
+    return WIDTH[recipe.train.dtype] * tokens * shape.hidden / (layout.tensor if layout.sequence else 1)
+
+
+def _passing(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
+    """Bytes of what goes back through one layer."""
+    tokens = layout.micro_batch * recipe.train.sequence_length
+    mlp = 3 * WIDTH[recipe.train.dtype] * tokens * shape.ffn / layout.tensor
+    return mlp + 2 * _end(recipe, shape, layout)
 
 
 def _teacher_said(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:

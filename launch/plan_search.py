@@ -8,6 +8,7 @@ from math import isqrt
 from halfbyte.launch.plan_memory import evaluated, memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.launch.plan_time import Step, step_time
+from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Recipe
 from halfbyte.training.hardware import GIB, Gpu
 from halfbyte.training.model_rules import model_problems
@@ -44,7 +45,7 @@ def judge(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Cand
         largest = max(memory, key=lambda part: memory[part])
         problem = (
             f"{NEEDS}{total / GIB:.0f} GiB per GPU of {gpu.usable / GIB:.0f}, most of it {largest} "
-            f"({memory[largest] / GIB:.0f} GiB)"
+            f"({memory[largest] / GIB:.0f} GiB){_without_graphs(recipe, model, layout, gpu)}"
         )
     elif scored > gpu.usable:
         problem = (
@@ -52,6 +53,13 @@ def judge(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Cand
             f"evaluate.tokens_per_batch = {recipe.evaluate.tokens_per_batch}"
         )
     return Candidate(layout, memory, step_time(recipe, model, layout, gpu), problem)
+
+
+def _without_graphs(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> str:
+    """The remedy of a layout that is too large with CUDA graphs, where it fits without."""
+    plain = replace(recipe, train=replace(recipe.train, cuda_graphs=CudaGraphs.never))
+    total = max(sum(memory_per_rank(plain, model, layout).values()), evaluated(plain, model, layout))
+    return f"; train.cuda_graphs=never needs {total / GIB:.0f} GiB" if total <= gpu.usable else ""
 
 
 def best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> tuple[Candidate | None, dict[str, str]]:

@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.launch.plan_memory import SAMPLED, memory_per_rank
+from halfbyte.bench import plan as bench
+from halfbyte.bench import plan_check
+from halfbyte.launch.plan_memory import SAMPLED, memory_per_rank, parameters_of_stage
 from halfbyte.launch.plan_model import Architecture, Layout
+from halfbyte.launch.plan_search import judge
 from halfbyte.launch.plan_time import step_time
-from halfbyte.training.choices import Dtype
+from halfbyte.training.choices import CudaGraphs, Dtype
 from halfbyte.training.config import Method, Quantize, Recipe, Smoothing, Train, Weights
 from halfbyte.training.config_train import Lora
 from halfbyte.training.hardware import GPUS, Reached
 
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+SIZE = bench.Size(micro_batches=32)
+"""Eight layers of Llama-3-8B's shape."""
 
 
 def held(module) -> dict[str, int]:
@@ -138,3 +143,79 @@ def test_products_of_a_step_with_adapters():
     # Not in the plan: the factors' two products once per batch; and that nothing before the first adapter goes back.
     assert planned[1] == found[1] - 2 * rank * down + 4 * 12 * before
     assert planned[0] - planned[1] == 4 * 12 * (planned[0] / (4 * 12) / 3 - down)
+
+
+@pytest.mark.slow
+def test_every_weight_hands_autograd_a_tensor_of_its_size():
+    """Numbers are in main_grad already; in a captured pass these tensors are what the plan counts."""
+    train = Train(steps=2, global_batch=4, micro_batch=2, sequence_length=12, dtype=Dtype.float32)
+    recipe, found = Recipe(train=train, quantize=Quantize(calibration_samples=1)), {}
+    with WORLD["world_of_one"]() as opened:
+        module = WORLD["training"](opened, recipe)
+        for name, parameter in module.gpt.named_parameters():
+            parameter.register_hook(lambda gradient, name=name: found.update({name: gradient.nbytes}))
+        module.training_step(WORLD["batches"](), 0)
+        matrices = {name: p.nbytes for name, p in module.gpt.named_parameters() if p.dim() == 2}
+    assert {name: found[name] for name in matrices} == matrices
+    linears, tables = parameters_of_stage(Architecture.dense("", WORLD["SHAPE"]), Layout.of(recipe), 0)
+    assert sum(matrices.values()) == 4 * (linears + tables)
+
+
+MEASURED = {
+    ("tp2pp2", "bf16_graphs"): 13.00,
+    ("tp2pp2", "nvfp4_graphs"): 14.00,
+    ("pp4", "bf16_graphs"): 19.87,
+    ("pp4", "nvfp4_graphs"): 21.37,
+    ("tp2pp2", "bf16_eager"): 12.19,
+    ("tp2pp2", "nvfp4_eager"): 13.17,
+    ("pp4", "bf16_eager"): 16.51,
+    ("pp4", "nvfp4_eager"): 17.62,
+}
+"""GB that the allocator held on the fullest of four H200 (docs/evidence/plan.md)."""
+
+
+@pytest.mark.parametrize(("layout", "arm"), MEASURED)
+def test_pipelines_of_four_gpus_take_what_was_measured(layout, arm):
+    recipe = bench.recipe(SIZE, bench.LAYOUTS[layout], bench.ARMS[arm])
+    planned = memory_per_rank(recipe, Architecture.dense("", bench.shape_of(SIZE)), Layout.of(recipe))
+    assert ("CUDA graphs" in planned) == arm.endswith("graphs")
+    assert sum(planned.values()) / 1e9 == pytest.approx(MEASURED[layout, arm], rel=plan_check.MEMORY)
+
+
+def pools(size=None, layout="pp4", **changes) -> float:
+    """What graphs take on the fullest rank."""
+    size = size or SIZE
+    recipe = bench.recipe(size, bench.LAYOUTS[layout], bench.ARMS["bf16"])
+    for name, value in changes.items():
+        setattr(recipe.train, name, value)
+    return memory_per_rank(recipe, Architecture.dense("", bench.shape_of(size)), Layout.of(recipe)).get(
+        "CUDA graphs", 0
+    )
+
+
+def test_what_graphs_take_of_a_pipeline():
+    """Four pairs on the first stage: three more gradients on their way, and four times what is a pair's own."""
+    end, down, table = (2 * n for n in (SIZE.sequence * SIZE.hidden, SIZE.ffn * SIZE.hidden, SIZE.vocab * SIZE.hidden))
+    passing = 2 * (3 * SIZE.sequence * SIZE.ffn) + 2 * end
+    assert pools() == 4 * (down + table + 2 * end) + 3 * passing
+    assert pools(cuda_graphs=CudaGraphs.never) == pools(recompute=True) == 0
+    assert pools(layout="tp4") == 0  # one graph: its pool holds what the plain path would
+    # Short sequences free too little for the tensors of all weights to take its place.
+    short = replace(SIZE, sequence=128)
+    assert pools(short) > 4 * (2 * SIZE.layers * SIZE.layer_parameters / 4 - 4e8)
+    # Steps in BF16 ahead of quantized ones have graphs of their own, which stay.
+    assert pools(fake_quant_after_steps=5) > 2 * pools()
+    assert pools(layout="tp4", fake_quant_after_steps=5) > 0
+    assert pools(fake_quant_after_steps=1000) == pools()
+
+
+def test_a_pipeline_too_large_for_its_graphs_is_told_so():
+    recipe = bench.recipe(SIZE, bench.LAYOUTS["pp4"], bench.ARMS["nvfp4"])
+    model, layout = Architecture.dense("", bench.shape_of(SIZE)), Layout.of(recipe)
+    said = {
+        gib: judge(recipe, model, layout, replace(GPUS["H200"], memory_gib=gib)).problem or "" for gib in (12, 20, 24)
+    }
+    assert said[12].startswith("needs 19 GiB per GPU of")
+    assert said[12].endswith(" GiB)")  # nor would it fit without them
+    assert said[20].endswith("; train.cuda_graphs=never needs 16 GiB")
+    assert said[24] == ""
