@@ -9,7 +9,7 @@ from typing import Any
 from halfbyte.export import nemo
 from halfbyte.export.convert import convert, origin
 from halfbyte.export.record import RECORD, altered_file, broken_hashes, file_hash
-from halfbyte.launch import handover
+from halfbyte.launch import handover, report
 from halfbyte.launch.console import Console
 from halfbyte.launch.start import RESOLVED
 from halfbyte.launch.verify_report import settle
@@ -23,6 +23,8 @@ from halfbyte.training.resolve import of_run
 
 def export_as(source: Path, container: str, to: Path | None, ranks: int | None, *, allow_failed_gate: bool) -> Path:
     """Convert the checkpoint of a finished run, or a quantized Hugging Face directory.
+
+    Where this puts right what verify.json held against the run's own conversion, the report is written again.
 
     Args:
         source: A run folder, or the directory of a quantized checkpoint.
@@ -61,7 +63,9 @@ def export_as(source: Path, container: str, to: Path | None, ranks: int | None, 
         _convert(checkpoint, kind, out, size, Console(True))
     if recipe is not None and out == place(source, kind):
         _note(source, kind)
-        settle(source, partial(altered, source))
+        if settle(source, partial(altered, source)):
+            with Console(True).stage("report") as notes:
+                notes.append(report.summary(report.write(recipe, source, to_wandb=False)))
     return out
 
 

@@ -169,13 +169,15 @@ def alone(recipe: Recipe, stages: Sequence[str], *, resume: bool, allow_failed_g
                     notes.append(f"no: the gate says {verdict['verdict']} (--allow-failed-gate overrides)")
             if released:
                 also.convert_also(recipe, folder, console)
+    verified = None
     if "verify" in stages and not resume:
         with console.stage("verify") as notes:
-            report = handover.check_again(recipe, folder, console, also.altered(folder))
-            notes.append(f"{report['tensors']} tensors, {report['mismatches']} mismatches")
-        raise_problems(report, folder)
+            verified = handover.check_again(recipe, folder, console, also.altered(folder))
+            notes.append(f"{verified['tensors']} tensors, {verified['mismatches']} mismatches")
     with console.stage("report") as notes:
         notes.append(written.summary(written.write(recipe, folder, to_wandb=resume)))
+    if verified is not None:
+        raise_problems(verified, folder)
     if (folder / "gate.json").exists():
         console.say(summary_text(recipe, folder))
     return code

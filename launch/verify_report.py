@@ -14,12 +14,15 @@ def raise_problems(report: dict[str, Any], folder: Path) -> None:
         raise UserError(f"verify failed: {report['problems'][0]} ({folder / 'verify.json'} has all of it)")
 
 
-def settle(folder: Path, further: Callable[[], list[str]]) -> None:
+def settle(folder: Path, further: Callable[[], list[str]]) -> bool:
     """Say in verify.json what is still wrong with the further layouts, some of which were made again or removed.
 
     Args:
         folder: The run folder.
         further: Gives a line for each; asked only where verify.json has such lines.
+
+    Returns:
+        Whether verify.json says something else now: report.html is made of it.
 
     Raises:
         UserError: verify.json is damaged or cannot be written.
@@ -27,11 +30,13 @@ def settle(folder: Path, further: Callable[[], list[str]]) -> None:
     path = folder / "verify.json"
     report = read_json(path) if path.exists() else {}
     if not report.get("further"):
-        return
+        return False
     with damage(path):
         own = report["problems"][: -len(report["further"])]
         report["problem_count"] -= len(report["further"])
-    write_json(path, with_further({**report, "problems": own}, further()))
+    settled = with_further({**report, "problems": own}, further())
+    write_json(path, settled)
+    return settled["problems"] != [*own, *report["further"]]
 
 
 def with_further(report: dict[str, Any], further: Sequence[str]) -> dict[str, Any]:

@@ -125,6 +125,24 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+def test_an_export_that_settles_verify_json_renews_the_report(tmp_path: Path):
+    """And only such a one: nothing else of the report is made of a conversion."""
+    run = finished(tmp_path, LLAMA, recipe())
+    place = Path(run.run.dir)
+    line = f"{place / 'export/model.nemo'} changed after the export (SHA-256 differs)"
+    found = {"tensors": 5, "elements": 9, "mismatches": 0, "rescored": {}, "ok": False}
+    found |= {"problems": ["export/hf: a finding of its own", line], "problem_count": 2, "further": [line]}
+    write_json(place / "verify.json", found)
+    export.export_as(place, "nemo", None, None, allow_failed_gate=False)
+    page = (place / "report.html").read_text()
+    assert "changed after the export" not in page
+    assert "NOT VERIFIED" in page  # for the line that is about the release itself
+    assert "a finding of its own" in page
+    (place / "report.html").unlink()
+    export.export_as(place, "nemo", None, None, allow_failed_gate=False)
+    assert not (place / "report.html").exists()
+
+
 # ---- what an archive holds
 
 

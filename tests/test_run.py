@@ -179,6 +179,7 @@ def test_only_a_layout_that_verify_finds_altered_is_made_again(halfbyte, place):
         == report["problems"]
         == [f"{engine.relative_to(place)} changed after the export (SHA-256 differs)"]
     )
+    assert "NOT VERIFIED" in (run / "report.html").read_text()
     done = halfbyte("run", "tiny", *SHORT, *FURTHER, "run.dir=runs/a", "parallel.pipeline=2", cwd=place)
     assert done.returncode == 0, done.stderr
     started = [line.split("  ")[0] for line in done.stdout.splitlines()]
@@ -189,6 +190,7 @@ def test_only_a_layout_that_verify_finds_altered_is_made_again(halfbyte, place):
     report = read(run / "verify.json")
     assert (report["ok"], report["problems"], report["problem_count"], report["further"]) == (True, [], 0, [])
     assert report["rescored"]
+    assert "NOT VERIFIED" not in (run / "report.html").read_text()
 
 
 def test_a_failed_gate_leaves_nothing_to_ship_unless_it_is_asked_to(halfbyte, place):
