@@ -126,8 +126,11 @@ def _micro_batch(
         logits = 2 * tokens * columns * (5 if recipe.method is Method.qad else 3) / memory
         kernels += ahead * (1 + int(teacher)) + into_input + trained.whole * into_weight + logits
         gathers += unit * (2 + int(teacher))
-    captured = captures_under(recipe, layout.pipeline, layout.data, recompute=layout.recompute)
-    waiting = 0.0 if captured else max(0.0, python - kernels)
+    waiting = max(0.0, python - kernels)
+    if captures_under(recipe, layout.pipeline, layout.data, recompute=layout.recompute):
+        # Only a pipeline's teacher, which goes ahead of the graphs, is called from Python.
+        ahead_of_all = teacher and layout.pipeline > 1
+        waiting = max(0.0, layers * (0.5 * reached.layer - forward)) if ahead_of_all else 0.0
     return kernels, waiting, gathers / (gpu.nvlink * reached.nvlink)
 
 

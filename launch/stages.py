@@ -287,9 +287,10 @@ class Work:
         return files
 
     def _write_training(self, module: Any, seconds: list[float], tokens: int) -> None:
+        from halfbyte.training.telemetry import peak_gpu_bytes
+
         progress = module.progress
         errors = {} if self.recipe.method == Method.bf16 else quantize.weight_errors(self.gpt, self.recipe.quantize)
-        peak = torch.cuda.max_memory_allocated() if self.runtime.device.type == "cuda" else None
         content = {
             "steps": len(progress.losses),
             "losses": progress.losses,
@@ -297,7 +298,7 @@ class Work:
             "tokens_per_step": tokens,
             "seconds_per_step": seconds,
             "checkpoints": module.saves,
-            "peak_gpu_bytes_rank0": peak,
+            "peak_gpu_bytes_rank0": peak_gpu_bytes(self.recipe, self.runtime.device),
             "weight_relative_rms_error": errors,
         }
         on_first_rank(self.runtime, lambda: write_json(self.folder / "train.json", content))

@@ -2,11 +2,13 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from halfbyte.training.config import Recipe, Wandb
-from halfbyte.training.interrupt import Stop
+from halfbyte.training.errors import StoppedTogether, UserError
+from halfbyte.training.interrupt import Interrupted, Stop
 
 
 @pytest.mark.slow
@@ -45,3 +47,19 @@ def test_a_stop_signal_in_training_is_ours_alone():
         for number, handler in before.items():
             signal.signal(number, handler)
     assert (stop.requested, theirs) == ("SIGTERM", [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "together"),
+    [(StoppedTogether("loss"), True), (Interrupted("saved"), True), (UserError("mine"), False), (OSError(), False)],
+    ids=["together", "signal", "one rank", "fault"],
+)
+def test_graphs_are_freed_where_every_rank_stops_and_nowhere_else(error, together):
+    """One that is left to the interpreter's end keeps its communicator; one rank alone would wait for the others."""
+    from halfbyte.training.saving import Checkpoints
+
+    freed = []
+    module = SimpleNamespace(on_train_end=lambda: freed.append(True))
+    Checkpoints(Recipe(), None, Stop()).on_exception(None, module, error)
+    assert bool(freed) == together

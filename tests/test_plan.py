@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from halfbyte.launch.plan_search import best, judge, layout_problem
 from halfbyte.launch.plan_served import exported, served, smallest_slice
 from halfbyte.launch.plan_text import named_gpu
 from halfbyte.launch.plan_time import step_flops, step_time
-from halfbyte.training.config import Format
+from halfbyte.training.config import Format, Method
 from halfbyte.training.errors import OK, USAGE, RecipeError
 from halfbyte.training.hardware import GPUS, MIG_SLICES, REACHED, gpu_of, mig_name
 from halfbyte.training.model_rules import model_problems
@@ -375,3 +376,16 @@ def test_small_models_are_told_in_small_units(capsys):
 def test_planning_needs_no_torch(environment):
     code = "import sys; from halfbyte.launch.cli import main; main(['plan', 'tiny']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+
+
+@pytest.mark.parametrize(("name", "stages"), [("tp2", 1), ("pp2", 2), ("tp2pp2", 2)])
+def test_a_replayed_pipeline_waits_for_python_for_its_teacher_only(name, stages):
+    """The student's passes are replayed; without a pipeline the teacher's are part of the same graph."""
+    size, waits = bench.Size(), {}
+    recipe, slow = bench.recipe(size, bench.LAYOUTS[name], bench.ARMS["nvfp4"]), replace(REACHED, layer=1.0)
+    for method in (Method.qat, Method.qad):
+        recipe.method = method
+        model = Architecture.dense("", bench.shape_of(size))
+        waits[method] = step_time(recipe, model, Layout.of(recipe), GPUS["H200"], slow).waiting
+    teacher = 0.5 * size.layers / stages * size.micro_batches
+    assert waits == {Method.qat: 0, Method.qad: pytest.approx(teacher, rel=0.02) if stages > 1 else 0}

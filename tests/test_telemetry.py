@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from halfbyte.training import sinks, telemetry
+from halfbyte.training.choices import CudaGraphs
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.hardware import GPUS
@@ -129,6 +130,16 @@ def test_every_step_has_its_record(run, tmp_path):
     assert set(run.logged[1][1]) == {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
     assert run.logged[2][1]["checkpoint/stall_seconds"] == 0.5
     assert run.said == []
+
+
+def test_memory_of_graphs_counts_while_they_rest(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
+    recipe, gpu = Recipe(), torch.device("cuda")
+    assert telemetry.peak_gpu_bytes(recipe, gpu) == 7
+    recipe.train.cuda_graphs = CudaGraphs.never
+    assert telemetry.peak_gpu_bytes(recipe, gpu) == 5
+    assert telemetry.peak_gpu_bytes(recipe, torch.device("cpu")) is None
 
 
 def test_a_full_disk_stops_nothing(run, tmp_path):

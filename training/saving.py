@@ -68,8 +68,12 @@ class Checkpoints(Callback):
                 self._write.wait_until_copied()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Complete what is being written, where all ranks can; the exception is what the user is told."""
-        if isinstance(exception, StoppedTogether):
+        """Free CUDA graphs and complete what is being written, where all ranks can.
+
+        The exception is what the user is told.
+        """
+        if isinstance(exception, StoppedTogether | Interrupted):
+            pl_module.on_train_end()
             with suppress(UserError):
                 self._finish(pl_module)
 

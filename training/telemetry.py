@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from halfbyte.training import quantization_stats
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.data import MicroBatch
+from halfbyte.training.graph_rules import captures
 from halfbyte.training.hardware import gpu_of
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.shape import ModelShape, model_flops
@@ -122,7 +123,12 @@ class Telemetry(Callback):
             record["mfu"] = self.flops / seconds / self.peak
         done, self._saves = self._saves, len(pl_module.saves)
         saved = {"checkpoint": pl_module.saves[-1]} if self._saves > done else {}  # between two steps at most one
-        return record | saved | {"memory_bytes": _memory(self.runtime)}
+        return record | saved | {"memory_bytes": self._memory()}
+
+    def _memory(self) -> int:
+        """Peak bytes so far: on the GPU, or of this process."""
+        on_gpu = peak_gpu_bytes(self.recipe, self.runtime.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_gpu is None else on_gpu  # in KiB there
 
     def _write(self, trainer: pl.Trainer, record: Mapping[str, Any]) -> None:
         more = {name: value for name, value in flat(record) if name not in IN_LIGHTNING}
@@ -161,8 +167,13 @@ def _peak_flops(runtime: Runtime) -> float | None:
     return None if gpu is None else gpu.bf16 * runtime.world
 
 
-def _memory(runtime: Runtime) -> int:
-    """Peak bytes so far: of tensors on the GPU, or of this process."""
-    if runtime.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(runtime.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+def peak_gpu_bytes(recipe: Recipe, device: torch.device) -> int | None:
+    """Peak bytes that this process had of its GPU so far; None on a CPU.
+
+    Of tensors. Where CUDA graphs replay the passes, of all that torch's allocator held: a graph's memory counts as free
+    between two replays, though nothing else gets it.
+    """
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_reserved if captures(recipe) else torch.cuda.max_memory_allocated
+    return peak(device)
