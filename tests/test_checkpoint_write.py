@@ -253,7 +253,7 @@ def trained(module, tmp_path):
     stop, disk = Stop(), Disk()
     callback = saving.Checkpoints(recipe, module.runtime, stop)
     trainer = SimpleNamespace(strategy=disk, save_checkpoint=disk.begin)
-    done = SimpleNamespace(progress=SimpleNamespace(losses=[]), saves=[], phase="")
+    done = SimpleNamespace(progress=SimpleNamespace(losses=[]), saves=[], phase="", on_train_end=lambda: None)
 
     def steps(count: int, *, signal: str | None = None, written: bool = False) -> list[str]:
         stop.requested = signal
