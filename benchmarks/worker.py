@@ -27,6 +27,7 @@ from halfbyte.bench.random_model import random_model
 from halfbyte.training import environment, module, quantize
 from halfbyte.training.config import Recipe
 from halfbyte.training.data import MicroBatch
+from halfbyte.training.graph_rules import captures
 from halfbyte.training.runtime import Runtime, close_runtime, open_runtime
 from halfbyte.training.schedule import collect
 from halfbyte.training.shape import ModelShape
@@ -123,9 +124,10 @@ def measure(
     """Every arm in turn, `rounds` times over.
 
     Returns:
-        Arm name -> seconds (of all timed steps), first_step (seconds, compilation included), peak_bytes (of the
-        fullest rank), losses (of every step of the first round, warm-up included), median, and profile (of the last
-        round) where `traced`; an arm of ModelOpt that does not run: failed (the reason).
+        Arm name -> seconds (of all timed steps), first_step (seconds, compilation included), graphs (whether passes
+        were replayed from CUDA graphs), peak_bytes (of the fullest rank), losses (of every step of the first round,
+        warm-up included), median, and profile (of the last round) where `traced`; an arm of ModelOpt that does not
+        run: failed (the reason).
     """
     parts = batches(size.vocab, size.sequence, 1, size.micro_batches, runtime)
     found: dict[str, Any] = {arm.name: {"seconds": [], "first_step": None} for arm in arms}
@@ -166,11 +168,13 @@ def _one_turn(
     traced: bool,
 ) -> None:
     own, on_gpu = own_share(parts, layout), runtime.device.type == "cuda"
-    with training(recipe(size, layout, arm), shape_of(size), arm, runtime, parts) as trained:
+    plan = recipe(size, layout, arm)
+    with training(plan, shape_of(size), arm, runtime, parts) as trained:
         warm = time_steps(trained, own, WARM_UP, runtime)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()  # of reserved memory: a graph's own is not "allocated" while it rests
         entry["first_step"] = entry["first_step"] or warm[0]
+        entry["graphs"] = on_gpu and captures(plan)
         entry["seconds"] += time_steps(trained, own, steps, runtime)
         entry["peak_bytes"] = fullest([torch.cuda.max_memory_reserved()], runtime)[0] if on_gpu else None
         entry.setdefault("losses", list(trained.progress.losses))
