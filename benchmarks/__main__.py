@@ -85,7 +85,15 @@ def _write(out: Path, size: Size, measured: dict[str, Any], bandwidth: dict[str,
 
 
 def _layout(name: str, arms: list[str], size: Size, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure one layout in processes of its own."""
+    """Measure one layout, in processes of its own for each number of micro-batches side by side."""
+    possible = [arm for arm in arms if ARMS[arm].at_once == 1 or LAYOUTS[name].exchanges]
+    found: dict[str, Any] = {}
+    for at_once in sorted({ARMS[arm].at_once for arm in possible}):
+        found |= _processes(name, [arm for arm in possible if ARMS[arm].at_once == at_once], size, args)
+    return found
+
+
+def _processes(name: str, arms: list[str], size: Size, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out, shape = Path(folder) / "out.json", Path(folder) / "size.json"
         shape.write_text(json.dumps(asdict(size)))

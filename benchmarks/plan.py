@@ -32,6 +32,11 @@ class Layout:
         """Processes it needs."""
         return self.tensor * self.pipeline * self.data
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether nothing but tensor parallelism splits a micro-batch: two of them can run side by side."""
+        return self.tensor > 1 and self.pipeline == 1 and self.data == 1
+
     def limit(self, micro_batches: int) -> float:
         """How many times as fast as one GPU a step can be at most, communication being free.
 
@@ -68,6 +73,15 @@ class Arm:
     """Name of a configuration in modelopt.torch.quantization; its kernels, its per-call path."""
     graphs: CudaGraphs = CudaGraphs.auto
     """As train.cuda_graphs; ModelOpt's arms run as they are, without."""
+    at_once: int = 1
+    """As train.micro_batches_at_once; layouts with tensor parallelism alone."""
+
+    @property
+    def plain(self) -> str:
+        """The arm that computes the same on one GPU."""
+        return (
+            "bf16" if self.format is None and self.modelopt is None else self.name.split("_two")[0].split("_graphs")[0]
+        )
 
 
 ARMS = {
@@ -78,6 +92,8 @@ ARMS = {
     "nvfp4_eager": Arm("nvfp4_eager", format=Format.nvfp4, graphs=CudaGraphs.never),
     "bf16_graphs": Arm("bf16_graphs", graphs=CudaGraphs.always),
     "nvfp4_graphs": Arm("nvfp4_graphs", format=Format.nvfp4, graphs=CudaGraphs.always),
+    "bf16_two": Arm("bf16_two", at_once=2),
+    "nvfp4_two": Arm("nvfp4_two", format=Format.nvfp4, at_once=2),
     "modelopt_nvfp4": Arm("modelopt_nvfp4", modelopt="NVFP4_DEFAULT_CFG"),
     "modelopt_mxfp4": Arm("modelopt_mxfp4", modelopt="MXFP4_DEFAULT_CFG"),
     "modelopt_four_over_six": Arm("modelopt_four_over_six", modelopt="NVFP4_FOUR_OVER_SIX_CFG"),
@@ -159,6 +175,7 @@ def recipe(size: Size, layout: Layout, arm: Arm) -> Recipe:
             micro_batch=1,
             sequence_length=size.sequence,
             learning_rate=1e-4,  # enough for the loss to fall within a few steps of the same batch
+            micro_batches_at_once=arm.at_once,
             cuda_graphs=arm.graphs if arm.modelopt is None else CudaGraphs.never,
         ),
     )

@@ -69,7 +69,7 @@ def of_steps(found: dict[str, Any], gpu: Gpu) -> Iterator[Compared]:
 
 def _replayed(entry: dict[str, Any], arm: bench.Arm) -> CudaGraphs:
     """Whether a measured step was replayed from graphs: it says so; older ones were only where their arm asked."""
-    replayed = entry.get("graphs", arm.graphs is CudaGraphs.always)
+    replayed = entry.get("graphs", arm.graphs is CudaGraphs.always or arm.at_once > 1)
     return CudaGraphs.always if replayed else CudaGraphs.never
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from halfbyte.bench.plan import LAYOUTS, Layout, Size
+from halfbyte.bench.plan import ARMS, LAYOUTS, Layout, Size
 
 HEAD = (
     *("layout", "arm", "step ms", "/ BF16", "spread", "first step s", "peak GB", "+ GB", "utilisation"),
@@ -58,7 +58,7 @@ def _steps(size: Size, measured: Mapping[str, Any], gemm_flops: float) -> list[s
             if "failed" in arm:
                 rows.append(f"| {layout} | {name} | failed | {arm['failed']} |" + " |" * (len(HEAD) - 4))
                 continue
-            one = measured.get("tp1", {}).get(name, {}) if layout != "tp1" else {}
+            one = measured.get("tp1", {}).get(ARMS[name].plain, {}) if layout != "tp1" else {}
             spread = (max(arm["seconds"]) - min(arm["seconds"])) / arm["median"]
             used = size.step_flops / arm["median"] / (gemm_flops * LAYOUTS[layout].gpus)
             cells = [

@@ -190,8 +190,8 @@ def main(argv: list[str]) -> None:
     environment.quiet_libraries()
     size = Size(**json.loads(Path(size_file).read_text()))
     chosen = LAYOUTS[layout]
-    runtime = open_runtime(recipe(size, chosen, ARMS["bf16"]))
     wanted = [ARMS[name] for name in arms.split(",")]
+    runtime = open_runtime(recipe(size, chosen, wanted[0]))
     found = measure(size, chosen, wanted, runtime, steps=int(steps), rounds=int(rounds), traced=bool(traced))
     if runtime.first:
         Path(out).write_text(json.dumps(found))

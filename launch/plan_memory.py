@@ -114,12 +114,13 @@ def _training(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -
     held, width, precise = linears + tables, WIDTH[recipe.train.dtype], recipe.train.dtype is Dtype.float64
     full = 8 if precise else 4  # bytes of what is never BF16: gradients, moments, adapters
     tokens = layout.micro_batch * recipe.train.sequence_length
-    in_flight = min(layout.pipeline - stage, count)
+    at_once = layout.at_once(recipe)
+    in_flight = max(at_once, min(layout.pipeline - stage, count))
     one = layer_activations(recipe, model, layout, tokens)
     end = _end(recipe, shape, layout)  # all that is kept of a layer under recomputation
     kept = in_flight * layers * end + one if layout.recompute else in_flight * layers * one
     kept += 2 * end if last else 0.0  # the last norm's input and output
-    largest = max(_vocabulary(recipe, shape, layout) if last else 0.0, _passing(recipe, shape, layout))
+    largest = at_once * max(_vocabulary(recipe, shape, layout) if last else 0.0, _passing(recipe, shape, layout))
     shards = layout.data if recipe.train.distributed_optimizer and not precise else 1
     trained = trained_shares(recipe, shape)
     copies = 2 if width >= full else 3
@@ -133,13 +134,19 @@ def _training(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -
         "logits": largest,
     }
     if captures_under(recipe, layout.pipeline, layout.data, recompute=layout.recompute):
-        pools = _pools(recipe, model, layout, stage) if layout.pipeline > 1 else 0.0
+        pools = _pools(recipe, model, layout, stage) if layout.pipeline > 1 else _lanes(recipe, shape, layout)
         # Graphs of steps that are not quantized yet stay when those of the others come.
         two_kinds = 0 < recipe.train.fake_quant_after_steps < recipe.train.steps
         parts["CUDA graphs"] = pools + (pools + kept + largest if two_kinds else 0.0)
     if loads_teacher(recipe):
         parts["teacher"] = width * held + (_teacher_said(recipe, shape, layout) if last else 0.0)
     return parts
+
+
+def _lanes(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
+    """Bytes of what micro-batches side by side exchange through, two buffers of each kind: none for one at a time."""
+    at_once, end = layout.at_once(recipe), _end(recipe, shape, layout)
+    return at_once * 2 * (end + end * layout.tensor) if at_once > 1 else 0.0
 
 
 def _pools(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> float:

@@ -9,6 +9,7 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.families import FAMILIES
 from halfbyte.training.files import at_home
+from halfbyte.training.graph_rules import captures_under
 from halfbyte.training.model_config import read_config
 from halfbyte.training.shape import MOST_LAYERS, ModelShape, is_size, linear_sizes, shape_of
 
@@ -207,6 +208,12 @@ class Layout:
     def micro_batches(self, recipe: Recipe) -> int:
         """Micro-batches of one rank and step."""
         return recipe.train.global_batch // (self.micro_batch * self.data)
+
+    def at_once(self, recipe: Recipe) -> int:
+        """Micro-batches that run side by side (training/side_by_side.py)."""
+        possible = self.tensor > 1 and self.sequence and self.pipeline == 1 and self.micro_batches(recipe) % 2 == 0
+        captured = captures_under(recipe, self.pipeline, self.data, recompute=self.recompute)
+        return recipe.train.micro_batches_at_once if possible and captured else 1
 
     def layers(self, shape: ModelShape, stage: int) -> float:
         """Layers of a pipeline stage, counted from 0."""

@@ -85,7 +85,7 @@ def step_time(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, rea
     return Step(
         compute=count * kernels,
         waiting=count * waiting,
-        tensor=count * gathers,
+        tensor=count * gathers * (1.0 if layout.at_once(recipe) == 1 else 1.0 - reached.hidden),
         bubble=bubble if layout.pipeline > 1 else 0.0,
         data=data_seconds,
         optimizer=max(_update(recipe, model, layout, stage, gpu, reached, trained) for stage in layout.stages()),

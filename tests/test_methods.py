@@ -116,6 +116,14 @@ def test_recorded_stages_are_the_plain_ones(found, four, layout, variant):
     assert of[f"{variant}, stages"][:2] == of[variant][:2]
 
 
+@pytest.mark.parametrize("variant", ["forward_kl", "lsq", "lora"])
+def test_micro_batches_side_by_side_are_those_one_after_the_other(found, variant):
+    """Bit for bit, as above: each weight's gradient takes them in their order."""
+    one, two = found["tp2_sp"][f"{variant}, turns"], found["tp2_sp"][f"{variant}, turns again"]
+    assert one == two
+    assert one[:2] == pytest.approx(found["tp2_sp"][variant][:2], rel=1e-2)
+
+
 @pytest.mark.parametrize("layout", ["tp2_pp2_sp", "tp2_dp2_sp", "pp4", "dp4"])
 def test_four_processes_give_what_two_give(found, four, layout):
     """Also from the checkpoint of a pipeline of two."""

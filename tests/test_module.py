@@ -85,7 +85,7 @@ def make_recipe(*, sharded: bool = True, **train) -> Recipe:
 )
 @settings(max_examples=100, deadline=None)
 def test_learning_rate_rises_to_the_maximum_and_falls_to_the_minimum(steps, warmup, top, share):
-    from halfbyte.training.module import learning_rate
+    from halfbyte.training.optimizer import learning_rate
 
     warmup, bottom = min(warmup, steps - 1), share * top
     train = Train(steps=steps, warmup_steps=warmup, learning_rate=top, min_learning_rate=bottom)
@@ -102,7 +102,7 @@ def test_learning_rate_rises_to_the_maximum_and_falls_to_the_minimum(steps, warm
 
 
 def test_learning_rate_in_numbers():
-    from halfbyte.training.module import learning_rate
+    from halfbyte.training.optimizer import learning_rate
 
     train = Train(steps=10, warmup_steps=2, learning_rate=1.0, min_learning_rate=0.2)
     expected = {0: 0.5, 1: 1.0, 2: 1.0, 4: 0.2 + 0.4 * (1 + math.sqrt(0.5)), 6: 0.6, 10: 0.2}

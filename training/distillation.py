@@ -48,13 +48,17 @@ class Distillation:
 
     def __init__(self, student: GPTModel, teacher: GPTModel | TeacherFiles, distill: Distill):
         self.teacher, self.distill = teacher, distill
-        self.group = parallel_state.get_tensor_model_parallel_group()
         self.sequence_parallel = student.config.sequence_parallel
         watched = bool(distill.hidden) and parallel_state.is_pipeline_last_stage()
         self.watched: dict[str, list[Caught]] = {"student": [], "teacher": []}
         if watched and not isinstance(teacher, TeacherFiles):
             for name, model in (("student", student), ("teacher", teacher)):
                 self.watched[name] = [Caught(place) for place in places(model, distill.hidden_layers)]
+
+    @property
+    def group(self) -> Any:
+        """The tensor-parallel group; another communicator of it while side_by_side.py captures."""
+        return parallel_state.get_tensor_model_parallel_group()
 
     def loss(self, batches: Sequence[MicroBatch]) -> Loss:
         """The loss per token of one global batch; collective, to be called right before schedule.train_batch."""
@@ -71,6 +75,10 @@ class Distillation:
     def batch_by_batch(self, teacher: GPTModel) -> Loss:
         """The teacher computes inside the loss of each micro-batch."""
         return lambda student, batch, index: self._compare(student, batch, self._keep(forward_only(teacher, batch)))
+
+    def after(self, logits: Sequence[torch.Tensor]) -> Loss:
+        """The teacher has computed already: its logits [B, S, V/tp] of every micro-batch."""
+        return lambda student, batch, index: self._compare(student, batch, self._keep(logits[index]))
 
     def beforehand(self, batches: Sequence[MicroBatch]) -> Loss:
         """The teacher walks all micro-batches now."""

@@ -26,10 +26,18 @@ def set_process_environment() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron orders its overlaps by it
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours asks for itself
+
+
+def order_kernels(*, side_by_side: bool) -> None:
+    """How many queues a GPU takes kernels from; before anything runs on it.
+
+    Megatron orders its overlaps by a single one. Micro-batches side by side need one each, and more for what moves
+    beside them.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32" if side_by_side else "1")
 
 
 @contextmanager

@@ -9,18 +9,51 @@ between steps (fast_path.weights_once), gradients go to Megatron's buffers, whic
 passes wait for other stages and are captured apart (stage_graphs.py); graph_rules.py says what is not captured at all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from halfbyte.training import side_by_side
 from halfbyte.training.config import Recipe
 from halfbyte.training.data import MicroBatch
+from halfbyte.training.distillation import Distillation
 from halfbyte.training.graph_rules import captures
 from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import Loss, Part, forward, part_of
+
+
+class Recorder(Protocol):
+    """Makes a computation on fixed tensors repeatable."""
+
+    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """What computes it again; the tensors that `compute` made stay where they are."""
+        ...
+
+    def close(self) -> None:
+        """Free what was recorded."""
+
+
+class Capture:
+    """CUDA graphs that share memory; they are replayed in the order in which they were recorded, one at a time."""
+
+    def __init__(self) -> None:
+        self._pool, self._graphs = torch.cuda.graph_pool_handle(), []
+
+    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """Capture it: nothing is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        with capture(graph, self._pool):
+            compute()
+        self._graphs.append(graph)
+        return graph.replay
+
+    def close(self) -> None:
+        """Free the graphs."""
+        free(self._graphs)
+        self._graphs.clear()
 
 
 class Replay:
@@ -30,8 +63,21 @@ class Replay:
     may do during a capture.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[side_by_side.Lane] = (),
+        distillation: Distillation | None = None,
+        recorder: Callable[[], Recorder] = Capture,
+    ) -> None:
+        """Nothing is captured yet.
+
+        Args:
+            lanes: As many micro-batches run side by side; none: one after the other.
+            distillation: Whose teacher computes in here, where there are lanes.
+            recorder: What captures.
+        """
         self._captured: dict[Any, _Captured | None] = {}
+        self._lanes, self._distillation, self._recorder = list(lanes), distillation, recorder
 
     def run(
         self, model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Loss, *, needs_logits: bool, kind: Any
@@ -54,12 +100,28 @@ class Replay:
             return None
         captured = self._captured[key]
         if captured is None:
-            captured = self._captured[key] = _Captured(model, batches[0], loss, needs_logits=needs_logits)
+            captured = self._captured[key] = self._capture(model, batches, loss, needs_logits=needs_logits)
         captured.total.zero_()
-        for batch in batches:
-            captured.replay(batch)
+        for start in range(0, len(batches), len(captured.inputs)):
+            captured.replay(batches[start : start + len(captured.inputs)])
         model.config.finalize_model_grads_func([model], captured.total[1].to(torch.int32))  # type: ignore[union-attr]
         return captured.total
+
+    def _capture(self, model: Any, batches: Sequence[MicroBatch], loss: Loss, *, needs_logits: bool) -> "_Captured":
+        if not self._lanes:
+            return _Captured(
+                batches[:1],
+                lambda inputs: [_one(model, inputs[0], loss, needs_logits=needs_logits)],
+                self._recorder(),
+            )
+
+        def together(inputs: Sequence[MicroBatch]) -> list[Part]:
+            return _several(self._lanes, model.module, inputs, loss, self._distillation)
+
+        examples = batches[: len(self._lanes)]
+        with torch.no_grad():  # opens the communicators, which nothing may do during a capture
+            together(examples)
+        return _Captured(examples, together, self._recorder())
 
     def close(self) -> None:
         """Free the graphs, when nothing of them runs any more; every rank at the same place.
@@ -67,27 +129,66 @@ class Replay:
         A graph that holds a communicator's kernels keeps the communicator: left to the garbage collector, which each
         rank runs at another moment, it can stop a collective under way, and `destroy_process_group` waits for it.
         """
-        free([one.graph for one in self._captured.values() if one is not None])
+        for captured in filter(None, self._captured.values()):
+            captured.recorder.close()
         self._captured.clear()
+        side_by_side.close(self._lanes)
+        self._lanes.clear()
+
+
+def _one(model: torch.nn.Module, inputs: MicroBatch, loss: Loss, *, needs_logits: bool) -> Part:
+    out = forward(model, inputs, None if needs_logits else inputs.labels)
+    part = part_of(loss(out, inputs, 0), inputs)
+    part.loss.backward()
+    return part
+
+
+def _several(
+    lanes: Sequence[side_by_side.Lane],
+    gpt: torch.nn.Module,
+    inputs: Sequence[MicroBatch],
+    loss: Loss,
+    distillation: Distillation | None,
+) -> list[Part]:
+    """The passes of as many micro-batches as lanes; backward only where gradients are taken."""
+    teacher, parts = None if distillation is None else distillation.teacher, {}
+    with side_by_side.forked(lanes, gpt, [gpt] if teacher is None else [gpt, teacher]):
+        if distillation is not None:
+            with torch.no_grad():
+                loss = distillation.after(side_by_side.forward(lanes, teacher, inputs, with_labels=False))
+        outs = side_by_side.forward(lanes, gpt, inputs, with_labels=distillation is None)
+        for number in reversed(range(len(lanes))):
+            with lanes[number].taken():
+                parts[number] = part_of(loss(outs[number], inputs[number], number), inputs[number])
+        done = [parts[number] for number in range(len(lanes))]
+        if torch.is_grad_enabled():
+            torch.autograd.backward([part.loss for part in done])
+    return done
 
 
 class _Captured:
-    """One graph, with the tensors that it reads (`inputs`) and adds to (`total`)."""
+    """Recorded passes, with the tensors that they read (`inputs`, one for each micro-batch) and add to (`total`)."""
 
-    def __init__(self, model: torch.nn.Module, example: MicroBatch, loss: Loss, *, needs_logits: bool):
-        self.inputs = held(example)
-        self.total = torch.zeros(2, dtype=torch.float64, device=example.tokens.device)
-        self.graph = torch.cuda.CUDAGraph()
-        with capture(self.graph):
-            out = forward(model, self.inputs, None if needs_logits else self.inputs.labels)
-            part: Part = part_of(loss(out, self.inputs, 0), self.inputs)
-            part.loss.backward()
+    def __init__(
+        self,
+        examples: Sequence[MicroBatch],
+        passes: Callable[[Sequence[MicroBatch]], list[Part]],
+        recorder: Recorder,
+    ):
+        self.recorder, self._passes = recorder, passes
+        self.inputs = [held(example) for example in examples]
+        self.total = torch.zeros(2, dtype=torch.float64, device=examples[0].tokens.device)
+        self._again = recorder.record(self._add)
+
+    def _add(self) -> None:
+        for part in self._passes(self.inputs):
             self.total += torch.stack([part.total, part.tokens.double()])
 
-    def replay(self, batch: MicroBatch) -> None:
-        """The pass for another micro-batch of the same shape."""
-        fill(self.inputs, batch)
-        self.graph.replay()
+    def replay(self, batches: Sequence[MicroBatch]) -> None:
+        """The passes for other micro-batches of the same shape, as many as were captured."""
+        for inputs, batch in zip(self.inputs, batches, strict=True):
+            fill(inputs, batch)
+        self._again()
 
 
 @contextmanager

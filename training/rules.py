@@ -18,6 +18,7 @@ from halfbyte.training.model_source import brings_formats
 from halfbyte.training.nemo_archive import is_archive
 from halfbyte.training.run_rules import run_problems, unreachable_paths
 from halfbyte.training.shape import ModelShape, read_shape
+from halfbyte.training.side_by_side_rules import side_by_side_problems
 from halfbyte.training.task_rules import task_file_problems
 
 FETCHABLE = ("smollm2", *TINY)
@@ -87,7 +88,7 @@ def problems(recipe: Recipe, *, need_weights: bool = False) -> list[str]:
     Returns:
         One line per problem; empty for a recipe that can run.
     """
-    found = [*run_problems(recipe), *_numbers(recipe), *_steps(recipe)]
+    found = [*run_problems(recipe), *_numbers(recipe), *_steps(recipe), *side_by_side_problems(recipe)]
     unreachable = list(unreachable_paths(recipe))
     if unreachable:  # the other rules look into these folders
         return found + unreachable

@@ -61,6 +61,7 @@ def open_runtime(recipe: Recipe) -> Runtime:
             rendezvous port is taken.
     """
     rank, world, local_rank, local_world = environment.coordinates()
+    environment.order_kernels(side_by_side=recipe.train.micro_batches_at_once > 1)
     cuda = torch.cuda.is_available()
     problem = _layout_problem(recipe, world, local_world, torch.cuda.device_count() if cuda else None)
     if problem:

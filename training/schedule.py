@@ -71,10 +71,14 @@ def attention_mask(batch: MicroBatch) -> torch.Tensor | None:
     return same.tril()
 
 
+def positions(batch: MicroBatch) -> torch.Tensor:
+    """int64 [B, S]: 0, 1, 2... in every row."""
+    return torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
+
+
 def forward(model: torch.nn.Module, batch: MicroBatch, labels: torch.Tensor | None) -> torch.Tensor:
     """What a pipeline stage makes of a micro-batch: logits [B, S, V/tp] or, with labels, the cross-entropy [B, S]."""
-    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
-    return model(batch.tokens, positions, attention_mask(batch), labels=labels)
+    return model(batch.tokens, positions(batch), attention_mask(batch), labels=labels)
 
 
 def forward_only(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:

@@ -9,7 +9,7 @@ Teacher and loss are outside: a pipeline's teacher has spoken before (distillati
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -22,44 +22,13 @@ from halfbyte.training.runtime import Runtime
 from halfbyte.training.schedule import Forward, forward
 
 
-class Recorder(Protocol):
-    """Makes a computation on fixed tensors repeatable."""
-
-    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
-        """What computes it again; the tensors that `compute` made stay where they are."""
-        ...
-
-    def close(self) -> None:
-        """Free what was recorded."""
-
-
-class Capture:
-    """CUDA graphs that share memory; they are replayed in the order in which they were recorded, one at a time."""
-
-    def __init__(self) -> None:
-        self._pool, self._graphs = torch.cuda.graph_pool_handle(), []
-
-    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
-        """Capture it: nothing is computed yet."""
-        graph = torch.cuda.CUDAGraph()
-        with graphs.capture(graph, self._pool):
-            compute()
-        self._graphs.append(graph)
-        return graph.replay
-
-    def close(self) -> None:
-        """Free the graphs."""
-        graphs.free(self._graphs)
-        self._graphs.clear()
-
-
 class StageReplay:
     """The recorded passes of one pipeline stage; a training run has one.
 
     As in graphs.Replay the first global batch of every kind runs unrecorded.
     """
 
-    def __init__(self, recorder: Callable[[], Recorder] = Capture) -> None:
+    def __init__(self, recorder: Callable[[], graphs.Recorder] = graphs.Capture) -> None:
         self._recorder = recorder
         self._pairs: dict[Any, list[_Pair]] = {}
 
@@ -126,7 +95,7 @@ class _Pair:
         gpt: torch.nn.Module,
         example: MicroBatch,
         received: torch.Tensor | None,
-        recorder: Recorder,
+        recorder: graphs.Recorder,
         *,
         needs_logits: bool,
     ):

@@ -2,9 +2,11 @@
 
 Run under torchrun with OUT.json, a tensor-parallel size and a number of stages; rank 0 writes {case: {plain, graphs,
 again}}, each the losses of a few steps, a sum over the final weights ("again": the plain path once more, the run-to-run
-spread) and how many graphs (pairs of them, in a pipeline) it captured.
+spread) and how many graphs (pairs of them, in a pipeline) it captured. Under tensor parallelism also {untied, two}: an
+untied model with its micro-batches one after the other, and two at a time.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -49,7 +51,7 @@ CASES = {
 }
 
 
-def recipe(case: dict, tensor: int, pipeline: int, *, graphs: bool) -> Recipe:
+def recipe(case: dict, tensor: int, pipeline: int, *, graphs: bool, at_once: int = 1) -> Recipe:
     return Recipe(
         run=Run(name="graphs", dir="graphs"),
         method=case["method"],
@@ -59,10 +61,11 @@ def recipe(case: dict, tensor: int, pipeline: int, *, graphs: bool) -> Recipe:
         distill=case.get("distill", Distill()),
         train=Train(
             steps=STEPS,
-            global_batch=6,
+            global_batch=8,
             micro_batch=2,
             sequence_length=64,
             learning_rate=1e-3,
+            micro_batches_at_once=at_once,
             cuda_graphs=CudaGraphs.always if graphs else CudaGraphs.never,
             fake_quant_after_steps=case.get("after", 0),
             block_scale_lr_mult=case.get("scales", 0.0),
@@ -71,8 +74,8 @@ def recipe(case: dict, tensor: int, pipeline: int, *, graphs: bool) -> Recipe:
     )
 
 
-def random_model(plan: Recipe, runtime: Runtime, seed: int) -> torch.nn.Module:
-    gpt = model.build(SHAPE, plan, runtime)
+def random_model(plan: Recipe, runtime: Runtime, seed: int, *, tied: bool) -> torch.nn.Module:
+    gpt = model.build(dataclasses.replace(SHAPE, tied=tied), plan, runtime)
     generator = torch.Generator(runtime.device).manual_seed(seed)
     with torch.no_grad():
         for parameter in gpt.parameters():
@@ -82,8 +85,8 @@ def random_model(plan: Recipe, runtime: Runtime, seed: int) -> torch.nn.Module:
 
 def batches(step: int, runtime: Runtime) -> list[MicroBatch]:
     generator = torch.Generator().manual_seed(step)
-    windows = torch.randint(SHAPE.vocab, (3, 2, 65), generator=generator)
-    mask = (torch.rand(3, 2, 64, generator=generator) > 0.2).float()
+    windows = torch.randint(SHAPE.vocab, (4, 2, 65), generator=generator)
+    mask = (torch.rand(4, 2, 64, generator=generator) > 0.2).float()
     found = zip(windows, mask, strict=True)
     return [MicroBatch(w[:, :-1].contiguous(), w[:, 1:].contiguous(), m, None).to(runtime.device) for w, m in found]
 
@@ -94,11 +97,13 @@ def captured(trained: module.Training) -> int:
     return 0 if trained._replay is None else sum(x is not None for x in trained._replay._captured.values())
 
 
-def train(case: dict, tensor: int, pipeline: int, runtime: Runtime, *, graphs: bool) -> dict:
-    plan = recipe(case, tensor, pipeline, graphs=graphs)
-    gpt, teacher = random_model(plan, runtime, 1), None
+def train(
+    case: dict, tensor: int, pipeline: int, runtime: Runtime, *, graphs: bool, tied: bool = True, at_once: int = 1
+) -> dict:
+    plan = recipe(case, tensor, pipeline, graphs=graphs, at_once=at_once)
+    gpt, teacher = random_model(plan, runtime, 1, tied=tied), None
     if plan.method is Method.qad:
-        teacher = random_model(plan, runtime, 2).requires_grad_(False)
+        teacher = random_model(plan, runtime, 2, tied=tied).requires_grad_(False)
     if plan.method is not Method.bf16:
         quantize.quantize(gpt, plan, lambda stage: collect(stage, batches(99, runtime)[:1], None))
     trained = module.Training(gpt, teacher=teacher, recipe=plan, runtime=runtime, data=None)
@@ -121,6 +126,9 @@ def main(out: str, tensor: int, pipeline: int) -> None:
     for name, case in CASES.items():
         ways = {"plain": False, "graphs": True, "again": False}
         found[name] = {way: train(case, tensor, pipeline, runtime, graphs=graphs) for way, graphs in ways.items()}
+        if tensor > 1 and pipeline == 1 and name != "qad_topk":  # that one compares hidden states
+            found[name]["untied"] = train(case, tensor, pipeline, runtime, graphs=False, tied=False)
+            found[name]["two"] = train(case, tensor, pipeline, runtime, graphs=True, tied=False, at_once=2)
     if runtime.first:
         Path(out).write_text(json.dumps(found, indent=1))
     close_runtime()

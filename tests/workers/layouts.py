@@ -18,7 +18,8 @@ from halfbyte.training.config import Model, Parallel, Quantize, Recipe, Train
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.fast_path import weights_once
 from halfbyte.training.files import write_json
-from halfbyte.training.module import MegatronOptimizer, wrap
+from halfbyte.training.module import wrap
+from halfbyte.training.optimizer import MegatronOptimizer
 from halfbyte.training.runtime import Runtime, close_runtime, on_first_rank, open_runtime
 from halfbyte.training.schedule import collect, token_batch, train_batch
 from halfbyte.training.shape import read_shape

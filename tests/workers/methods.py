@@ -6,28 +6,32 @@ of all of it; "<variant>, resumed" is the same from the first layout's checkpoin
 float32" and "<variant>, float32, resumed" are what they say, in FP32 with Megatron's distributed optimizer, whose
 checkpoint is saved a second time as Megatron gathers it ("<variant>.<layout>.float32.gathered" beside OUT.json).
 "<variant>, stages" and "<variant>, stages again" of a pipeline end with the norm of the last gradient; in the second
-every stage is called through the pairs of stage_graphs.py, with functions in the place of CUDA graphs.
+every stage is called through the pairs of stage_graphs.py, with functions in the place of CUDA graphs. "<variant>,
+turns" and "<variant>, turns again" are the same of two micro-batches one after the other and side by side.
 """
 
 import copy
 import dataclasses
+import hashlib
 import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
+import host_lanes
 import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from halfbyte.training import checkpoint, companions, environment, model, quantize
+from halfbyte.training import checkpoint, companions, environment, model, quantize, side_by_side
 from halfbyte.training.config import Format, Method, Parallel, Quantize, Recipe, Train
 from halfbyte.training.config_distill import Distill, Divergence
 from halfbyte.training.config_train import Lora
 from halfbyte.training.corpus import PackedDataset
 from halfbyte.training.data import calibration_windows, plain_batches, rank_micro_batches
 from halfbyte.training.files import write_json
+from halfbyte.training.graphs import Replay
 from halfbyte.training.module import Progress, Training
 from halfbyte.training.packing import PackingReport
 from halfbyte.training.runtime import Runtime, close_runtime, on_first_rank, open_runtime
@@ -66,12 +70,14 @@ SHARDED = (*(("dp2", name) for name in BESIDE), ("tp2_dp2_sp", "lsq"))
 """What is tried with the distributed optimizer."""
 STAGES = ("forward_kl", "files", "lsq")
 """What is tried with recorded stages."""
+TURNS = (("forward_kl", "float32"), ("lsq", "float32"), ("lora", "float64"))
+"""What is tried with micro-batches side by side; in FP32 gradients are added in place."""
 AMONG_FOUR = ("forward_kl", *BESIDE)
 """Variants of four processes."""
 
 
 class Again:
-    """In the place of stage_graphs.Capture: computes on the same tensors again."""
+    """In the place of graphs.Capture: computes on the same tensors again."""
 
     def record(self, compute):
         """A capture computes nothing, but there is an output from then on."""
@@ -126,10 +132,12 @@ def losses(
     save: Path | None = None,
     load_from: Path | None = None,
     stages: StageReplay | None = None,
+    at_once: int = 0,
 ) -> list[float]:
     """Mean loss per token of every step and, with parameters beside the weights, a number made of them.
 
-    Saves after the first step, or starts from there. With `stages` the norm of the last gradient comes after them.
+    Saves after the first step, or starts from there. With `stages`, or `at_once` micro-batches in a replay, the norm of
+    the last gradient comes after them; with `at_once` a digest of it, too.
     """
     shape = read_shape(folder / "config.json")
 
@@ -149,6 +157,10 @@ def losses(
     module.log_dict = lambda *_, **__: None
     if stages is not None:
         module._stage, module._rounded = stages, {}
+    if at_once:
+        lanes = side_by_side.open_lanes(recipe, runtime)
+        assert len(lanes) == (at_once if at_once > 1 else 0)
+        module._replay, module._rounded = Replay(lanes, module._distillation, Again), {}
     if load_from is not None:
         checkpoint.load(checkpoint.Trainable(student, module.optimizer.megatron), load_from)
         quantize.refresh_scales(student, recipe.quantize)
@@ -171,7 +183,18 @@ def losses(
                 with mock.patch.object(checkpoint.optimizer_state, "ungathered", return_value=nullcontext()):
                     checkpoint.save(trained, {}, save.with_name(f"{save.name}.gathered"))
     found = module.progress.losses[0 if load_from is None else 1 :] + beside_weights(student)
-    return found if stages is None else [*found, module.optimizer.gradient_norm]
+    if at_once > 1:
+        assert all(lane.exchange.count > 0 for lane in lanes)
+        module.on_train_end()
+    if at_once:
+        found += [digest(module.ddp)]
+    return [*found, module.optimizer.gradient_norm] if stages is not None or at_once else found
+
+
+def digest(ddp: torch.nn.Module) -> float:
+    """A number that is another one if a bit of this rank's gradients is."""
+    bytes_of = b"".join(buffer.grad_data.numpy().tobytes() for buffer in ddp.buffers)
+    return float(int.from_bytes(hashlib.sha256(bytes_of).digest()[:6], "big"))
 
 
 def two_ways(folder: Path, recipe: Recipe, runtime: Runtime, place: Path) -> tuple[list[float], list[float]]:
@@ -182,6 +205,18 @@ def two_ways(folder: Path, recipe: Recipe, runtime: Runtime, place: Path) -> tup
     in_flight = recipe.parallel.pipeline - parallel_state.get_pipeline_model_parallel_rank()
     assert pairs.recorded == in_flight, (pairs.recorded, in_flight)
     return found[0], found[1]
+
+
+def turns(folder: Path, variant: str, dtype: str, parallel: Parallel, runtime: Runtime) -> dict[str, list[float]]:
+    """A tensor-parallel layout's numbers, micro-batches one after the other and two at a time."""
+    single = dataclasses.replace(runtime, dtype=getattr(torch, dtype))
+    found = {}
+    for at_once, name in ((1, f"{variant}, turns"), (2, f"{variant}, turns again")):
+        recipe = recipe_of(variant, copy.deepcopy(parallel), dtype)
+        recipe.train.micro_batches_at_once = at_once
+        with host_lanes.on_host():
+            found[name] = losses(folder, recipe, single, folder, at_once=at_once)
+    return found
 
 
 def beside_weights(gpt: torch.nn.Module) -> list[float]:
@@ -229,6 +264,8 @@ def main(folder: Path, out: Path) -> None:
         for name in (name for name in STAGES if name in names and parallel.pipeline > 1):
             ways = two_ways(folder, recipes[name], runtime, out.parent / "files")
             found[layout] |= zip((f"{name}, stages", f"{name}, stages again"), ways, strict=True)
+        for name, dtype in TURNS if layout == "tp2_sp" else ():
+            found[layout] |= turns(folder, name, dtype, parallel, runtime)
         for name in (name for name in BESIDE if name in names):
             place = out.parent / name
             if not on_first_rank(runtime, place.exists):
