@@ -57,6 +57,8 @@ def judge(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Cand
 
 def _without_graphs(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> str:
     """The remedy of a layout that is too large with CUDA graphs, where it fits without."""
+    if layout.at_once(recipe) > 1:
+        return ""  # these run in graphs only
     plain = replace(recipe, train=replace(recipe.train, cuda_graphs=CudaGraphs.never))
     total = max(sum(memory_per_rank(plain, model, layout).values()), evaluated(plain, model, layout))
     return f"; train.cuda_graphs=never needs {total / GIB:.0f} GiB" if total <= gpu.usable else ""

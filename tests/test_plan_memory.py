@@ -17,7 +17,7 @@ from halfbyte.launch.plan_time import step_time
 from halfbyte.training.choices import CudaGraphs, Dtype
 from halfbyte.training.config import Method, Quantize, Recipe, Smoothing, Train, Weights
 from halfbyte.training.config_train import Lora
-from halfbyte.training.hardware import GPUS, Reached
+from halfbyte.training.hardware import GIB, GPUS, RESERVE_GIB, Reached
 
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
 SIZE = bench.Size(micro_batches=32)
@@ -219,3 +219,14 @@ def test_a_pipeline_too_large_for_its_graphs_is_told_so():
     assert said[12].endswith(" GiB)")  # nor would it fit without them
     assert said[20].endswith("; train.cuda_graphs=never needs 16 GiB")
     assert said[24] == ""
+
+
+def test_what_runs_in_graphs_only_is_not_told_to_do_without():
+    recipe = bench.recipe(SIZE, bench.LAYOUTS["tp2"], bench.ARMS["nvfp4"])
+    recipe.train.micro_batches_at_once = 2
+    model, layout = Architecture.dense("", bench.shape_of(SIZE)), Layout.of(recipe)
+    total = sum(memory_per_rank(recipe, model, layout).values())
+    alone = sum(memory_per_rank(bench.recipe(SIZE, bench.LAYOUTS["tp2"], bench.ARMS["nvfp4"]), model, layout).values())
+    between = replace(GPUS["H200"], memory_gib=(total + alone) / 2 / GIB + RESERVE_GIB)
+    assert alone < between.usable < total
+    assert (judge(recipe, model, layout, between).problem or "").endswith(" GiB)")

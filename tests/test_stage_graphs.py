@@ -19,7 +19,9 @@ from halfbyte.training.errors import StoppedTogether
 from halfbyte.training.kv_format import KVCache
 
 pytestmark = pytest.mark.slow  # imports Megatron-Core
-WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
+WORKERS = Path(__file__).with_name("workers")
+WORLD = runpy.run_path(str(WORKERS / "world.py"))
+Again = runpy.run_path(str(WORKERS / "again.py"))["Again"]
 STEPS, IN_FLIGHT = 4, 2
 CASES = {
     "bf16": (Method.bf16, {}, {}),
@@ -33,27 +35,6 @@ CASES = {
     "frozen": (Method.qat, {"freeze": ["*norm*", "model.embed_tokens"]}, {}),
 }
 """Name -> method, changes of `train` and of `quantize`."""
-
-
-class Again:
-    """In the place of graphs.Capture: computes on the same tensors again."""
-
-    opened = 0
-    """How many are not closed."""
-
-    def __init__(self):
-        Again.opened += 1
-
-    def record(self, compute):
-        """A capture computes nothing, but there is an output from then on."""
-        again = torch.enable_grad()(compute)
-        if compute.__name__ == "_forward":
-            again()
-        return again
-
-    def close(self) -> None:
-        """Free it."""
-        Again.opened -= 1
 
 
 @pytest.fixture(scope="module")

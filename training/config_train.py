@@ -46,8 +46,8 @@ class Train:
     recompute: bool = False
     """Recompute every layer's activations in the backward pass."""
     cuda_graphs: CudaGraphs = CudaGraphs.auto
-    """In a pipeline each micro-batch in flight keeps memory of its own. No graph with
-    recompute, whatever this says; without a pipeline none with distill.teacher, with one none with distill.hidden."""
+    """In a pipeline each micro-batch in flight keeps memory of its own. No graph with recompute, whatever this says;
+    without a pipeline none with distill.teacher, with one none with distill.hidden."""
     micro_batches_at_once: int = 1
     """2: under tensor parallelism two of a rank's micro-batches run side by side, and one computes while the other's
     ranks exchange; takes the activations of two. On GPUs; elsewhere one runs after the other."""

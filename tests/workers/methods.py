@@ -22,6 +22,7 @@ from unittest import mock
 import host_lanes
 import numpy as np
 import torch
+from again import Again
 from megatron.core import parallel_state
 
 from halfbyte.training import checkpoint, companions, environment, model, quantize, side_by_side
@@ -74,20 +75,6 @@ TURNS = (("forward_kl", "float32"), ("lsq", "float32"), ("lora", "float64"))
 """What is tried with micro-batches side by side; in FP32 gradients are added in place."""
 AMONG_FOUR = ("forward_kl", *BESIDE)
 """Variants of four processes."""
-
-
-class Again:
-    """In the place of graphs.Capture: computes on the same tensors again."""
-
-    def record(self, compute):
-        """A capture computes nothing, but there is an output from then on."""
-        again = torch.enable_grad()(compute)  # replayed inside a Function, whose forward computes no graph
-        if compute.__name__ == "_forward":
-            again()
-        return again
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 def recipe_of(variant: str, parallel: Parallel, dtype: str = "float64") -> Recipe:
