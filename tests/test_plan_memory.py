@@ -1,5 +1,6 @@
 """Planned memory and products against what calibration and training hold and compute."""
 
+import json
 import math
 import runpy
 from dataclasses import replace
@@ -161,25 +162,16 @@ def test_every_weight_hands_autograd_a_tensor_of_its_size():
     assert sum(matrices.values()) == 4 * (linears + tables)
 
 
-MEASURED = {
-    ("tp2pp2", "bf16_graphs"): 13.00,
-    ("tp2pp2", "nvfp4_graphs"): 14.00,
-    ("pp4", "bf16_graphs"): 19.87,
-    ("pp4", "nvfp4_graphs"): 21.37,
-    ("tp2pp2", "bf16_eager"): 12.19,
-    ("tp2pp2", "nvfp4_eager"): 13.17,
-    ("pp4", "bf16_eager"): 16.51,
-    ("pp4", "nvfp4_eager"): 17.62,
-}
-"""GB that the allocator held on the fullest of four H200 (docs/evidence/plan.md)."""
+STAGES = json.loads((Path(__file__).parent.parent / "docs/evidence/four-gpus-stages.json").read_text())
+PIPELINES = [(layout, arm) for layout in ("tp2pp2", "pp4") for arm in STAGES["steps"][layout]]
 
 
-@pytest.mark.parametrize(("layout", "arm"), MEASURED)
+@pytest.mark.parametrize(("layout", "arm"), PIPELINES)
 def test_pipelines_of_four_gpus_take_what_was_measured(layout, arm):
-    recipe = bench.recipe(SIZE, bench.LAYOUTS[layout], bench.ARMS[arm])
-    planned = memory_per_rank(recipe, Architecture.dense("", bench.shape_of(SIZE)), Layout.of(recipe))
-    assert ("CUDA graphs" in planned) == arm.endswith("graphs")
-    assert sum(planned.values()) / 1e9 == pytest.approx(MEASURED[layout, arm], rel=plan_check.MEMORY)
+    found = {"size": STAGES["size"], "steps": {layout: {arm: STAGES["steps"][layout][arm]}}}
+    (row,) = plan_check.of_steps(found, GPUS["H200"])
+    assert abs(row.memory_error) <= plan_check.MEMORY
+    assert abs(row.seconds_error) <= plan_check.SECONDS or arm == "nvfp4"  # waits for Python at TP2 x PP2
 
 
 def pools(size=None, layout="pp4", **changes) -> float:
