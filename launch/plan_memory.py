@@ -133,7 +133,7 @@ def _training(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -
         "activations": kept,
         "logits": largest,
     }
-    if captures_under(recipe, layout.pipeline, layout.data, recompute=layout.recompute):
+    if captures_under(recipe, layout, recompute=layout.recompute):
         pools = _pools(recipe, model, layout, stage) if layout.pipeline > 1 else _lanes(recipe, shape, layout)
         # Graphs of steps that are not quantized yet stay when those of the others come.
         two_kinds = 0 < recipe.train.fake_quant_after_steps < recipe.train.steps

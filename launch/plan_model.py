@@ -212,7 +212,7 @@ class Layout:
     def at_once(self, recipe: Recipe) -> int:
         """Micro-batches that run side by side (training/side_by_side.py)."""
         possible = self.tensor > 1 and self.sequence and self.pipeline == 1 and self.micro_batches(recipe) % 2 == 0
-        captured = captures_under(recipe, self.pipeline, self.data, recompute=self.recompute)
+        captured = captures_under(recipe, self, recompute=self.recompute)
         return recipe.train.micro_batches_at_once if possible and captured else 1
 
     def layers(self, shape: ModelShape, stage: int) -> float:

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from halfbyte.launch.plan_memory import evaluation_memory
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.launch.plan_search import NEEDS, Candidate, best, judge, layout_problem
 from halfbyte.launch.plan_served import served_lines
-from halfbyte.training.choices import FLOAT64_ON_GPU, Dtype
+from halfbyte.launch.plan_time import Step, step_time
+from halfbyte.training.choices import FLOAT64_ON_GPU, CudaGraphs, Dtype
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.hardware import GIB, GPUS, RESERVE_GIB, Gpu
@@ -151,13 +153,23 @@ def _candidate(recipe: Recipe, model: Architecture, candidate: Candidate, gpu: G
     used = step.model_flops / step.seconds / layout.world / gpu.bf16
     return [
         *lines,
-        f"step {step.seconds:.3g} s: {_parts(seconds, *((1.0, 's') if step.seconds >= 0.1 else (1e-3, 'ms')))}",
+        f"step {step.seconds:.3g} s: {_parts(seconds, *((1.0, 's') if step.seconds >= 0.1 else (1e-3, 'ms')))}"
+        f"{_with_graphs(recipe, model, layout, gpu, step)}",
         f"sent per GPU and step: {step.nvlink_bytes / 1e9:.2f} GB over NVLink, {step.network_bytes / 1e9:.2f} GB over "
         "the network",
         f"{tokens / step.seconds:,.0f} tokens/s, {used:.1%} of the BF16 peak in model FLOPs",
         f"{train.steps:,} steps, {_number(train.steps * tokens / 1e6)} M tokens: {_duration(hours)}, "
         f"{_number(hours * layout.world)} GPU-hours; evaluation, export and checkpoints not counted",
     ]
+
+
+def _with_graphs(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, step: Step) -> str:
+    """What CUDA graphs would make of a step of which a tenth and more waits for Python; "" where that is little."""
+    if step.waiting < 0.1 * step.seconds:
+        return ""
+    always = replace(recipe, train=replace(recipe.train, cuda_graphs=CudaGraphs.always))
+    seconds = step_time(always, model, layout, gpu).seconds
+    return f"; {seconds:.3g} s with train.cuda_graphs=always" if seconds < step.seconds else ""
 
 
 def _parts(parts: dict[str, float], unit: float, name: str) -> str:

@@ -127,7 +127,7 @@ def _micro_batch(
         kernels += ahead * (1 + int(teacher)) + into_input + trained.whole * into_weight + logits
         gathers += unit * (2 + int(teacher))
     waiting = max(0.0, python - kernels)
-    if captures_under(recipe, layout.pipeline, layout.data, recompute=layout.recompute):
+    if captures_under(recipe, layout, recompute=layout.recompute):
         # Only a pipeline's teacher, which goes ahead of the graphs, is called from Python.
         ahead_of_all = teacher and layout.pipeline > 1
         waiting = max(0.0, layers * (0.5 * reached.layer - forward)) if ahead_of_all else 0.0

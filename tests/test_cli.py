@@ -284,11 +284,11 @@ def test_memory_follows_the_layout():
     plain = total()
     assert total("parallel.tensor=4") < plain
     assert total("parallel.pipeline=4") < plain
-    assert total("parallel.data=4") < plain
+    assert total("parallel.data=8") < plain
     assert total("train.distributed_optimizer=false") > plain
-    assert total("train.recompute=false") > plain
+    assert total("train.recompute=true") < plain
     assert total("method=qad") > plain
-    assert total("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false") > 2 * plain
+    assert total("parallel.tensor=1", "parallel.sequence=false") > 1.8 * plain  # the optimizer's state is sharded
 
 
 def test_plan_names_what_stays_unquantized_and_where_it_goes(tmp_path):

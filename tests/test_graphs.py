@@ -125,8 +125,10 @@ def test_where_graphs_are_used():
     assert not wanted(device="cpu")
     assert not wanted(train__cuda_graphs=CudaGraphs.never)
     assert wanted(parallel__tensor=2)
-    assert not wanted(parallel__data=2)
-    assert wanted(parallel__data=2, train__cuda_graphs=CudaGraphs.always)
+    assert wanted(parallel__data=4, parallel__tensor=2)
+    assert not wanted(parallel__data=8, parallel__tensor=2)  # two hosts
+    assert not wanted(parallel__data=4, launch__gpus_per_node=2)
+    assert wanted(parallel__data=16, train__cuda_graphs=CudaGraphs.always)
     assert not wanted(parallel__pipeline=2)
     assert not wanted(parallel__pipeline=2, train__cuda_graphs=CudaGraphs.always)
     assert not wanted(train__recompute=True)
@@ -179,13 +181,15 @@ def test_hooks_that_no_replay_runs_and_replays_exclude_each_other(companion):
         kinds = [kind.wanted(recipe, on("cuda")) for kind in (graphs, stage_graphs)]
         assert sum(kinds) <= 1
         assert not any(kind.wanted(recipe, on("cpu")) for kind in (graphs, stage_graphs))
-        assert module.reduces_early(model, recipe) == (data > 1 and not companion and not any(kinds))
+        for device, replayed in (("cuda", any(kinds)), ("cpu", False)):
+            early = module.reduces_early(model, recipe, torch.device(device))
+            assert early == (data > 1 and not companion and not replayed)
         slow_python = replace(REACHED, layer=1e6)
         waits = step_time(recipe, planned, Layout.of(recipe), GPUS["H200"], slow_python).waiting > 0
         assert waits != any(kinds)
         captured += any(kinds)
-    # Half of the teachers or of the hidden losses, no recomputation: `auto` at one data rank, `always` at both.
-    assert captured == 3 * 3 * 2
+    # Half of the teachers or of the hidden losses, no recomputation: `always`; `auto` but in pipelines of two ranks.
+    assert captured == (3 * 2 + 3 + 1) * 2
 
 
 @pytest.mark.slow

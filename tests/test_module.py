@@ -352,13 +352,20 @@ def test_gradients_are_summed_early_where_hooks_can_tell_that_they_are_ready():
     from halfbyte.training import companions, module
 
     model, recipe = torch.nn.Module(), Recipe()
-    assert not module.reduces_early(model, recipe)  # one data-parallel rank
+
+    def early(device="cuda"):
+        return module.reduces_early(model, recipe, torch.device(device))
+
+    assert not early()  # one data-parallel rank
     recipe.parallel.data = 2
-    assert module.reduces_early(model, recipe)
-    recipe.train.cuda_graphs = CudaGraphs.always  # a replay runs no hook
-    assert not module.reduces_early(model, recipe)
+    assert not early()  # one host: replayed, and a replay runs no hook
+    assert early("cpu")
+    recipe.parallel.data = 16
+    assert early()
+    recipe.train.cuda_graphs = CudaGraphs.always
+    assert not early()
     recipe.train.recompute = True  # and nothing is replayed
-    assert module.reduces_early(model, recipe)
+    assert early()
     recipe.train.cuda_graphs = CudaGraphs.auto
     model.add_module(companions.NAME, companions.Companions())  # they read this rank's own sums after the pass
-    assert not module.reduces_early(model, recipe)
+    assert not early()

@@ -198,7 +198,7 @@ def test_bad_words_are_named(capsys):
             ["--nodes", "200000"],
             "--nodes 200000: 1,600,000 GPUs are more than a plan is made for; give at most 1,000,000",
         ),
-        (["parallel.data=4000000", "train.global_batch=4000000"], "parallel: 16,000,000 GPUs are more than a plan is"),
+        (["parallel.data=4000000", "train.global_batch=4000000"], "parallel: 8,000,000 GPUs are more than a plan is"),
         (["--model", "gpt5"], "--model gpt5: not known; give a config.json or one of deepseek_r1, "),
         (["parallel.tensor=3"], "parallel.tensor = 3: does not divide the model's"),
     ):
@@ -271,7 +271,8 @@ def test_every_part_is_printed(words, capsys):
 
 @pytest.mark.parametrize(("dtype", "state"), [("bfloat16", 2 + 4 + 12), ("float32", 4 + 4 + 8), ("float64", None)])
 def test_a_plan_counts_in_the_recipe_s_type_and_times_in_bf16_only(dtype, state, capsys):
-    assert cli.main(["plan", "llama31_8b_bf16_control", f"train.dtype={dtype}", "parallel.data=1"]) == OK
+    layout = ["parallel.pipeline=2", "parallel.data=1"]
+    assert cli.main(["plan", "llama31_8b_bf16_control", f"train.dtype={dtype}", *layout]) == OK
     out = capsys.readouterr().out
     assert ("GPU-hours" in out) == (dtype == "bfloat16")
     if state is None:
@@ -365,7 +366,8 @@ def test_gptq_of_a_large_model_does_not_fit_where_its_training_does():
 
 
 def test_what_an_evaluation_needs_is_part_of_what_fits(capsys):
-    assert cli.main(["plan", "llama31_8b_nvfp4_qat", "evaluate.tokens_per_batch=400000"]) == OK
+    words = ["evaluate.tokens_per_batch=400000", "parallel.pipeline=2", "parallel.data=2"]
+    assert cli.main(["plan", "llama31_8b_nvfp4_qat", *words]) == OK
     out = capsys.readouterr().out
     assert "needs 150 GiB per GPU of 138 while it evaluates; lower evaluate.tokens_per_batch = 400000" in out
     assert "not TP2 PP1, TP2 PP2, TP2 PP4: needs 147 GiB per GPU of 138 while it evaluates" in out
@@ -400,3 +402,40 @@ def test_a_replayed_pipeline_waits_for_python_for_its_teacher_only(name, stages)
         waits[method] = step_time(recipe, model, Layout.of(recipe), GPUS["H200"], slow).waiting
     teacher = 0.5 * size.layers / stages * size.micro_batches
     assert waits == {Method.qat: 0, Method.qad: pytest.approx(teacher, rel=0.02) if stages > 1 else 0}
+
+
+def test_a_step_that_waits_for_python_says_what_graphs_would_make_of_it(capsys):
+    """Data-parallel ranks of one host replay graphs by default; of two they do not."""
+    words = ["plan", "smollm2_135m_nvfp4_qat", "parallel.pipeline=1", "train.global_batch=32"]
+    said = []
+    for ranks in (8, 16):
+        assert cli.main([*words, f"parallel.data={ranks}"]) == OK
+        out = capsys.readouterr().out
+        said.append(re.search(r"step ([\d.]+) s: .*waiting.*; ([\d.]+) s with train.cuda_graphs=always", out))
+    assert said[0] is None
+    assert said[1] is not None
+    assert float(said[1][2]) < 0.5 * float(said[1][1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama31_8b_nvfp4_qat",
+        "llama31_8b_bf16_control",
+        "llama31_8b_nvfp4_qad",
+        "qwen3_8b_nvfp4_qad",
+        "llama33_70b_nvfp4_qad",
+    ],
+)
+def test_a_shipped_recipe_is_not_far_from_the_best_layout(name):
+    """On the eight, or 32, 80 GB GPUs that it is written for, with a tenth of their memory to spare."""
+    recipe = resolve(name, [])
+    shape, _ = find_shape(recipe)
+    assert shape is not None
+    model, gpu = Architecture.dense("", shape), GPUS["H100"]
+    mine = judge(recipe, model, Layout.of(recipe), gpu)
+    found, _ = best(recipe, model, gpu, recipe.world_size)
+    assert mine.problem is None
+    assert sum(mine.memory.values()) < 0.9 * gpu.usable
+    assert found is not None
+    assert mine.step.seconds < 1.15 * found.step.seconds

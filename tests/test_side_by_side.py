@@ -32,7 +32,8 @@ def test_a_tensor_parallel_recipe_may_ask():
 
     assert asked() == []
     assert asked(train__micro_batches_at_once=1, parallel__tensor=1, train__global_batch=7) == []
-    assert asked(parallel__data=2, train__cuda_graphs=CudaGraphs.always) == []
+    assert asked(parallel__data=2) == []
+    assert asked(parallel__data=4, train__global_batch=16, train__cuda_graphs=CudaGraphs.always) == []
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_a_tensor_parallel_recipe_may_ask():
         ({"parallel__tensor": 1}, "parallel.tensor to 2 or more"),
         ({"parallel__sequence": False}, "parallel.sequence=true"),
         ({"parallel__pipeline": 2}, "parallel.pipeline=1"),
-        ({"parallel__data": 2}, "train.cuda_graphs=always"),
+        ({"parallel__data": 4, "train__global_batch": 16}, "train.cuda_graphs=always"),
         ({"train__recompute": True}, "train.recompute=false"),
         ({"distill__teacher": "folder"}, "distill.teacher=null"),
         ({"distill__hidden": 0.5}, "does not go with distill.hidden"),

@@ -57,9 +57,10 @@ class CudaGraphs(StrEnum):
     """
 
     auto = "auto"
-    """Everywhere but under data parallelism, whose gradients are then summed beside the last backward pass."""
+    """Everywhere but where data-parallel ranks are on several hosts, or in pipelines: there gradients are summed beside
+    the last backward pass."""
     always = "always"
-    """Also under data parallelism; gradients are summed after the last backward pass."""
+    """There, too; gradients are summed after the last backward pass."""
     never = "never"
 
 

@@ -35,14 +35,15 @@ from halfbyte.training.teacher_files import TeacherFiles
 
 def wrap(model: GPTModel, recipe: Recipe) -> DistributedDataParallel:
     """Megatron's DDP around one pipeline stage: contiguous gradient buffers, FP32 except in float64 runs."""
-    sharded, early = uses_distributed_optimizer(recipe), reduces_early(model, recipe)
+    device = next(model.parameters()).device
+    sharded, early = uses_distributed_optimizer(recipe), reduces_early(model, recipe, device)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=recipe.train.dtype != "float64",
         use_distributed_optimizer=sharded,
         overlap_grad_reduce=early,
     )
     model.config.finalize_model_grads_func = companions.finalize(model)
-    with graphs.capturable_hooks(next(model.parameters()).device):
+    with graphs.capturable_hooks(device):
         ddp = DistributedDataParallel(model.config, config, model)
     if early:
         model.config.no_sync_func = ddp.no_sync  # the schedule then says which micro-batch is the last
@@ -51,13 +52,14 @@ def wrap(model: GPTModel, recipe: Recipe) -> DistributedDataParallel:
     return ddp
 
 
-def reduces_early(model: GPTModel, recipe: Recipe) -> bool:
+def reduces_early(model: GPTModel, recipe: Recipe, device: torch.device) -> bool:
     """Whether gradients are summed over data-parallel ranks bucket by bucket, beside the last backward pass.
 
     Companions read a weight's gradient of this rank when the pass is over, and a graph's replay tells no hook which
     gradients are ready: there the sum is taken at the end.
     """
-    return recipe.parallel.data > 1 and companions.of(model) is None and not captures(recipe)
+    replayed = device.type == "cuda" and captures(recipe)
+    return recipe.parallel.data > 1 and companions.of(model) is None and not replayed
 
 
 class _Unsized(IterableDataset):
