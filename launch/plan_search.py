@@ -15,6 +15,9 @@ from halfbyte.training.model_rules import model_problems
 from halfbyte.training.shape import ModelShape
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+SPARE = 0.05
+"""Share of a GPU's memory that the search leaves: the plan has been up to 3 % short of tensors, and 9 % of what torch's
+allocator held, some of which it gives back (docs/evidence/plan.md)."""
 NEEDS = "needs "
 """How a layout's problem begins where memory is too small."""
 
@@ -34,6 +37,10 @@ class Candidate:
     memory: dict[str, float]
     step: Step
     problem: str | None
+
+    def spare(self, gpu: Gpu) -> float:
+        """Share of a GPU's memory for tensors that is left over."""
+        return 1 - sum(self.memory.values()) / gpu.usable
 
 
 def judge(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Candidate:
@@ -65,7 +72,7 @@ def _without_graphs(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gp
 
 
 def best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> tuple[Candidate | None, dict[str, str]]:
-    """The fastest layout on a number of GPUs.
+    """The fastest layout on a number of GPUs that leaves SPARE of their memory, or else of those that fit at all.
 
     Args:
         recipe: Method, formats, batch; its own layout plays no part.
@@ -92,7 +99,8 @@ def best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> tuple[Cand
                 smallest = min(tried, key=lambda candidate: sum(candidate.memory.values()))
                 refused[name] = smallest.problem or ""
             found += fitting
-    return min(found, key=lambda candidate: candidate.step.seconds, default=None), refused
+    roomy = [candidate for candidate in found if candidate.spare(gpu) >= SPARE]
+    return min(roomy or found, key=lambda candidate: candidate.step.seconds, default=None), refused
 
 
 def layout_problem(recipe: Recipe, shape: ModelShape, gpu: Gpu, layout: Layout) -> str | None:

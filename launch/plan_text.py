@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from halfbyte.launch.plan_memory import evaluation_memory
 from halfbyte.launch.plan_model import Architecture, Layout
-from halfbyte.launch.plan_search import NEEDS, Candidate, best, judge, layout_problem
+from halfbyte.launch.plan_search import NEEDS, SPARE, Candidate, best, judge, layout_problem
 from halfbyte.launch.plan_served import served_lines
 from halfbyte.launch.plan_time import Step, step_time
 from halfbyte.training.choices import FLOAT64_ON_GPU, CudaGraphs, Dtype
@@ -126,7 +126,9 @@ def _refused(refused: dict[str, str]) -> list[str]:
 def _candidate(recipe: Recipe, model: Architecture, candidate: Candidate, gpu: Gpu) -> list[str]:
     layout, step = candidate.layout, candidate.step
     total = sum(candidate.memory.values())
-    verdict = candidate.problem or f"fits {gpu.usable / GIB:.0f} GiB"
+    spare = candidate.spare(gpu)
+    close = f" with {spare:.1%} to spare, less than the plan can promise" if spare < SPARE else ""
+    verdict = candidate.problem or f"fits {gpu.usable / GIB:.0f} GiB{close}"
     said, cached = evaluation_memory(recipe, model, layout)
     unit, name = (GIB, "GiB") if total >= GIB / 10 else (MIB, "MiB")
     lines = [
