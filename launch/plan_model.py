@@ -2,7 +2,7 @@
 
 import importlib.resources
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halfbyte.training.config import Recipe
@@ -199,6 +199,19 @@ class Layout:
             parallel.sequence,
             parallel.last_stage_layers,
         )
+
+    def written_into(self, recipe: Recipe) -> Recipe:
+        """The recipe with this layout in the place of its own."""
+        parallel = replace(
+            recipe.parallel,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            data=self.data,
+            sequence=self.sequence,
+            last_stage_layers=self.last_stage_layers,
+        )
+        train = replace(recipe.train, micro_batch=self.micro_batch, recompute=self.recompute)
+        return replace(recipe, parallel=parallel, train=train)
 
     @property
     def world(self) -> int:

@@ -1,7 +1,6 @@
 """The fastest layout that fits: all of TP x PP x DP x micro-batch x recomputation, tried on paper. Torch-free."""
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import isqrt
 
@@ -13,6 +12,7 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.hardware import GIB, Gpu
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.shape import ModelShape
+from halfbyte.training.side_by_side_rules import side_by_side_problems
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SPARE = 0.05
@@ -93,9 +93,15 @@ def best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> tuple[Cand
             if problem is not None:
                 refused[name] = problem
                 continue
-            tried = [judge(recipe, model, layout, gpu) for layout in _choices(recipe, plain)]
+            odd = {
+                layout: next(side_by_side_problems(layout.written_into(recipe)), "")
+                for layout in _choices(recipe, plain)
+            }
+            tried = [judge(recipe, model, layout, gpu) for layout, problem in odd.items() if not problem]
             fitting = [candidate for candidate in tried if candidate.problem is None]
-            if not fitting:
+            if not tried:
+                refused[name] = next(iter(odd.values()))
+            elif not fitting:
                 smallest = min(tried, key=lambda candidate: sum(candidate.memory.values()))
                 refused[name] = smallest.problem or ""
             found += fitting
@@ -110,11 +116,7 @@ def layout_problem(recipe: Recipe, shape: ModelShape, gpu: Gpu, layout: Layout) 
     if recipe.train.global_batch % (layout.micro_batch * layout.data):
         batch = f"train.global_batch = {recipe.train.global_batch}"
         return f"{batch} does not divide over {layout.data} data-parallel ranks"
-    tried = deepcopy(recipe)
-    parallel = tried.parallel
-    parallel.tensor, parallel.pipeline, parallel.data = layout.tensor, layout.pipeline, layout.data
-    parallel.last_stage_layers, parallel.sequence = layout.last_stage_layers, layout.sequence
-    return next(iter(model_problems(tried, shape)), None)
+    return next(iter(model_problems(layout.written_into(recipe), shape)), None)
 
 
 def _idle(recipe: Recipe, layout: Layout) -> str | None:

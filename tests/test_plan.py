@@ -27,7 +27,7 @@ from halfbyte.training.errors import OK, USAGE, RecipeError
 from halfbyte.training.hardware import GPUS, MIG_SLICES, REACHED, gpu_of, mig_name
 from halfbyte.training.model_rules import model_problems
 from halfbyte.training.resolve import resolve
-from halfbyte.training.rules import find_shape
+from halfbyte.training.rules import find_shape, problems
 from halfbyte.training.shape import linear_sizes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -142,6 +142,18 @@ def test_a_pipeline_that_is_not_filled_runs_but_is_not_searched():
     assert layout_problem(recipe, model.sizes, gpu, Layout(1, 16, 1, 1, False, False)) is None
     _, refused = best(recipe, model, gpu, 16)
     assert refused["TP1 PP16"].startswith("train.global_batch gives a rank 8 micro-batches at most, too few for 16")
+
+
+def test_the_search_suggests_nothing_that_a_recipe_s_rules_refuse():
+    """Two micro-batches at once need tensor parallelism and pairs: fewer layouts than the model's sizes allow."""
+    keys = ["train.micro_batches_at_once=2", "train.recompute=false", "train.cuda_graphs=always"]
+    recipe = resolve("llama31_8b_nvfp4_qat", ["parallel.pipeline=1", "parallel.data=1", *keys])
+    for gpus in (1, 4, 32):
+        found, refused = best(recipe, named_model("llama31_8b"), GPUS["H200"], gpus)
+        assert (found is None) == (gpus == 1)
+        assert "TP1 PP1" in refused
+        assert refused["TP1 PP1"].startswith("train.micro_batches_at_once = 2: hides what tensor-parallel ranks")
+        assert found is None or problems(found.layout.written_into(recipe)) == []
 
 
 def test_any_number_of_gpus_is_searched_at_once():
