@@ -147,8 +147,9 @@ def test_where_stages_are_recorded():
     assert wanted(parallel__tensor=2)
     assert not wanted(parallel__pipeline=1)
     assert not wanted(train__cuda_graphs=CudaGraphs.never)
-    assert not wanted(parallel__data=2)
-    assert wanted(parallel__data=2, train__cuda_graphs=CudaGraphs.always)
+    assert wanted(parallel__data=4)
+    assert not wanted(parallel__data=8)  # two hosts
+    assert wanted(parallel__data=8, train__cuda_graphs=CudaGraphs.always)
     assert not wanted(train__recompute=True)
     assert not wanted(distill__hidden=0.5)  # the loss would read activations inside a graph
     assert wanted(distill__teacher="folder")  # read before the schedule begins
@@ -177,6 +178,7 @@ def test_hooks_that_no_replay_runs_and_replays_exclude_each_other(companion):
             train__recompute=recompute,
             distill__hidden=hidden,
             distill__teacher=teacher,
+            launch__gpus_per_node=4,
         )
         kinds = [kind.wanted(recipe, on("cuda")) for kind in (graphs, stage_graphs)]
         assert sum(kinds) <= 1
@@ -188,8 +190,8 @@ def test_hooks_that_no_replay_runs_and_replays_exclude_each_other(companion):
         waits = step_time(recipe, planned, Layout.of(recipe), GPUS["H200"], slow_python).waiting > 0
         assert waits != any(kinds)
         captured += any(kinds)
-    # Half of the teachers or of the hidden losses, no recomputation: `always`; `auto` but in pipelines of two ranks.
-    assert captured == (3 * 2 + 3 + 1) * 2
+    # Half of the teachers or of the hidden losses, no recomputation: `always`; `auto` but in eight ranks.
+    assert captured == (3 * 2 + 3 + 2) * 2
 
 
 @pytest.mark.slow

@@ -107,7 +107,11 @@ def test_inner_layers_are_compared_under_sequence_parallelism(found):
 
 @pytest.mark.parametrize(
     ("layout", "variant"),
-    [*(("pp2", name) for name in ("forward_kl", "files", "lsq")), *((n, "lsq") for n in ("tp2_pp2_sp", "pp4"))],
+    [
+        *(("pp2", name) for name in ("forward_kl", "files", "lsq")),
+        *((n, "lsq") for n in ("tp2_pp2_sp", "pp4")),
+        ("pp2_dp2", "forward_kl"),
+    ],
 )
 def test_recorded_stages_are_the_plain_ones(found, four, layout, variant):
     """Bit for bit: the losses and the norm of the last gradient, whose passes were recorded."""
@@ -124,7 +128,7 @@ def test_micro_batches_side_by_side_are_those_one_after_the_other(found, variant
     assert one[:2] == pytest.approx(found["tp2_sp"][variant][:2], rel=1e-2)
 
 
-@pytest.mark.parametrize("layout", ["tp2_pp2_sp", "tp2_dp2_sp", "pp4", "dp4"])
+@pytest.mark.parametrize("layout", ["tp2_pp2_sp", "tp2_dp2_sp", "pp4", "pp2_dp2", "dp4"])
 def test_four_processes_give_what_two_give(found, four, layout):
     """Also from the checkpoint of a pipeline of two."""
     values_of = {
@@ -132,7 +136,7 @@ def test_four_processes_give_what_two_give(found, four, layout):
         for variant, values in four[layout].items()
         if "float32" not in variant and "stages" not in variant
     }
-    assert len(values_of) == (3 if layout == "pp4" else 5)
+    assert len(values_of) == {"pp4": 3, "pp2_dp2": 1}.get(layout, 5)
     for variant, values in values_of.items():
         assert values == pytest.approx(found["dp2"][variant.removesuffix(", resumed")][-len(values) :], rel=1e-6), (
             variant

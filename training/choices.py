@@ -57,8 +57,8 @@ class CudaGraphs(StrEnum):
     """
 
     auto = "auto"
-    """Everywhere but where data-parallel ranks are on several hosts, or in pipelines: there gradients are summed beside
-    the last backward pass."""
+    """Everywhere but where data-parallel ranks are on several hosts: there gradients are summed beside the last
+    backward pass."""
     always = "always"
     """There, too; gradients are summed after the last backward pass."""
     never = "never"

@@ -23,10 +23,10 @@ def captures_under(recipe: Recipe, layout: Spread, *, recompute: bool) -> bool:
     """The same under another layout.
 
     `auto` leaves data-parallel ranks their hooks, which sum gradients beside the last backward pass
-    (module.reduces_early; a replay runs none), where that sum goes over a network or stages are what is replayed: on
-    one host it is a small part of a step, and what Python takes need not be. Recomputation asks for the generator's
-    state. Without a pipeline the teacher is part of the graph, so it cannot be read from files in between; with one the
-    loss stands outside and cannot see hidden states inside.
+    (module.reduces_early; a replay runs none), where that sum goes over a network: on one host it is a small part of a
+    step, and what Python takes need not be. Recomputation asks for the generator's state. Without a pipeline the
+    teacher is part of the graph, so it cannot be read from files in between; with one the loss stands outside and
+    cannot see hidden states inside.
 
     Args:
         recipe: What is trained, and how many GPUs a host has (launch.gpus_per_node).
@@ -34,8 +34,7 @@ def captures_under(recipe: Recipe, layout: Spread, *, recompute: bool) -> bool:
         recompute: Whether layers are recomputed.
     """
     choice, distill = recipe.train.cuda_graphs, recipe.distill
-    one_host = layout.tensor * layout.data <= recipe.launch.gpus_per_node
-    summed_quickly = layout.data == 1 or (layout.pipeline == 1 and one_host)
-    asked = choice is CudaGraphs.always or (choice is CudaGraphs.auto and summed_quickly)
+    one_host = layout.tensor * layout.pipeline * layout.data <= recipe.launch.gpus_per_node
+    asked = choice is CudaGraphs.always or (choice is CudaGraphs.auto and (layout.data == 1 or one_host))
     possible = not distill.hidden if layout.pipeline > 1 else distill.teacher is None
     return asked and possible and not recompute

@@ -47,6 +47,7 @@ LAYOUTS = {
         "tp2_pp2_sp": Parallel(tensor=2, pipeline=2, sequence=True),
         "tp2_dp2_sp": Parallel(tensor=2, data=2, sequence=True),
         "pp4": Parallel(pipeline=4),
+        "pp2_dp2": Parallel(pipeline=2, data=2),
         "dp4": Parallel(data=4),
     },
 }
@@ -223,6 +224,8 @@ def beside_weights(gpt: torch.nn.Module) -> list[float]:
 
 def variants_of(parallel: Parallel, ranks: int) -> list[str]:
     """What a layout is tried with; LoRA trains two of four layers, and every stage needs something to train."""
+    if parallel.pipeline == parallel.data == 2:
+        return ["forward_kl"]  # for its stages
     names = list(VARIANTS if ranks == 2 else AMONG_FOUR)
     if parallel.pipeline > 1 and "inner" in names:
         names.remove("inner")
