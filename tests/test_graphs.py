@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -208,15 +209,17 @@ def test_no_generator_is_switched_during_a_capture():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_a_replayed_step_is_the_plain_one(tensor, pipeline, environment, tmp_path):
-    gpus = tensor * pipeline
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2)])
+def test_a_replayed_step_is_the_plain_one(layout, environment, tmp_path):
+    """Layout: tensor, pipeline, data."""
+    _, pipeline, _ = layout
+    gpus = math.prod(layout)
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
     out = tmp_path / "out.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}"]
     launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(WORKERS / "graphs.py")]
-    subprocess.run([*launcher, str(out), str(tensor), str(pipeline)], check=True, env=environment)
+    subprocess.run([*launcher, str(out), *map(str, layout)], check=True, env=environment)
     for name, ways in json.loads(out.read_text()).items():
         plain, graphs, again = ways["plain"], ways["graphs"], ways["again"]
         if pipeline > 1 and name == "qad_topk":

@@ -1,9 +1,9 @@
 """Trains a small random model on GPUs with and without CUDA graphs, in every way that matters to a capture.
 
-Run under torchrun with OUT.json, a tensor-parallel size and a number of stages; rank 0 writes {case: {plain, graphs,
-again}}, each the losses of a few steps, a sum over the final weights ("again": the plain path once more, the run-to-run
-spread) and how many graphs (pairs of them, in a pipeline) it captured. Under tensor parallelism also {untied, two}: an
-untied model with its micro-batches one after the other, and two at a time.
+Run under torchrun with OUT.json, a tensor-parallel size, stages and data-parallel ranks; rank 0 writes {case: {plain,
+graphs, again}}, each the losses of a few steps, a sum over the final weights ("again": the plain path once more, the
+run-to-run spread) and how many graphs (pairs of them, in a pipeline) it captured. Under tensor parallelism alone also
+{untied, two}: an untied model with its micro-batches one after the other, and two at a time.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
 from halfbyte.training import environment, model, module, quantize
 from halfbyte.training.choices import CudaGraphs
@@ -51,13 +52,13 @@ CASES = {
 }
 
 
-def recipe(case: dict, tensor: int, pipeline: int, *, graphs: bool, at_once: int = 1) -> Recipe:
+def recipe(case: dict, layout: Parallel, *, graphs: bool, at_once: int = 1) -> Recipe:
     return Recipe(
         run=Run(name="graphs", dir="graphs"),
         method=case["method"],
         model=Model(path="none"),
         quantize=case.get("quantize", Quantize()),
-        parallel=Parallel(tensor=tensor, pipeline=pipeline, sequence=tensor > 1),
+        parallel=layout,
         distill=case.get("distill", Distill()),
         train=Train(
             steps=STEPS,
@@ -97,10 +98,8 @@ def captured(trained: module.Training) -> int:
     return 0 if trained._replay is None else sum(x is not None for x in trained._replay._captured.values())
 
 
-def train(
-    case: dict, tensor: int, pipeline: int, runtime: Runtime, *, graphs: bool, tied: bool = True, at_once: int = 1
-) -> dict:
-    plan = recipe(case, tensor, pipeline, graphs=graphs, at_once=at_once)
+def train(case: dict, layout: Parallel, runtime: Runtime, *, graphs: bool, tied: bool = True, at_once: int = 1) -> dict:
+    plan = recipe(case, layout, graphs=graphs, at_once=at_once)
     gpt, teacher = random_model(plan, runtime, 1, tied=tied), None
     if plan.method is Method.qad:
         teacher = random_model(plan, runtime, 2, tied=tied).requires_grad_(False)
@@ -110,7 +109,8 @@ def train(
     trained.optimizers = lambda: trained.optimizer
     trained.log_dict = lambda *_, **__: None
     for step in range(STEPS):
-        trained.training_step(batches(step, runtime), step)
+        own = batches(step, runtime)[parallel_state.get_data_parallel_rank() :: layout.data]
+        trained.training_step(own, step)
     weights = torch.stack([parameter.double().square().sum() for parameter in gpt.parameters()]).sum()
     torch.distributed.all_reduce(weights)
     found = {"losses": trained.progress.losses, "weights": float(weights), "captured": captured(trained)}
@@ -118,17 +118,18 @@ def train(
     return found
 
 
-def main(out: str, tensor: int, pipeline: int) -> None:
+def main(out: str, tensor: int, pipeline: int, data: int) -> None:
     environment.set_process_environment()
     environment.quiet_libraries()
-    runtime = open_runtime(recipe(CASES["bf16"], tensor, pipeline, graphs=False))
+    layout = Parallel(tensor=tensor, pipeline=pipeline, data=data, sequence=tensor > 1)
+    runtime = open_runtime(recipe(CASES["bf16"], layout, graphs=False))
     found = {}
     for name, case in CASES.items():
         ways = {"plain": False, "graphs": True, "again": False}
-        found[name] = {way: train(case, tensor, pipeline, runtime, graphs=graphs) for way, graphs in ways.items()}
-        if tensor > 1 and pipeline == 1 and name != "qad_topk":  # that one compares hidden states
-            found[name]["untied"] = train(case, tensor, pipeline, runtime, graphs=False, tied=False)
-            found[name]["two"] = train(case, tensor, pipeline, runtime, graphs=True, tied=False, at_once=2)
+        found[name] = {way: train(case, layout, runtime, graphs=graphs) for way, graphs in ways.items()}
+        if tensor > 1 and pipeline == data == 1 and name != "qad_topk":  # that one compares hidden states
+            found[name]["untied"] = train(case, layout, runtime, graphs=False, tied=False)
+            found[name]["two"] = train(case, layout, runtime, graphs=True, tied=False, at_once=2)
     if runtime.first:
         Path(out).write_text(json.dumps(found, indent=1))
     close_runtime()
