@@ -2,8 +2,8 @@
 
 Slurm tells the script two minutes before the time limit (USR1) and on preemption (TERM), then the processes as well.
 The script has Slurm send SIGTERM to the processes, which save and end; a preempted job starts again by itself, one that
-ran out of time is put back into the queue by the script, or the next job of the array goes on. What dies or hangs is
-started again within the job.
+ran out of time is put back into the queue by the script, or, in an array, the next job goes on and only the last one is
+put back. What dies or hangs is started again within the job.
 """
 
 import re
@@ -31,7 +31,7 @@ FORWARD = """\
 # SIGTERM to the processes lets them save: Slurm's own signal to them, for srun answers one by killing them. On
 # preemption Slurm has sent it already. bash runs a trap only between commands, hence the wait.
 ending=
-trap 'ending=time; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'ending=time; scancel --signal=TERM "@JOB@"' USR1
 trap 'ending=preempted' TERM
 
 attempt=0
@@ -49,8 +49,13 @@ while true; do
 done"""
 REQUEUE = f"""\
 if [ "$ending" = time ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_REQUEUES} ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "@JOB@"
 fi"""
+WITHIN_ARRAY = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+"""How Slurm finds one job of an array: the last one's SLURM_JOB_ID is the number of them all."""
+LAST_OF_ARRAY = """\
+# The next job of the array goes on where this one stopped; after the last one there is none.
+if [ "$SLURM_ARRAY_TASK_ID" -lt "$SLURM_ARRAY_TASK_MAX" ]; then exit "$code"; fi"""
 
 
 @dataclass(frozen=True)
@@ -152,9 +157,11 @@ def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None
     container = [f"--container-image={launch.container}"] if launch.container else []
     srun = shlex.join(["--kill-on-bad-exit=1", *container, *job.command])
     port = launch.port or f"$(({BASE_PORT} + SLURM_JOB_ID % {PORTS}))"
-    forward = FORWARD
-    for name, value in {"SRUN": srun, "RESTARTS": launch.max_restarts, "HUNG": HUNG}.items():
-        forward = forward.replace(f"@{name}@", str(value))
+    values = {"SRUN": srun, "RESTARTS": launch.max_restarts, "HUNG": HUNG}
+    values["JOB"] = "$SLURM_JOB_ID" if job.array == 1 else WITHIN_ARRAY
+    forward, requeue = FORWARD, REQUEUE
+    for name, value in values.items():
+        forward, requeue = (part.replace(f"@{name}@", str(value)) for part in (forward, requeue))
     return "\n".join(
         [
             "#!/bin/bash",
@@ -172,7 +179,8 @@ def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None
             NCCL,
             "",
             forward,
-            *([REQUEUE] if job.array == 1 else []),
+            *([LAST_OF_ARRAY] if job.array > 1 else []),
+            requeue,
             'exit "$code"',
             "",
         ]

@@ -49,7 +49,7 @@ def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False
             said.append(f"{path}\n\n{text}")
             continue
         try:
-            number = _sbatch(path, [] if before is None else [f"--dependency=afterok:{before}"])
+            number = _sbatch(path, [] if before is None else _after(before))
         except UserError as error:
             if not numbers:
                 raise
@@ -61,6 +61,11 @@ def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False
         # The last job of an array goes on where the others stopped, so that it alone has to end well.
         before = f"{number}_{job.array}" if job.array > 1 else number
     return "\n".join([*said, *([] if dry_run else [f"halfbyte status {folder} follows it"])])
+
+
+def _after(job: str) -> list[str]:
+    """Options of a job that needs another one's result: without it, it is no job that waits for ever in the queue."""
+    return [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
 
 
 def _check_queue(folder: Path) -> None:

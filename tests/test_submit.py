@@ -119,12 +119,26 @@ def test_the_log_of_a_job_is_in_the_run_folder_whatever_its_name(folder, option)
     assert sbatch.log_option(Path(folder) / "slurm-%j.log") == option
 
 
-def test_jobs_in_a_row_are_an_array_that_nobody_requeues():
+@pytest.mark.parametrize(("task", "requeued"), [(1, False), (4, False), (5, True)])
+def test_of_jobs_in_a_row_only_the_last_goes_back_into_the_queue(task, requeued, tmp_path):
+    """Any other one leaves its place to the next. By its number alone Slurm puts back the whole array (a real one did)."""
     (job,) = sbatch.jobs(recipe(), Path("submit.yaml"), 2, array=5)
     text = sbatch.text(recipe(), job, programs=None, revision=None)
     assert "#SBATCH --array=1-5%1\n" in text
     assert "#SBATCH --output=runs/llama/slurm-%A_%a.log\n" in text
-    assert "scontrol requeue" not in text
+    assert 'scancel --signal=TERM "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in text
+    end = f"ending=time code=0{text.rpartition('done')[2]}"
+    fake(tmp_path / "scontrol", f'echo "$@" > {tmp_path}/called')
+    array = {
+        "SLURM_JOB_ID": "12",
+        "SLURM_ARRAY_JOB_ID": "12",
+        "SLURM_ARRAY_TASK_ID": str(task),
+        "SLURM_ARRAY_TASK_MAX": "5",
+    }
+    search = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", end], env=array | search, check=True)
+    called = tmp_path / "called"
+    assert (called.read_text() if called.exists() else None) == ("requeue 12_5\n" if requeued else None)
     with pytest.raises(RecipeError, match="--jobs = 0: must be positive"):
         sbatch.jobs(recipe(), Path("submit.yaml"), 2, array=0)
 
@@ -241,8 +255,8 @@ def test_evaluation_and_export_wait_for_what_they_need(made, tmp_path, monkeypat
     folder = tmp_path / "run"
     assert (tmp_path / "called").read_text().splitlines() == [
         f"--parsable {folder}/submit.sbatch",
-        f"--parsable --dependency=afterok:{last} {folder}/evaluate.sbatch",
-        f"--parsable --dependency=afterok:2 {folder}/export.sbatch",
+        f"--parsable --dependency=afterok:{last} --kill-on-invalid-dep=yes {folder}/evaluate.sbatch",
+        f"--parsable --dependency=afterok:2 --kill-on-invalid-dep=yes {folder}/export.sbatch",
     ]
     assert said.endswith(f"export.sbatch: submitted as job 3\nhalfbyte status {folder} follows it")
     export = (folder / "export.sbatch").read_text()
