@@ -29,7 +29,7 @@ from halfbyte.export.source import cache_of, formats_of
 from halfbyte.export.verify import broken_directory
 from halfbyte.launch.console import Console
 from halfbyte.launch.export import place, serving_checkpoint
-from halfbyte.launch.sbatch import log_option
+from halfbyte.launch.sbatch import container_options, log_option
 from halfbyte.launch.scored import read_run
 from halfbyte.training.choices import Container
 from halfbyte.training.config import Recipe
@@ -195,9 +195,9 @@ def sbatch_text(recipe: Recipe, command: Sequence[str], ranks: int) -> str:
     directives += [
         f"--{key}={value}" for key, value in vars(start).items() if key in ("partition", "account") and value
     ]
-    container = f" --container-image={shlex.quote(start.container)}" if start.container else ""
+    container = container_options(recipe, Path.cwd())
     lines = ["#!/bin/bash", *(f"#SBATCH {word}" for word in directives), "", "set -euo pipefail"]
-    return "\n".join([*lines, f"srun{container} {shlex.join(command)}", ""])
+    return "\n".join([*lines, f"srun {shlex.join([*container, *command])}", ""])
 
 
 def _build(machine: Machine, command: Sequence[str], engines: Path) -> Path:

@@ -6,6 +6,7 @@ ran out of time is put back into the queue by the script, or, in an array, the n
 put back. What dies or hangs is started again within the job.
 """
 
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.config_launch import GRACE_S
 from halfbyte.training.errors import HUNG, RecipeError
 from halfbyte.training.hardware import GPUS
+from halfbyte.training.run_rules import read_paths
 
 BASE_PORT = 20000
 PORTS = 10000
@@ -142,7 +144,37 @@ def links_note(recipe: Recipe) -> str | None:
     )
 
 
-def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None) -> str:
+def container_options(recipe: Recipe, here: Path) -> list[str]:
+    """Options of srun for launch.container, as its plugin pyxis takes them; none without a container.
+
+    The image sees what the recipe names, each folder at its own place: the working directory, run.dir, and all that a
+    run reads (of a file the folder). Where a name is a link, its target as well.
+
+    Args:
+        recipe: Resolved recipe.
+        here: The working directory, absolute; a relative run.dir lies in it.
+
+    Raises:
+        RecipeError: a folder has a name that --container-mounts cannot hold.
+    """
+    if recipe.launch.container is None:
+        return []
+    paths = [here / recipe.run.dir, *(Path(path) for path in read_paths(recipe).values() if path)]
+    places = [here, *(path.parent if path.is_file() else path for path in paths)]
+    folders = {Path(os.path.normpath(name)) for place in places for name in (place, place.resolve())} - {Path("/")}
+    seen = sorted(folder for folder in folders if folders.isdisjoint(folder.parents))
+    odd = [folder for folder in seen if set(",:") & set(str(folder))]
+    if odd:
+        remedy = "a container sees no folder with , or : in its name; give it another name, or leave the key out"
+        raise RecipeError([f"launch.container = {recipe.launch.container}: {folder}: {remedy}" for folder in odd])
+    return [
+        f"--container-image={recipe.launch.container}",
+        f"--container-mounts={','.join(f'{folder}:{folder}' for folder in seen)}",
+        f"--container-workdir={here}",
+    ]
+
+
+def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None, here: Path) -> str:
     """One sbatch file.
 
     The port is derived from the job's number, so that two jobs that share a node do not meet.
@@ -152,10 +184,13 @@ def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None
         job: What to run.
         programs: Folder of the `halfbyte` program, put first in PATH; none where a container brings its own.
         revision: Commit of halfbyte's source, if it is a checkout.
+        here: The working directory, which a container starts in.
+
+    Raises:
+        RecipeError: see `container_options`.
     """
     launch = recipe.launch
-    container = [f"--container-image={launch.container}"] if launch.container else []
-    srun = shlex.join(["--kill-on-bad-exit=1", *container, *job.command])
+    srun = shlex.join(["--kill-on-bad-exit=1", *container_options(recipe, here), *job.command])
     port = launch.port or f"$(({BASE_PORT} + SLURM_JOB_ID % {PORTS}))"
     values = {"SRUN": srun, "RESTARTS": launch.max_restarts, "HUNG": HUNG}
     values["JOB"] = "$SLURM_JOB_ID" if job.array == 1 else WITHIN_ARRAY

@@ -29,21 +29,21 @@ def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False
         What to tell the user: a note on links, if any; the paths, and the files' texts or the jobs' numbers.
 
     Raises:
-        RecipeError: the nodes do not fit the layout.
+        RecipeError: the nodes do not fit the layout, or a container cannot see a folder.
         UserError: a file cannot be written, a job of this run is still in the queue, or sbatch is missing or refuses.
     """
     folder = Path(recipe.run.dir)
     jobs = sbatch.jobs(recipe, folder / COPY, nodes, array=array, separate=separate)
     programs = None if recipe.launch.container else str(Path(sys.executable).parent)
+    texts = [sbatch.text(recipe, job, programs=programs, revision=revision(12), here=Path.cwd()) for job in jobs]
     _check_queue(folder)
     save(recipe, folder / COPY)
     if not dry_run:
         save(recipe, folder / RESOLVED)
     note = sbatch.links_note(recipe)
     said, before, numbers = [note] if note else [], None, []
-    for job in jobs:
+    for job, text in zip(jobs, texts, strict=True):
         path = folder / f"{job.kind}.sbatch"
-        text = sbatch.text(recipe, job, programs=programs, revision=revision(12))
         _write(path, text)
         if dry_run:
             said.append(f"{path}\n\n{text}")

@@ -49,7 +49,7 @@ trap 'ending=preempted' TERM
 
 attempt=0
 while true; do
-  srun --kill-on-bad-exit=1 --container-image=nvcr.io/pytorch:25.10 halfbyte run 'runs/my llama/submit.yaml' &
+  srun --kill-on-bad-exit=1 halfbyte run 'runs/my llama/submit.yaml' &
   step=$!
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done
   wait "$step"
@@ -67,6 +67,9 @@ exit "$code"
 """
 
 
+HERE = Path("/home/me")
+
+
 def recipe(tensor=2, pipeline=2, data=4, per_node=8) -> Recipe:
     made = Recipe()
     made.run.name, made.run.dir = "llama", "runs/llama"
@@ -77,9 +80,9 @@ def recipe(tensor=2, pipeline=2, data=4, per_node=8) -> Recipe:
 
 def test_golden():
     made = recipe()
-    made.launch.partition, made.launch.account, made.launch.container = "gpu", "team", "nvcr.io/pytorch:25.10"
+    made.launch.partition, made.launch.account = "gpu", "team"
     (job,) = sbatch.jobs(made, Path("runs/my llama/submit.yaml"), 2)
-    text = sbatch.text(made, job, programs="/opt/halfbyte/bin", revision="0123456789ab-dirty")
+    text = sbatch.text(made, job, programs="/opt/halfbyte/bin", revision="0123456789ab-dirty", here=HERE)
     assert text == GOLDEN.format(nccl=sbatch.NCCL)
     assert all(line.startswith("#") for line in sbatch.NCCL.splitlines())
 
@@ -88,7 +91,7 @@ def test_a_small_world_takes_as_many_tasks_as_it_has_processes():
     made = recipe(data=1)
     made.launch.port, made.launch.gpus, made.launch.max_restarts = 29500, False, 0
     (job,) = sbatch.jobs(made, Path("submit.yaml"), 1)
-    text = sbatch.text(made, job, programs=None, revision=None)
+    text = sbatch.text(made, job, programs=None, revision=None, here=HERE)
     assert "#SBATCH --ntasks-per-node=4\n#SBATCH --time" in text
     assert "MASTER_PORT=29500\n" in text
     assert "PATH=" not in text
@@ -100,7 +103,7 @@ def test_cores_are_asked_for_and_handed_on_to_srun():
     made = recipe()
     made.launch.cpus_per_task = 14
     (job,) = sbatch.jobs(made, Path("submit.yaml"), 2)
-    text = sbatch.text(made, job, programs=None, revision=None)
+    text = sbatch.text(made, job, programs=None, revision=None, here=HERE)
     assert "#SBATCH --gpus-per-node=8\n#SBATCH --cpus-per-task=14\n" in text
     assert text.index("export SRUN_CPUS_PER_TASK=14\n") < text.index("srun --kill-on-bad-exit=1")
 
@@ -119,11 +122,37 @@ def test_the_log_of_a_job_is_in_the_run_folder_whatever_its_name(folder, option)
     assert sbatch.log_option(Path(folder) / "slurm-%j.log") == option
 
 
+def test_a_container_sees_what_the_recipe_names(tmp_path):
+    """Folders at their own places, none twice or inside another; links with their targets; files by their folders."""
+    made, here = recipe(), tmp_path / "project"
+    for name in ("project/runs", "store/model", "texts"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "texts" / "train.jsonl").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "store" / "model")
+    made.model.path, made.data.train = f"{tmp_path}/link", f"{tmp_path}/texts/train.jsonl"
+    assert sbatch.container_options(made, here) == []
+    made.launch.container = "nvcr.io/pytorch:25.10"
+    image, mounts, start = sbatch.container_options(made, here)
+    assert (image, start) == ("--container-image=nvcr.io/pytorch:25.10", f"--container-workdir={here}")
+    seen = [tmp_path / name for name in ("link", "project", "store/model", "texts")]
+    assert mounts == "--container-mounts=" + ",".join(f"{folder}:{folder}" for folder in seen)
+    made.run.dir = "../elsewhere"
+    assert f"{tmp_path}/elsewhere:{tmp_path}/elsewhere," in sbatch.container_options(made, here)[1]
+    (job,) = sbatch.jobs(made, Path("submit.yaml"), 2)
+    text = sbatch.text(made, job, programs=None, revision=None, here=here)
+    assert f"srun --kill-on-bad-exit=1 {image} --container-mounts={tmp_path}/elsewhere:" in text
+    made.model.path = "/models/a,b"
+    with pytest.raises(
+        RecipeError, match=r"launch.container = nvcr.io/pytorch:25.10: /models/a,b: a container sees no"
+    ):
+        submit(made, 2, dry_run=True)
+
+
 @pytest.mark.parametrize(("task", "requeued"), [(1, False), (4, False), (5, True)])
 def test_of_jobs_in_a_row_only_the_last_goes_back_into_the_queue(task, requeued, tmp_path):
-    """Any other one leaves its place to the next. By its number alone Slurm puts back the whole array (a real one did)."""
+    """Any other one leaves its place to the next. By its number alone a real Slurm put back the whole array."""
     (job,) = sbatch.jobs(recipe(), Path("submit.yaml"), 2, array=5)
-    text = sbatch.text(recipe(), job, programs=None, revision=None)
+    text = sbatch.text(recipe(), job, programs=None, revision=None, here=HERE)
     assert "#SBATCH --array=1-5%1\n" in text
     assert "#SBATCH --output=runs/llama/slurm-%A_%a.log\n" in text
     assert 'scancel --signal=TERM "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in text
@@ -149,7 +178,7 @@ def test_the_script_restarts_what_died_and_hands_signals_on(tmp_path):
     made.run.dir, made.launch.max_restarts = str(tmp_path), 2
     (job,) = sbatch.jobs(made, tmp_path / "submit.yaml", 1)
     script = tmp_path / "submit.sbatch"
-    script.write_text(sbatch.text(made, job, programs=str(tmp_path), revision=None))
+    script.write_text(sbatch.text(made, job, programs=str(tmp_path), revision=None, here=HERE))
     # Killed, hung, and then it works until SIGTERM comes, on which it saves.
     srun = """
         echo start >> $0.log

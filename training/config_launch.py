@@ -46,4 +46,5 @@ class Launch:
     time: str = "04:00:00"
     """Slurm time limit: minutes, hours:minutes:seconds, days-hours, ...; two minutes before it the run is saved."""
     container: str | None = None
-    """Container image for srun --container-image."""
+    """Image that srun starts everything in (its plugin pyxis). It must have halfbyte, and it sees the working
+    directory, run.dir and what the recipe reads, at their own places."""

@@ -63,11 +63,15 @@ def seconds_of(limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def read_paths(recipe: Recipe) -> dict[str, str | None]:
+    """Key -> path of everything that a run reads; None where the recipe names nothing."""
+    paths: dict[str, str | None] = {key: attrgetter(key)(recipe) for key in INPUT_PATHS}
+    return paths | {f"evaluate.tasks.{i}.data": task.data for i, task in enumerate(recipe.evaluate.tasks)}
+
+
 def unreachable_paths(recipe: Recipe) -> Iterator[str]:
     """One line for each path that cannot even be looked up: in a closed folder, too long, or with a NUL."""
-    paths: dict[str, str | None] = {key: attrgetter(key)(recipe) for key in ("run.dir", *INPUT_PATHS)}
-    paths |= {f"evaluate.tasks.{i}.data": task.data for i, task in enumerate(recipe.evaluate.tasks)}
-    for key, path in paths.items():
+    for key, path in {"run.dir": recipe.run.dir, **read_paths(recipe)}.items():
         try:
             Path(path or ".").stat()
         except (FileNotFoundError, NotADirectoryError):
