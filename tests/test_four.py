@@ -38,6 +38,14 @@ def test_gradients_are_summed_beside_the_backward_pass(found):
     assert not any(found["tp4"]["early"])  # nothing to sum
 
 
+def test_a_slow_rank_is_named_beside_those_that_wait_for_it(found):
+    """In a pipeline of four, every stage has one rank and nobody to compare it with."""
+    for layout in ("tp4", "tp2pp2", "dp4"):
+        (line,) = found[layout]["slow"]
+        assert line.startswith("rank 2 on ")
+    assert found["pp4"]["slow"] == []
+
+
 @pytest.mark.parametrize("layout", FOUR)
 def test_the_export_is_byte_for_byte_that_of_one_gpu(found, layout):
     one, mine = found["tp1"]["files"], found[layout]["files"]

@@ -1,15 +1,17 @@
 """What the benchmarks of four GPUs do, on a small model: steps in FP32, exports in float64.
 
 Usage: start.py four.py FOLDER, alone or in four ranks. FOLDER/<ranks>.json gets
-{layout: {"measured", "files", "early"}}.
+{layout: {"measured", "files", "early", "slow"}}.
 """
 
 import dataclasses
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
@@ -19,6 +21,7 @@ from halfbyte.bench.plan import ARMS, LAYOUTS, recipe
 from halfbyte.training import environment
 from halfbyte.training.files import write_json
 from halfbyte.training.runtime import close_runtime, on_first_rank, open_runtime
+from halfbyte.training.stragglers import WaitClock, compare
 
 
 @contextmanager
@@ -32,6 +35,16 @@ def sums_watched():
 
     with mock.patch.object(BucketGroup, "finish_grad_sync", watched):
         yield begun
+
+
+def said_of_a_slow_rank() -> list[str]:
+    """The straggler report of a step in which rank 2 works ten times as long as the others, who wait; collective."""
+    clock, began = WaitClock(torch.device("cpu")), time.perf_counter()
+    clock.start()
+    time.sleep(0.5 if dist.get_rank() == 2 else 0.05)
+    dist.all_reduce(torch.ones(1))
+    seconds = time.perf_counter() - began
+    return compare(seconds - clock.stop(), torch.device("cpu"), 3.0)[1]
 
 
 def main(folder: Path) -> None:
@@ -51,6 +64,7 @@ def main(folder: Path) -> None:
             measured = worker.measure(SMALL, layout, arms, runtime, steps=1, rounds=1)
         exact = dataclasses.replace(runtime, dtype=torch.float64)
         files = layout_bytes.exported(SMALL, layout, exact, folder, steps=2)
-        found[name] = {"measured": measured, "files": files, "early": early}
+        slow = said_of_a_slow_rank() if layout.gpus > 1 else []
+        found[name] = {"measured": measured, "files": files, "early": early, "slow": slow}
     on_first_rank(runtime, lambda: write_json(folder / f"{ranks}.json", found))
     close_runtime()
