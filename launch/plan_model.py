@@ -48,7 +48,8 @@ class Architecture:
         shape: Sizes of a dense model; None where only counts are known.
         gated: Whether the MLP has a gate (SwiGLU) beside its up projection.
         parameters: All of them; a tied lm_head counts once.
-        active: Parameters that a token meets; all but the unused experts.
+        active: Parameters that a token is multiplied with: without the experts that it does not use and without the
+            table of embeddings, of which it takes a row. Of a dense model, all.
         linears: Parameters of the decoder's linears, experts included: what FP4 makes small.
         cached: Numbers per token in the key/value cache, all layers.
         note: Why it cannot be trained; None if it can.
@@ -171,7 +172,8 @@ def _deepseek(config: dict, name: str) -> Architecture:
     others = 2 * config["vocab_size"] * hidden + sparse * router + (2 * layers + 1) * hidden
     others += layers * (queries + latent)
     cached = layers * (latent + rotated)
-    return Architecture(name, None, True, linears + others, active + others, linears, cached, ONLY_PLANNED[DEEPSEEK])
+    active += others - config["vocab_size"] * hidden
+    return Architecture(name, None, True, linears + others, active, linears, cached, ONLY_PLANNED[DEEPSEEK])
 
 
 @dataclass(frozen=True)

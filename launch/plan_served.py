@@ -110,4 +110,6 @@ def served_lines(recipe: Recipe, model: Architecture) -> list[str]:
         f"{one.memory_gib:g} GiB (192 GB); slice: of a B200, with {CONTEXT} tokens at least; what a runtime needs "
         "besides is not counted"
     )
-    return lines
+    spread = f"NVL72: one copy of weights and cache over all {rack.domain} GPUs, the most that can fit"
+    every = "; FP8 and FP4 of all linears: a checkpoint that leaves attention in BF16 is larger"
+    return [*lines, spread + (every if model.shape is None else "")]

@@ -1,5 +1,6 @@
 """What `halfbyte plan` prints: a recipe on a kind of GPU, as it is written and at its best. Torch-free."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +12,10 @@ from halfbyte.launch.plan_served import served_lines
 from halfbyte.launch.plan_time import Step, step_time
 from halfbyte.training.choices import FLOAT64_ON_GPU, CudaGraphs, Dtype
 from halfbyte.training.config import Method, Recipe
+from halfbyte.training.config_launch import GRACE_S
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.hardware import GIB, GPUS, RESERVE_GIB, Gpu
+from halfbyte.training.run_rules import seconds_of
 
 MOST_GPUS = 1_000_000
 """More than any cluster has; beyond it a slip of the keyboard would be searched for hours."""
@@ -79,7 +82,7 @@ def _by_counts(model: Architecture, gpu: Gpu) -> list[str]:
     return [
         f"weights, FP32 gradients and Adam take {state / GIB:,.0f} GiB, the usable memory of "
         f"{-(-state // int(gpu.usable)):,.0f} {gpu.name}, before any activation; no layout is searched",
-        f"one token takes {6 * model.active / 1e9:,.0f} GFLOP, without attention",
+        f"one token takes {6 * model.active / 1e9:,.0f} GFLOP of training, without attention",
     ]
 
 
@@ -162,7 +165,23 @@ def _candidate(recipe: Recipe, model: Architecture, candidate: Candidate, gpu: G
         f"{tokens / step.seconds:,.0f} tokens/s, {used:.1%} of the BF16 peak in model FLOPs",
         f"{train.steps:,} steps, {_number(train.steps * tokens / 1e6)} M tokens: {_duration(hours)}, "
         f"{_number(hours * layout.world)} GPU-hours; evaluation, export and checkpoints not counted",
+        *_jobs(recipe, hours),
     ]
+
+
+def jobs_for(seconds: float, limit: str) -> int:
+    """Slurm jobs that a training takes under a time limit as Slurm writes it; each stops GRACE_S before its end."""
+    whole = seconds_of(limit)
+    return math.ceil(seconds / (whole - GRACE_S)) if whole else 1
+
+
+def _jobs(recipe: Recipe, hours: float) -> list[str]:
+    """What to ask Slurm for where one time limit is too short."""
+    jobs = jobs_for(3600 * hours, recipe.launch.time)
+    return [
+        f"launch.time = {recipe.launch.time}: {jobs:,} jobs, beside what their starts take; halfbyte submit "
+        f"--jobs {jobs} puts them in a row, without it one job goes back into the queue as often"
+    ] * (jobs > 1)
 
 
 def _with_graphs(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu, step: Step) -> str:

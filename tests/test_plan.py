@@ -20,7 +20,7 @@ from halfbyte.launch.plan_memory import memory_per_rank, parameters_of_stage
 from halfbyte.launch.plan_model import Architecture, Layout, named_model
 from halfbyte.launch.plan_search import SPARE, best, judge, layout_problem
 from halfbyte.launch.plan_served import exported, served, smallest_slice
-from halfbyte.launch.plan_text import named_gpu
+from halfbyte.launch.plan_text import jobs_for, named_gpu
 from halfbyte.launch.plan_time import step_flops, step_time
 from halfbyte.training.config import Format, Method
 from halfbyte.training.errors import OK, USAGE, RecipeError
@@ -56,13 +56,13 @@ def test_one_h200_as_measured(arm):
         ("llama31_405b", 405.9e9, 405.9e9),
         ("nemotron4_15b", 15.6e9, 15.6e9),
         ("nemotron4_340b", 341e9, 341e9),
-        ("deepseek_r1", 671e9, 37e9),
+        ("deepseek_r1", 671e9, 36.7e9),
     ],
 )
 def test_counts_are_the_published_ones(name, parameters, active):
     model = named_model(name)
     assert model.parameters == pytest.approx(parameters, rel=2e-3)
-    assert model.active == pytest.approx(active, rel=0.03)
+    assert model.active == pytest.approx(active, rel=5e-3)
     assert (model.note is None) == name.startswith("llama")
 
 
@@ -279,6 +279,28 @@ def test_every_part_is_printed(words, capsys):
     else:
         assert "GPU-hours" in out
         assert "best       TP" in out
+
+
+@pytest.mark.parametrize(("limit", "share"), [("1:00:00", 3480), ("0:10:00", 480), ("0", None), ("30-0", None)])
+def test_a_training_longer_than_the_time_limit_is_told_its_jobs(limit, share, capsys):
+    """Of each job the last two minutes are for saving."""
+    plan = ["plan", "llama31_8b_bf16_control", "train.recompute=false", f"launch.time={limit}"]
+    assert cli.main([*plan, "train.steps=100000"]) == OK
+    out = capsys.readouterr().out
+    step = float(re.search(r"step ([\d.]+) s:", out)[1])  # three digits of it
+    said = [int(jobs) for jobs in re.findall(r"halfbyte submit --jobs (\d+) puts them in a row", out)]
+    if share is None:
+        assert said == []
+    else:
+        assert said[0] == pytest.approx(100_000 * step / share, rel=0.01)
+        assert f"launch.time = {limit}: {said[0]:,} jobs" in out
+    assert cli.main([*plan, "train.steps=20"]) == OK
+    assert "submit --jobs" not in capsys.readouterr().out
+
+
+def test_one_second_beyond_a_limit_is_another_job():
+    assert [jobs_for(seconds, "1:00:00") for seconds in (1, 3480, 3481, 6960, 6961)] == [1, 1, 2, 2, 3]
+    assert jobs_for(1e9, "0") == 1
 
 
 @pytest.mark.parametrize(("dtype", "state"), [("bfloat16", 2 + 4 + 12), ("float32", 4 + 4 + 8), ("float64", None)])
