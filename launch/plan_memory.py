@@ -11,7 +11,7 @@ from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.choices import Dtype
 from halfbyte.training.config import Method, Recipe, Smoothing, Weights
 from halfbyte.training.formats import SPECS
-from halfbyte.training.graph_rules import captures_under
+from halfbyte.training.graph_rules import captures
 from halfbyte.training.shape import ROW_PARALLEL, ModelShape, excluded, linear_sizes, planned_linears
 
 WIDTH = {Dtype.auto: 2, Dtype.bfloat16: 2, Dtype.float32: 4, Dtype.float64: 8}
@@ -133,7 +133,7 @@ def _training(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -
         "activations": kept,
         "logits": largest,
     }
-    if captures_under(recipe, layout, recompute=layout.recompute):
+    if captures(layout.written_into(recipe)):
         pools = _pools(recipe, model, layout, stage) if layout.pipeline > 1 else _lanes(recipe, shape, layout)
         # Graphs of steps that are not quantized yet stay when those of the others come.
         two_kinds = 0 < recipe.train.fake_quant_after_steps < recipe.train.steps

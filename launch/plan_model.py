@@ -9,9 +9,9 @@ from halfbyte.training.config import Recipe
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.families import FAMILIES
 from halfbyte.training.files import at_home
-from halfbyte.training.graph_rules import captures_under
 from halfbyte.training.model_config import read_config
 from halfbyte.training.shape import MOST_LAYERS, ModelShape, is_size, linear_sizes, shape_of
+from halfbyte.training.side_by_side_rules import side_by_side_problems
 
 NEMOTRON, DEEPSEEK = "NemotronForCausalLM", "DeepseekV3ForCausalLM"
 ONLY_PLANNED = {
@@ -226,9 +226,8 @@ class Layout:
 
     def at_once(self, recipe: Recipe) -> int:
         """Micro-batches that run side by side (training/side_by_side.py)."""
-        possible = self.tensor > 1 and self.sequence and self.pipeline == 1 and self.micro_batches(recipe) % 2 == 0
-        captured = captures_under(recipe, self, recompute=self.recompute)
-        return recipe.train.micro_batches_at_once if possible and captured else 1
+        problem = next(side_by_side_problems(self.written_into(recipe)), None)
+        return recipe.train.micro_batches_at_once if problem is None else 1
 
     def layers(self, shape: ModelShape, stage: int) -> float:
         """Layers of a pipeline stage, counted from 0."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from halfbyte.launch.plan_memory import Trained, loads_teacher, parameters_of_stage, rounds_inputs, trained_shares
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.training.config import Method, Recipe
-from halfbyte.training.graph_rules import captures_under
+from halfbyte.training.graph_rules import captures
 from halfbyte.training.hardware import REACHED, Gpu, Reached
 from halfbyte.training.shape import model_flops
 
@@ -127,7 +127,7 @@ def _micro_batch(
         kernels += ahead * (1 + int(teacher)) + into_input + trained.whole * into_weight + logits
         gathers += unit * (2 + int(teacher))
     waiting = max(0.0, python - kernels)
-    if captures_under(recipe, layout, recompute=layout.recompute):
+    if captures(layout.written_into(recipe)):
         # Only a pipeline's teacher, which goes ahead of the graphs, is called from Python.
         ahead_of_all = teacher and layout.pipeline > 1
         waiting = max(0.0, layers * (0.5 * reached.layer - forward)) if ahead_of_all else 0.0
