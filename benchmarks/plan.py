@@ -79,9 +79,7 @@ class Arm:
     @property
     def plain(self) -> str:
         """The arm that computes the same on one GPU."""
-        return (
-            "bf16" if self.format is None and self.modelopt is None else self.name.split("_two")[0].split("_graphs")[0]
-        )
+        return self.name.removesuffix("_two").removesuffix("_graphs")
 
 
 ARMS = {

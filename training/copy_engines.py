@@ -29,11 +29,9 @@ class Exchange:
         self.numel, self.dtype = whole.numel(), whole.dtype
         self.rank, self.ranks = group.rank(), group.size()
         self.stream = torch.cuda.Stream(whole.device, priority=-2)
-        self._places = [[self._shared(group, size, whole) for _ in range(2)] for size in self._sizes()]
+        sizes = self.numel // self.ranks, self.numel
+        self._places = [[self._shared(group, size, whole) for _ in range(2)] for size in sizes]
         self._turn = [0, 0]
-
-    def _sizes(self) -> tuple[int, int]:
-        return self.numel // self.ranks, self.numel
 
     def _shared(self, group: dist.ProcessGroup, size: int, like: torch.Tensor) -> tuple[torch.Tensor, Any]:
         memory = symmetric_memory.empty(size, dtype=like.dtype, device=like.device)

@@ -45,14 +45,18 @@ class Capture:
     def record(self, compute: Callable[[], None]) -> Callable[[], None]:
         """Capture it: nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
-        with capture(graph, self._pool):
+        # Other threads (NCCL's watchdog, the autograd engine) go on with calls that a global capture would refuse.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), without_generator():
             compute()
         self._graphs.append(graph)
         return graph.replay
 
     def close(self) -> None:
-        """Free the graphs."""
-        free(self._graphs)
+        """Free the graphs, when nothing runs on the GPU any more."""
+        if self._graphs:
+            torch.cuda.synchronize()
+        for graph in self._graphs:
+            graph.reset()
         self._graphs.clear()
 
 
@@ -151,16 +155,15 @@ def _several(
     distillation: Distillation | None,
 ) -> list[Part]:
     """The passes of as many micro-batches as lanes; backward only where gradients are taken."""
-    teacher, parts = None if distillation is None else distillation.teacher, {}
+    teacher = None if distillation is None else distillation.teacher
     with side_by_side.forked(lanes, gpt, [gpt] if teacher is None else [gpt, teacher]):
         if distillation is not None:
             with torch.no_grad():
                 loss = distillation.after(side_by_side.forward(lanes, teacher, inputs, with_labels=False))
         outs = side_by_side.forward(lanes, gpt, inputs, with_labels=distillation is None)
-        for number in reversed(range(len(lanes))):
-            with lanes[number].taken():
-                parts[number] = part_of(loss(outs[number], inputs[number], number), inputs[number])
-        done = [parts[number] for number in range(len(lanes))]
+        done = side_by_side.each(
+            lanes, range(len(lanes)), lambda number: part_of(loss(outs[number], inputs[number], number), inputs[number])
+        )
         if torch.is_grad_enabled():
             torch.autograd.backward([part.loss for part in done])
     return done
@@ -189,27 +192,6 @@ class _Captured:
         for inputs, batch in zip(self.inputs, batches, strict=True):
             fill(inputs, batch)
         self._again()
-
-
-@contextmanager
-def capture(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
-    """Around what `graph` is to repeat: nothing of it is computed yet.
-
-    Args:
-        graph: A new one.
-        pool: Memory that it shares with other graphs (torch.cuda.graph_pool_handle); None: its own.
-    """
-    # Other threads (NCCL's watchdog, the autograd engine) go on with calls that a global capture would refuse.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), without_generator():
-        yield
-
-
-def free(graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
-    """Free graphs, when nothing runs on the GPU any more."""
-    if graphs:
-        torch.cuda.synchronize()
-    for graph in graphs:
-        graph.reset()
 
 
 def held(example: MicroBatch) -> MicroBatch:

@@ -15,6 +15,7 @@ gradient takes them in their order, and results are those of one after the other
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -142,16 +143,14 @@ class _Waiting:
     """What an asynchronous collective gives Megatron."""
 
     done: torch.cuda.Event
-    before: Callable[[], None]
+    before: Callable[[], None] | None
     """Called when it is waited for, by a stream that does not wait yet."""
 
     def wait(self) -> None:
         """Let the current stream wait."""
-        self.before()
+        if self.before is not None:
+            self.before()
         torch.cuda.current_stream().wait_event(self.done)
-
-
-def _nothing() -> None: ...
 
 
 class Turns:
@@ -180,7 +179,7 @@ class Turns:
         """Before half a layer in either direction; asynchronous: inside of one."""
         exchange = self._exchange(whole)
         # What it is gathered for inside, a weight's gradient, does not make the other micro-batch wait.
-        handle = self._beside(exchange, lambda: exchange.gather(whole, part), self._end if async_op else _nothing)
+        handle = self._beside(exchange, lambda: exchange.gather(whole, part), self._end if async_op else None)
         if not async_op:
             handle.wait()
             self._begin()
@@ -193,7 +192,7 @@ class Turns:
         if not async_op:
             self._end()
         exchange = self._exchange(whole)
-        handle = self._beside(exchange, lambda: exchange.scatter(part, whole), _nothing)
+        handle = self._beside(exchange, lambda: exchange.scatter(part, whole))
         if not async_op:
             handle.wait()
         return handle
@@ -204,7 +203,9 @@ class Turns:
         assert exchange.serves(whole)
         return exchange
 
-    def _beside(self, exchange: Exchange, collective: Callable[[], None], before: Callable[[], None]) -> "_Waiting":
+    def _beside(
+        self, exchange: Exchange, collective: Callable[[], None], before: Callable[[], None] | None = None
+    ) -> "_Waiting":
         exchange.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(exchange.stream):
             collective()
@@ -247,8 +248,9 @@ class Walk:
         """The layer's MLP, residual sum included."""
         self.hidden = layer._forward_mlp(self.hidden)
 
-    def out(self, labels: torch.Tensor | None) -> torch.Tensor:
+    def out(self, *, with_labels: bool) -> torch.Tensor:
         """As schedule.forward."""
+        labels = self.batch.labels if with_labels else None
         hidden = self.gpt.decoder.final_layernorm(self.hidden)
         return self.gpt._postprocess(
             hidden, self.batch.tokens, self.positions, labels, self.rotary, None, None, attention_mask=self.mask
@@ -267,21 +269,20 @@ def forward(lanes: Sequence[Lane], gpt: Any, batches: Sequence[MicroBatch], *, w
     Returns:
         Each's output, in the order of `batches`, on its lane's stream.
     """
-    walks: dict[int, Walk] = {}
-    outs: dict[int, torch.Tensor] = {}
-    order = list(reversed(range(len(lanes))))
-    for number in order:
-        with lanes[number].taken():
-            walks[number] = Walk(gpt, batches[number])
+    walks = each(lanes, batches, partial(Walk, gpt))
     for layer in typed.layers(gpt):
-        for step in (Walk.attend, Walk.feed_forward):
-            for number in order:
-                with lanes[number].taken():
-                    step(walks[number], layer)
-    for number in order:
-        with lanes[number].taken():
-            outs[number] = walks[number].out(batches[number].labels if with_labels else None)
-    return [outs[number] for number in range(len(lanes))]
+        for half in (Walk.attend, Walk.feed_forward):
+            each(lanes, walks, partial(half, layer=layer))
+    return each(lanes, walks, partial(Walk.out, with_labels=with_labels))
+
+
+def each[S, T](lanes: Sequence[Lane], of: Sequence[S], compute: Callable[[S], T]) -> list[T]:
+    """What `compute` gives for each lane's member of `of`, on that lane; the later micro-batch is taken first."""
+    found: list[T] = []
+    for lane, one in reversed(list(zip(lanes, of, strict=True))):
+        with lane.taken():
+            found.append(compute(one))
+    return found[::-1]
 
 
 @contextmanager
