@@ -107,7 +107,9 @@ def test_a_run_leaves_everything_that_scripts_rely_on(halfbyte, place):
     assert [("quantization" in entry) for entry in metrics] == [False, False, True]
     now = {key: layer["weight"]["error"] for key, layer in metrics[2]["layers"].items()}
     assert now == pytest.approx(train["weight_relative_rms_error"], rel=1e-5)
-    assert 'halfbyte_step{run="tiny"} 3.0' in (run / "metrics.prom").read_text()
+    prometheus = (run / "metrics.prom").read_text()
+    assert 'halfbyte_step{run="tiny"} 3.0' in prometheus
+    assert 'halfbyte_checkpoint_step{run="tiny"} 3.0' in prometheus  # completed after the last step's record
     logs = [(run / "logs" / f"rank{rank}.log").read_text() for rank in (0, 1)]
     assert all(f"INFO halfbyte: rank {rank} starts" in text for rank, text in enumerate(logs))
     assert all("INFO halfbyte: calibrate" in text and "Warning" in text for text in logs)

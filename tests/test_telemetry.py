@@ -1,6 +1,7 @@
 """Metrics of a run: each step once, complete files, and a full disk that stops nothing."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -24,12 +25,12 @@ def test_a_resume_keeps_each_step_once(tmp_path):
     first = sinks.JsonLines(tmp_path, 0)
     for step in (1, 2, 3, 4):
         first.write({"step": step, "loss": 1.0 / step})
-    first.close()
+    first.close({})
     path = tmp_path / sinks.METRICS
     path.write_bytes(path.read_bytes() + b'\xff\n{"step": 5, "lo')  # killed while it wrote
     again = sinks.JsonLines(tmp_path, 2)  # the newest checkpoint is that of step 2
     again.write({"step": 3, "loss": 0.3})
-    again.close()
+    again.close({"checkpoint": {"step": 3}})
     assert [(r["step"], r["loss"]) for r in sinks.read_metrics(path)] == [(1, 1.0), (2, 0.5), (3, 0.3)]
     assert [entry.name for entry in tmp_path.iterdir()] == [sinks.METRICS]
 
@@ -41,7 +42,9 @@ def test_what_is_no_record_is_skipped():
 
 
 def test_the_prometheus_file_letter_by_letter(tmp_path):
-    writer = sinks.Prometheus(tmp_path, 'a "b"\\\n')
+    writer = sinks.Prometheus(tmp_path, 'a "b"\\\n', 0)
+    writer.close({"checkpoint": {"step": 0}})  # before the first step
+    assert not (tmp_path / sinks.PROMETHEUS).exists()
     writer.write(RECORD)
     label = r"a \"b\"\\\n"
     assert (tmp_path / sinks.PROMETHEUS).read_text() == (
@@ -58,14 +61,14 @@ def test_the_prometheus_file_letter_by_letter(tmp_path):
     )
     writer.write(RECORD | {"step": 8})  # too soon for another version
     assert 'halfbyte_step{run="' + label + '"} 7.0' in (tmp_path / sinks.PROMETHEUS).read_text()
-    writer.close()
+    writer.close({})
     assert 'halfbyte_step{run="' + label + '"} 8.0' in (tmp_path / sinks.PROMETHEUS).read_text()
 
 
 def test_tensorboard_has_every_number(tmp_path):
     writer = sinks.TensorBoard(tmp_path, 6)
     writer.write(RECORD)
-    writer.close()
+    writer.close({})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -112,7 +115,7 @@ def test_every_step_has_its_record(run, tmp_path):
     run.module.saves.append({"step": 2, "seconds": 8.0, "stall_seconds": 0.5})
     run.step(1.25)
     run.step(1.0)
-    run.watched.on_train_end(run.trainer, run.module)
+    run.watched.close(run.module)
     first, second, third, fourth = sinks.read_metrics(tmp_path / sinks.METRICS)
     assert {key: first[key] for key in ("step", "loss", "learning_rate", "gradient_norm")} == {
         "step": 1,
@@ -132,6 +135,29 @@ def test_every_step_has_its_record(run, tmp_path):
     assert run.said == []
 
 
+def gauge(folder, name):
+    """Value of a gauge in metrics.prom."""
+    return float(re.search(rf"^halfbyte_{name}{{.*}} (.+)$", (folder / sinks.PROMETHEUS).read_text(), re.MULTILINE)[1])
+
+
+def test_prometheus_sees_the_last_checkpoint_of_all(run, tmp_path, monkeypatch):
+    """It completes after the last step's record; and a collector must not have to come in one certain step."""
+    monkeypatch.setattr(sinks, "PROMETHEUS_S", 0.0)
+    run.module.progress.losses += [3.0] * 4  # a resume after the fourth step
+    run.watched.on_train_start(run.trainer, run.module)
+    run.step(2.0)
+    assert gauge(tmp_path, "checkpoint_step") == 4.0
+    run.module.saves.append({"step": 5, "seconds": 8.0, "stall_seconds": 0.5})
+    run.step(1.5)
+    run.step(1.5)
+    assert (gauge(tmp_path, "step"), gauge(tmp_path, "checkpoint_step")) == (7.0, 5.0)
+    run.module.saves += [{"step": step, "seconds": 1.0, "stall_seconds": 1.0} for step in (6, 7)]
+    run.watched.close(run.module)
+    assert (gauge(tmp_path, "step"), gauge(tmp_path, "checkpoint_step")) == (7.0, 7.0)
+    assert gauge(tmp_path, "checkpoint_stall_seconds") == 1.0
+    assert [record["step"] for record in sinks.read_metrics(tmp_path / sinks.METRICS)] == [5, 6, 7]
+
+
 def test_memory_of_graphs_counts_while_they_rest(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
@@ -148,7 +174,7 @@ def test_a_full_disk_stops_nothing(run, tmp_path):
     run.watched.sinks.insert(0, full)
     run.step(2.0)
     run.step(1.5)
-    run.watched.on_train_end(run.trainer, run.module)
+    run.watched.close(run.module)
     assert run.said == ["  metrics cannot be written (No space left on device): training goes on without them"]
     assert [step for step, _ in run.logged] == [1, 2]
 

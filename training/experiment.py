@@ -208,6 +208,7 @@ def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop, shape: M
             trainer.fit(module, ckpt_path=trainer.ckpt_path)
     finally:
         gc.unfreeze()
+        watched.close(module)
         finish_logging(trainer)
     return bar.seconds
 

@@ -47,8 +47,12 @@ class Sink(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Leave complete files."""
+    def close(self, after: Mapping[str, Any]) -> None:
+        """Leave complete files.
+
+        Args:
+            after: Metrics that came about after the last step; a record of steps has no place for them.
+        """
         ...
 
 
@@ -98,44 +102,50 @@ class JsonLines:
         """Append a line."""
         self._file.write(json.dumps(record) + "\n")
 
-    def close(self) -> None:
+    def close(self, after: Mapping[str, Any]) -> None:
         """Close the file."""
         self._file.close()
 
 
 class Prometheus:
-    """<run.dir>/metrics.prom, for node_exporter's textfile collector: gauges of the last step, replaced atomically.
+    """<run.dir>/metrics.prom, for node_exporter's textfile collector: the newest value of every metric.
+
+    What not every step has (a checkpoint, a comparison of ranks) stays until the next one: a collector that reads every
+    15 s would hardly ever see it otherwise. The file is replaced atomically.
 
     Args:
         folder: The run folder.
-        run: The run's name, their label.
+        run: The run's name, the label of every gauge.
+        done: Steps that the run resumes after; 0 if it begins.
     """
 
-    def __init__(self, folder: Path, run: str):
+    def __init__(self, folder: Path, run: str, done: int):
         self._path, self._label = folder / PROMETHEUS, _escaped(run)
-        self._written, self._last = 0.0, {}
+        self._written = 0.0
+        self._newest: dict[str, Any] = {"checkpoint": {"step": done}} if done else {}
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Replace the file, unless that was done moments ago."""
-        self._last = dict(record)
+        self._newest |= record
         if time.monotonic() - self._written >= PROMETHEUS_S:
             self._replace()
 
-    def close(self) -> None:
-        """Write the last step."""
-        if self._last:
+    def close(self, after: Mapping[str, Any]) -> None:
+        """Write the last step and what came after it, if there was a step."""
+        if "step" in self._newest:
+            self._newest |= after
             self._replace()
 
     def _replace(self) -> None:
-        replace_file(self._path, prometheus_text(self._last, self._label).encode())
+        replace_file(self._path, prometheus_text(self._newest, self._label).encode())
         self._written = time.monotonic()
 
 
 def prometheus_text(record: Mapping[str, Any], label: str) -> str:
-    """A record in Prometheus' text exposition format 0.0.4.
+    """Metrics in Prometheus' text exposition format 0.0.4.
 
     Args:
-        record: A step's metrics.
+        record: Metrics, nested ones under their names.
         label: The run's name, escaped.
     """
     lines = []
@@ -176,6 +186,6 @@ class TensorBoard:
             if name not in ("step", "time"):
                 self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
 
-    def close(self) -> None:
+    def close(self, after: Mapping[str, Any]) -> None:
         """Flush and close."""
         self._writer.close()

@@ -53,7 +53,7 @@ class Telemetry(Callback):
             return
         folder, done = Path(self.recipe.run.dir), len(pl_module.progress.losses)
         try:
-            self.sinks = [JsonLines(folder, done), Prometheus(folder, self.recipe.run.name)]
+            self.sinks = [JsonLines(folder, done), Prometheus(folder, self.recipe.run.name, done)]
         except OSError as error:
             self._without(error)
         if self.recipe.telemetry.tensorboard:
@@ -79,15 +79,16 @@ class Telemetry(Callback):
                 self.say(f"  step {record['step']}: {line}")
             self._write(trainer, record | ({"events": lines} if lines else {}))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Close the files."""
-        self._close()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Close the files before the error line."""
+    def close(self, pl_module: Any) -> None:
+        """Close the files, however training ended; only then is it known which checkpoint was its last."""
         if self._waits is not None:
             self._waits.stop()
-        self._close()
+        try:
+            for sink in self.sinks:
+                sink.close(self._unwritten(pl_module))
+        except OSError as error:
+            self._without(error)
+        self.sinks = []
 
     def _compared(self, seconds: float) -> tuple[dict[str, Any], list[str]]:
         """Metrics and lines about slow ranks, in a step that was timed for them; collective."""
@@ -121,9 +122,12 @@ class Telemetry(Callback):
         }
         if self.peak is not None:
             record["mfu"] = self.flops / seconds / self.peak
-        done, self._saves = self._saves, len(pl_module.saves)
-        saved = {"checkpoint": pl_module.saves[-1]} if self._saves > done else {}  # between two steps at most one
+        saved, self._saves = self._unwritten(pl_module), len(pl_module.saves)
         return record | saved | {"memory_bytes": self._memory()}
+
+    def _unwritten(self, pl_module: Any) -> dict[str, Any]:
+        """The newest checkpoint, if it was completed since the last record: between two steps at most one is."""
+        return {"checkpoint": pl_module.saves[-1]} if len(pl_module.saves) > self._saves else {}
 
     def _memory(self) -> int:
         """Peak bytes so far: on the GPU, or of this process."""
@@ -140,14 +144,6 @@ class Telemetry(Callback):
                 sink.write(record)
         except OSError as error:
             self._without(error)
-
-    def _close(self) -> None:
-        try:
-            for sink in self.sinks:
-                sink.close()
-        except OSError as error:
-            self._without(error)
-        self.sinks = []
 
     def _without(self, error: OSError) -> None:
         self.sinks = []
