@@ -273,10 +273,36 @@ def trained(module, tmp_path):
 def test_at_most_one_save_is_under_way(trained):
     assert trained(2) == ["begin 2, copied"]
     assert trained(1, written=True) == ["finish 2"]  # as soon as all ranks have written
-    assert trained.saves == [{"step": 2, "seconds": 2.0, "stall_seconds": pytest.approx(0.5, abs=0.5)}]
+    assert trained.saves == [
+        {"step": 2, "seconds": 2.0, "stall_seconds": pytest.approx(0.5, abs=0.5), "wait_seconds": 0.0}
+    ]
     assert trained(2) == ["begin 4, copied"]
     assert trained(1) == ["finish 4", "begin 6, copied"]  # the next one waits
     assert trained(3) == ["finish 6", "begin 8, copied", "finish 8", "begin 9", "finish 9"]  # and so does the end
+
+
+def test_a_save_that_finds_the_one_before_unwritten_waits_for_it_and_a_line_says_once_what_to_set(trained, capsys):
+    """Two steps in 2.0 s, of which training waited 1.5 s: steps take 0.25 s, so that eight would not have waited."""
+    disk, now = trained.disk, [100.0]
+    trained.recipe.train.steps = 12
+
+    def slowly(step):
+        now[0] += 1.5
+        disk.events.append(f"finish {step}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving.time, "perf_counter", lambda: now[0])
+        trained(2)
+        disk.write.finish = partial(slowly, 2)
+        assert trained(2) == ["finish 2", "begin 4, copied"]
+        disk.write.finish = partial(slowly, 4)
+        assert trained(2) == ["finish 4", "begin 6, copied"]
+        assert trained(1, written=True) == ["finish 6"]
+    assert capsys.readouterr().err == (
+        "warning: checkpoint.every_steps = 2: the save after step 2 took 2.0 s, longer than the 2 steps to the next "
+        "one, which waited 1.5 s for it; set checkpoint.every_steps=9 or more\n"
+    )
+    assert [(save["stall_seconds"], save["wait_seconds"]) for save in trained.saves] == [(1.5, 1.5), (1.5, 1.5), (0, 0)]
 
 
 def test_an_update_waits_until_what_it_changes_is_copied(trained):

@@ -112,7 +112,7 @@ def test_every_step_has_its_record(run, tmp_path):
     run.step(2.0)
     run.watched.peak = GPUS["H200"].bf16
     run.step(1.5)
-    run.module.saves.append({"step": 2, "seconds": 8.0, "stall_seconds": 0.5})
+    run.module.saves.append({"step": 2, "seconds": 8.0, "stall_seconds": 0.5, "wait_seconds": 0.0})
     run.step(1.25)
     run.step(1.0)
     run.watched.close(run.module)
@@ -127,7 +127,12 @@ def test_every_step_has_its_record(run, tmp_path):
     assert first["memory_bytes"] > 1e6
     assert first["tokens_per_second"] == pytest.approx(4 * 32 / first["seconds"])
     assert second["mfu"] == pytest.approx(model_flops(SHAPE, 128, 32) / second["seconds"] / 989.4e12)
-    assert third["checkpoint"] == {"step": 2, "seconds": 8.0, "stall_seconds": 0.5}  # completed after the second step
+    assert third["checkpoint"] == {
+        "step": 2,
+        "seconds": 8.0,
+        "stall_seconds": 0.5,
+        "wait_seconds": 0.0,
+    }  # completed after the second step
     assert "checkpoint" not in first | second | fourth
     assert [step for step, _ in run.logged] == [1, 2, 3, 4]
     assert set(run.logged[1][1]) == {"seconds", "tokens_per_second", "mfu", "memory_bytes"}

@@ -1,5 +1,6 @@
 """When training saves: every N steps, at the end, and when a signal asks it to stop; and when it waits for that."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from halfbyte.training.checkpoint_write import Write
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import StoppedTogether, UserError
 from halfbyte.training.interrupt import Interrupted, Stop
+from halfbyte.training.logs import tell
 from halfbyte.training.runtime import Runtime, agree
 
 
@@ -30,6 +32,7 @@ class Checkpoints(Callback):
         self._deletion: threading.Thread | None = None
         self._stall = 0.0
         """Seconds that training has stood still for the save that is under way."""
+        self._told = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Take SIGTERM back: Lightning's handler, put in front of ours, ends training without a checkpoint.
@@ -46,7 +49,9 @@ class Checkpoints(Callback):
         stopping, busy = agree(self.stop.requested is not None, self._write is not None and not self._write.done)
         last = stopping or step == self.recipe.train.steps
         due = last or (every > 0 and step % every == 0)
-        if due or not busy:
+        if due and busy:
+            self._wait(pl_module, step, tells=not last)
+        elif not busy:
             self._finish(pl_module)
         if due:
             self._begin(trainer, pl_module, step, copied=not last)
@@ -96,6 +101,23 @@ class Checkpoints(Callback):
             self._finish(pl_module)
             self._wait_for_deletion()
 
+    def _wait(self, pl_module: Any, step: int, *, tells: bool) -> None:
+        """Wait for a save that the next one found still being written; a line says so, once in a start."""
+        if self._write is None:
+            return
+        started, steps = time.perf_counter(), step - self._write.step
+        self._finish(pl_module)
+        waited, save = time.perf_counter() - started, pl_module.saves[-1]
+        save["wait_seconds"] = waited
+        if tells and self.runtime.first and not self._told:
+            self._told = True
+            enough = math.ceil(steps * save["seconds"] / max(save["seconds"] - waited, 1e-9))
+            tell(
+                f"warning: checkpoint.every_steps = {self.recipe.checkpoint.every_steps}: the save after step "
+                f"{save['step']} took {save['seconds']:.1f} s, longer than the {steps} steps to the next one, which "
+                f"waited {waited:.1f} s for it; set checkpoint.every_steps={enough + 1} or more"
+            )
+
     def _finish(self, pl_module: Any) -> None:
         """Wait for the save that is under way, if one is, and begin to delete what need not stay; collective."""
         write, self._write = self._write, None
@@ -108,7 +130,8 @@ class Checkpoints(Callback):
                 removed = retention.prune(self.folder, self.recipe.checkpoint, pl_module.progress.losses)
                 self._deletion = threading.Thread(target=retention.delete, args=(removed,), daemon=True)
                 self._deletion.start()
-        pl_module.saves.append({"step": write.step, "seconds": write.seconds, "stall_seconds": self._stall})
+        save = {"step": write.step, "seconds": write.seconds, "stall_seconds": self._stall, "wait_seconds": 0.0}
+        pl_module.saves.append(save)
         self._stall = 0.0
 
     def _wait_for_deletion(self) -> None:
