@@ -10,6 +10,14 @@ RECORD = "submit.json"
 """What was submitted: {"jobs": [{"id", "name", "file"}, ...]}, the newest last; halfbyte status reads it."""
 
 
+class NoAnswer(UserError):
+    """Slurm cannot say what is in its queue."""
+
+
+class NoSlurm(NoAnswer):
+    """Nor will it ever: this machine has no squeue."""
+
+
 def record(folder: Path, job: dict[str, str]) -> None:
     """Add a job to submit.json."""
     write_json(folder / RECORD, {"jobs": [*submitted(folder), job]})
@@ -32,7 +40,8 @@ def queue(folder: Path) -> list[str]:
     """Number, name, state, time and reason or nodes of every submitted job that Slurm still has.
 
     Raises:
-        UserError: squeue is missing or fails, or submit.json is damaged.
+        NoAnswer: squeue is missing (NoSlurm) or fails.
+        UserError: submit.json is damaged.
     """
     found = []
     for job in submitted(folder):  # one by one: squeue refuses a list in which one has left the queue
@@ -40,8 +49,8 @@ def queue(folder: Path) -> list[str]:
         try:
             done = subprocess.run(line, capture_output=True, text=True, check=False)
         except FileNotFoundError as error:
-            raise UserError("squeue: not found on this machine; ask on a Slurm login node") from error
+            raise NoSlurm("squeue: not found on this machine; ask on a Slurm login node") from error
         if done.returncode and "Invalid job id" not in done.stderr:
-            raise UserError(f"squeue: {(done.stderr.strip().splitlines() or ['?'])[0]}")
+            raise NoAnswer(f"squeue: {(done.stderr.strip().splitlines() or ['?'])[0]}")
         found += done.stdout.splitlines()
     return found

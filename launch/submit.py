@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from halfbyte.launch import sbatch
-from halfbyte.launch.jobs import queue, record, submitted
+from halfbyte.launch.jobs import NoAnswer, queue, record, submitted
 from halfbyte.launch.revision import revision
 from halfbyte.launch.start import RESOLVED
 from halfbyte.training.config import Recipe
@@ -77,7 +77,7 @@ def _check_queue(folder: Path) -> None:
         return
     try:
         jobs = queue(folder)
-    except UserError:  # squeue has no answer; sbatch may have one
+    except NoAnswer:  # sbatch may have one
         return
     if jobs:
         remedy = "wait for it, take it back with scancel, or ask for several in a row with --jobs"

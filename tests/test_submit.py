@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from halfbyte.launch import revision, sbatch
+from halfbyte.launch.cli import main
 from halfbyte.launch.jobs import submitted
 from halfbyte.launch.status import follow, status
 from halfbyte.launch.submit import submit
 from halfbyte.training.config import Recipe
-from halfbyte.training.errors import USAGE, RecipeError, UserError
+from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 from halfbyte.training.files import write_json
-from halfbyte.training.resolve import load
+from halfbyte.training.resolve import load, save
 from halfbyte.training.run_rules import seconds_of
 
 GOLDEN = """\
@@ -311,13 +312,44 @@ def test_status_of_a_run_folder(made, tmp_path, monkeypatch):
     ]
     write_json(folder / "submit.json", {"jobs": [{"id": "7", "name": "llama", "file": "submit.sbatch"}]})
     (tmp_path / "bin").mkdir()
-    fake(tmp_path / "bin" / "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    with pytest.raises(UserError, match="squeue: slurm_load_jobs error: Unable to contact"):
-        status(made)
     write_json(folder / "submit.json", {"jobs": [7]})
     with pytest.raises(UserError, match=r"submit\.json: damaged"):
         status(made)
+
+
+@pytest.fixture
+def submitted_run(made, tmp_path):
+    """A run folder that names a job."""
+    write_json(tmp_path / "run" / "submit.json", {"jobs": [{"id": "7", "name": "llama", "file": "submit.sbatch"}]})
+    return made
+
+
+def test_status_without_slurm_says_what_the_folder_holds(submitted_run, tmp_path, monkeypatch, capsys):
+    """The folder may lie on a disk that a workstation sees, too. What it cannot follow to its end, it says."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    save(submitted_run, tmp_path / "run" / "resolved.yaml")
+    said = (
+        f"llama: qat, {tmp_path}/run\n  jobs unknown: squeue: not found on this machine; ask on a Slurm login node\n"
+        "  no checkpoint yet\n"
+    )
+    assert main(["status", str(tmp_path / "run")]) == OK
+    assert capsys.readouterr() == (said, "")
+    assert main(["status", str(tmp_path / "run"), "--follow"]) == FAILED
+    assert capsys.readouterr() == (said, "error: squeue: not found on this machine; ask on a Slurm login node\n")
+
+
+def test_a_busy_controller_is_asked_again(submitted_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("halfbyte.launch.status.FOLLOW_S", 0)
+    busy = f"echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; echo >> {tmp_path}/asked; exit 1"
+    (tmp_path / "bin").mkdir()
+    fake(tmp_path / "bin" / "squeue", f"[ -s {tmp_path}/asked ] || {{ {busy}; }}")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    shown = []
+    follow(submitted_run, shown.append)
+    assert [text.splitlines()[1] for text in shown] == [
+        "  jobs unknown: squeue: slurm_load_jobs error: Unable to contact slurm controller",
+        "  no job in the queue",
+    ]
 
 
 def test_what_sbatch_says_is_passed_on(made, tmp_path, monkeypatch):
