@@ -79,7 +79,7 @@ class Arm:
     @property
     def plain(self) -> str:
         """The arm that computes the same on one GPU."""
-        return self.name.removesuffix("_two").removesuffix("_graphs")
+        return self.name.removesuffix("_two").removesuffix("_four").removesuffix("_graphs")
 
 
 ARMS = {
@@ -92,6 +92,8 @@ ARMS = {
     "nvfp4_graphs": Arm("nvfp4_graphs", format=Format.nvfp4, graphs=CudaGraphs.always),
     "bf16_two": Arm("bf16_two", at_once=2),
     "nvfp4_two": Arm("nvfp4_two", format=Format.nvfp4, at_once=2),
+    "bf16_four": Arm("bf16_four", at_once=4),
+    "nvfp4_four": Arm("nvfp4_four", format=Format.nvfp4, at_once=4),
     "modelopt_nvfp4": Arm("modelopt_nvfp4", modelopt="NVFP4_DEFAULT_CFG"),
     "modelopt_mxfp4": Arm("modelopt_mxfp4", modelopt="MXFP4_DEFAULT_CFG"),
     "modelopt_four_over_six": Arm("modelopt_four_over_six", modelopt="NVFP4_FOUR_OVER_SIX_CFG"),

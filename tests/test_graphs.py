@@ -231,9 +231,9 @@ def test_a_replayed_step_is_the_plain_one(layout, environment, tmp_path):
         apart = max(abs(a - b) for a, b in zip(plain["losses"], graphs["losses"], strict=True))
         assert apart <= max(2 * spread, 1e-6), name
         assert abs(plain["weights"] - graphs["weights"]) <= 1e-6 * plain["weights"], name
-        if "two" in ways:
-            untied, two = ways["untied"], ways["two"]
-            assert two["captured"] == graphs["captured"], name
-            apart = max(abs(a - b) for a, b in zip(untied["losses"], two["losses"], strict=True))
+        for beside in (ways[key] for key in ("two", "four") if key in ways):
+            untied = ways["untied"]
+            assert beside["captured"] == graphs["captured"], name
+            apart = max(abs(a - b) for a, b in zip(untied["losses"], beside["losses"], strict=True))
             assert apart <= max(2 * spread, 1e-6), name
-            assert abs(untied["weights"] - two["weights"]) <= 1e-6 * untied["weights"], name
+            assert abs(untied["weights"] - beside["weights"]) <= 1e-6 * untied["weights"], name

@@ -33,14 +33,16 @@ def test_a_tensor_parallel_recipe_may_ask():
     assert asked() == []
     assert asked(train__micro_batches_at_once=1, parallel__tensor=1, train__global_batch=7) == []
     assert asked(parallel__data=2) == []
+    assert asked(train__micro_batches_at_once=4) == []
     assert asked(parallel__data=4, train__global_batch=16, train__cuda_graphs=CudaGraphs.always) == []
 
 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"train__micro_batches_at_once": 3}, "train.micro_batches_at_once = 3: give 1 or 2"),
-        ({"train__micro_batches_at_once": 0}, "train.micro_batches_at_once = 0: give 1 or 2"),
+        ({"train__micro_batches_at_once": 9}, "train.micro_batches_at_once = 9: give 1 to 8"),
+        ({"train__micro_batches_at_once": 0}, "train.micro_batches_at_once = 0: give 1 to 8"),
+        ({"train__micro_batches_at_once": 3}, "a rank has 8 micro-batches of train.micro_batch = 1"),
         ({"parallel__tensor": 1}, "parallel.tensor to 2 or more"),
         ({"parallel__sequence": False}, "parallel.sequence=true"),
         ({"parallel__pipeline": 2}, "parallel.pipeline=1"),
@@ -232,3 +234,18 @@ def test_every_rank_gets_every_part_and_the_sum_of_its_own(monkeypatch):
         thread.join(timeout=60)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("ranks", "rank", "size"), [(2, 1, 4096), (4, 0, 5000), (8, 7, 1 << 20)])
+def test_pieces_are_added_up_in_fp32_and_in_the_order_of_ranks(ranks, rank, size):
+    from halfbyte.training.copy_engines import add_up
+
+    pieces = torch.randn(ranks, size, device="cuda").bfloat16()
+    own, out = pieces[rank].clone(), torch.empty(size, device="cuda", dtype=torch.bfloat16)
+    wanted = torch.zeros(size, device="cuda")
+    for piece in pieces:
+        wanted += piece.float()
+    pieces[rank] = float("nan")  # what is there is not read
+    add_up(pieces, own, rank, out)
+    assert torch.equal(out, wanted.bfloat16())

@@ -49,8 +49,8 @@ class Train:
     """In a pipeline each micro-batch in flight keeps memory of its own. No graph with recompute, whatever this says;
     without a pipeline none with distill.teacher, with one none with distill.hidden."""
     micro_batches_at_once: int = 1
-    """2: under tensor parallelism two of a rank's micro-batches run side by side, and one computes while the other's
-    ranks exchange; takes the activations of two. On GPUs; elsewhere one runs after the other."""
+    """2 or 4: under tensor parallelism so many of a rank's micro-batches run side by side, and one computes while the
+    others' ranks exchange; takes the activations of all. On GPUs; elsewhere one runs after the other."""
     freeze: list[str] = field(default_factory=list)
     """fnmatch patterns on Hugging Face module names (*norm*, lm_head, model.layers.0.mlp.*) that are not trained.
     q/k/v, gate/up and tied embeddings are one parameter each: all members or none."""

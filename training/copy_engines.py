@@ -7,11 +7,48 @@ symmetric memory; one host, every pair of GPUs linked), and SMs only signal and 
 Shapes: n ranks, [S, ...] a whole tensor, [S/n, ...] a rank's part of it.
 """
 
+# pyright: reportIndexIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 from torch.distributed import _symmetric_memory as symmetric_memory
+
+BLOCK = 2048
+"""Elements of a kernel's program."""
+
+
+@triton.jit
+def _add_up(pieces_ptr, own_ptr, out_ptr, SIZE, OWN: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of RANKS pieces of SIZE elements in FP32, in the order of ranks; the piece of rank OWN is at own_ptr."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for rank in tl.static_range(RANKS):
+        place = own_ptr + at if rank == OWN else pieces_ptr + tl.full((), rank, tl.int64) * SIZE + at
+        total += tl.load(place, mask=at < SIZE, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < SIZE)
+
+
+def add_up(pieces: torch.Tensor, own: torch.Tensor, rank: int, out: torch.Tensor) -> None:
+    """Fill `out` with the sum of all ranks' pieces, in FP32 and in the order of ranks, rounded once.
+
+    torch.sum over the first dimension takes three times as long, on SMs that GEMMs wait for.
+
+    Args:
+        pieces: [n, P], of every rank but this one; what is at its own place is not read.
+        own: [P], this rank's.
+        rank: This rank.
+        out: [P].
+    """
+    if not out.is_cuda:
+        parts = [own if other == rank else piece for other, piece in enumerate(pieces)]
+        torch.sum(torch.stack(parts), 0, out=out)
+        return
+    size = out.numel()
+    _add_up[(triton.cdiv(size, BLOCK),)](pieces, own, out, size, OWN=rank, RANKS=len(pieces), BLOCK=BLOCK)
 
 
 class Exchange:
@@ -62,11 +99,11 @@ class Exchange:
         """
         own, shared = self._next(1)
         size, pieces = self.numel // self.ranks, whole.view(self.ranks, -1)
-        for step in range(self.ranks):
+        for step in range(1, self.ranks):
             target = (self.rank + step) % self.ranks
             shared.get_buffer(target, (size,), self.dtype, self.rank * size).copy_(pieces[target])
         shared.barrier()
-        torch.sum(own.view(self.ranks, size), 0, out=part.view(-1))
+        add_up(own.view(self.ranks, size), pieces[self.rank], self.rank, part.view(-1))
 
     def settle(self) -> None:
         """Wait until every rank is done with every buffer; on the current stream, after all collectives."""

@@ -1,14 +1,14 @@
-"""Two micro-batches side by side under tensor parallelism: one computes while the other's ranks exchange.
+"""Micro-batches side by side under tensor parallelism: one computes while the others' ranks exchange.
 
 Under sequence parallelism a layer's forward pass waits four times for a gather or a scatter, and nothing of the same
-micro-batch could run meanwhile. Another one could: it needs nothing of the first but the weights. So two are walked in
-turn, half a layer at a time, into one CUDA graph (graphs.py), each on a stream, a communicator and a gather buffer of
-its own. Known for inference as two-batch overlap.
+micro-batch could run meanwhile. Another one could: it needs nothing of the first but the weights. So two or more are
+walked in turn, half a layer at a time, into one CUDA graph (graphs.py), each on a stream, a communicator and a gather
+buffer of its own. Known for inference as two-batch overlap; with four, an exchange has three halves' time.
 
 GEMMs do not gain from running at the same time, and ranks that ran them in different orders would wait for each other's
-collectives. So half a layer's computing waits until the other micro-batch has done its own ("turns"), and only
+collectives. So half a layer's computing waits until the other micro-batches have done theirs ("turns"), and only
 collectives, with the residual sum and the norm between them, run beside it. Autograd takes what was made last first:
-the backward pass changes turns at the same places. The later micro-batch is walked first, so that every weight's
+the backward pass changes turns at the same places. The last micro-batch is walked first, so that every weight's
 gradient takes them in their order, and results are those of one after the other.
 """
 
@@ -62,7 +62,7 @@ class Lane:
         self.stream = torch.cuda.Stream()
         self.group = _another_tensor_group()
         self.buffer = GlobalMemoryBuffer()
-        """Megatron gathers inputs into one buffer per process: two micro-batches would overwrite each other's."""
+        """Megatron gathers inputs into one buffer per process: micro-batches would overwrite each other's."""
         self.exchange: Exchange | None = None
         self.computed: torch.cuda.Event | None = None
         """The end of its newest turn."""
@@ -154,7 +154,7 @@ class _Waiting:
 
 
 class Turns:
-    """Who computes: what Megatron calls during the two micro-batches' passes, told apart by the current stream."""
+    """Who computes: what Megatron calls during the micro-batches' passes, told apart by the current stream."""
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = {lane.stream: lane for lane in lanes}

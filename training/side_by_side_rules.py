@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from halfbyte.training.config import Recipe
 from halfbyte.training.graph_rules import captures
 
+MOST = 8
+"""Micro-batches at once: each takes two of the 32 queues of a GPU, and gives less than the one before."""
+
 
 def side_by_side_problems(recipe: Recipe) -> Iterator[str]:
     """What train.micro_batches_at_once asks of the other keys."""
@@ -12,8 +15,8 @@ def side_by_side_problems(recipe: Recipe) -> Iterator[str]:
     if train.micro_batches_at_once == 1:
         return
     key = f"train.micro_batches_at_once = {train.micro_batches_at_once}"
-    if train.micro_batches_at_once != 2:
-        yield f"{key}: give 1 or 2"
+    if not 1 <= train.micro_batches_at_once <= MOST:
+        yield f"{key}: give 1 to {MOST}"
         return
     if layout.tensor == 1 or layout.pipeline > 1 or not layout.sequence:
         yield (
@@ -26,8 +29,8 @@ def side_by_side_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.distill.hidden:
         yield f"{key}: does not go with distill.hidden; set that to 0, or one micro-batch at a time"
     own = train.global_batch // max(1, train.micro_batch * layout.data)
-    if own % 2:
+    if own % train.micro_batches_at_once:
         yield (
-            f"{key}: a rank has {own} micro-batches of train.micro_batch = {train.micro_batch} in a step, which do not "
-            "go in pairs; change train.global_batch or train.micro_batch"
+            f"{key}: a rank has {own} micro-batches of train.micro_batch = {train.micro_batch} in a step, which "
+            f"{train.micro_batches_at_once} does not divide; change it, train.global_batch or train.micro_batch"
         )

@@ -3,7 +3,7 @@
 Run under torchrun with OUT.json, a tensor-parallel size, stages and data-parallel ranks; rank 0 writes {case: {plain,
 graphs, again}}, each the losses of a few steps, a sum over the final weights ("again": the plain path once more, the
 run-to-run spread) and how many graphs (pairs of them, in a pipeline) it captured. Under tensor parallelism alone also
-{untied, two}: an untied model with its micro-batches one after the other, and two at a time.
+{untied, two, four}: an untied model with its micro-batches one after the other, two and four at a time.
 """
 
 import dataclasses
@@ -130,6 +130,7 @@ def main(out: str, tensor: int, pipeline: int, data: int) -> None:
         if tensor > 1 and pipeline == data == 1 and name != "qad_topk":  # that one compares hidden states
             found[name]["untied"] = train(case, layout, runtime, graphs=False, tied=False)
             found[name]["two"] = train(case, layout, runtime, graphs=True, tied=False, at_once=2)
+            found[name]["four"] = train(case, layout, runtime, graphs=True, tied=False, at_once=4)
     if runtime.first:
         Path(out).write_text(json.dumps(found, indent=1))
     close_runtime()

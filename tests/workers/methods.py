@@ -7,7 +7,8 @@ float32" and "<variant>, float32, resumed" are what they say, in FP32 with Megat
 checkpoint is saved a second time as Megatron gathers it ("<variant>.<layout>.float32.gathered" beside OUT.json).
 "<variant>, stages" and "<variant>, stages again" of a pipeline end with the norm of the last gradient; in the second
 every stage is called through the pairs of stage_graphs.py, with functions in the place of CUDA graphs. "<variant>,
-turns" and "<variant>, turns again" are the same of two micro-batches one after the other and side by side.
+turns", "<variant>, turns again" and "<variant>, turns of four" are the same of micro-batches one after the other, two
+and four side by side.
 """
 
 import copy
@@ -196,14 +197,14 @@ def two_ways(folder: Path, recipe: Recipe, runtime: Runtime, place: Path) -> tup
 
 
 def turns(folder: Path, variant: str, dtype: str, parallel: Parallel, runtime: Runtime) -> dict[str, list[float]]:
-    """A tensor-parallel layout's numbers, micro-batches one after the other and two at a time."""
+    """A tensor-parallel layout's numbers, micro-batches one after the other, two and four at a time."""
     single = dataclasses.replace(runtime, dtype=getattr(torch, dtype))
     found = {}
-    for at_once, name in ((1, f"{variant}, turns"), (2, f"{variant}, turns again")):
+    for at_once, name in ((1, "turns"), (2, "turns again"), (4, "turns of four")):
         recipe = recipe_of(variant, copy.deepcopy(parallel), dtype)
         recipe.train.micro_batches_at_once = at_once
         with host_lanes.on_host():
-            found[name] = losses(folder, recipe, single, folder, at_once=at_once)
+            found[f"{variant}, {name}"] = losses(folder, recipe, single, folder, at_once=at_once)
     return found
 
 
