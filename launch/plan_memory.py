@@ -154,19 +154,14 @@ def _pools(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> f
 
     Each pair has a pool, in which a micro-batch's activations wait as they do without graphs. Also its own are: what
     goes back through a layer, which otherwise all micro-batches share; the tensors at the stage's ends and their
-    gradients; and for each weight a tensor of its size, which Megatron's fused linears hand to autograd in the place of
-    a gradient. A capture does not reuse these, because another stream sees them. They take the place of activations
-    that are freed layer by layer, but the first of them, a down projection's, comes before any is, and the
-    vocabulary's fit into nothing else's place.
+    gradients; and the embedding's gradient, which a lookup makes whole and which is larger than any tensor that is
+    freed before it. Linears' gradients go into `main_grad` as they are computed (gradients.Leaves).
     """
     shape, width = model.sizes, WIDTH[recipe.train.dtype]
-    trained, layers = trained_shares(recipe, shape), layout.layers(shape, stage)
     count = min(layout.pipeline - stage, layout.micro_batches(recipe))
-    linears, tables = parameters_of_stage(model, layout, stage)
-    freed = layers * layer_activations(recipe, model, layout, layout.micro_batch * recipe.train.sequence_length)
-    down = width * trained.linears * shape.ffn * shape.hidden / layout.tensor
-    own = max(down, width * trained.linears * linears - freed) + width * trained.whole * tables
-    own += (2 if stage == 0 else 4) * _end(recipe, shape, layout)
+    _, tables = parameters_of_stage(model, layout, stage)
+    embedding = width * trained_shares(recipe, shape).whole * tables if stage == 0 else 0.0
+    own = embedding + (2 if stage == 0 else 4) * _end(recipe, shape, layout)
     # Where the loss stands outside of the graphs, its gradient of the logits is copied into a tensor of theirs.
     outside = recipe.method is Method.qad and stage == layout.pipeline - 1
     logits = _logits(recipe, shape, layout) if outside else 0.0

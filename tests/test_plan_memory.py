@@ -11,7 +11,7 @@ import torch
 
 from halfbyte.bench import plan as bench
 from halfbyte.bench import plan_check
-from halfbyte.launch.plan_memory import SAMPLED, memory_per_rank, parameters_of_stage
+from halfbyte.launch.plan_memory import SAMPLED, memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.launch.plan_search import judge
 from halfbyte.launch.plan_time import step_time
@@ -146,22 +146,6 @@ def test_products_of_a_step_with_adapters():
     assert planned[0] - planned[1] == 4 * 12 * (planned[0] / (4 * 12) / 3 - down)
 
 
-@pytest.mark.slow
-def test_every_weight_hands_autograd_a_tensor_of_its_size():
-    """Numbers are in main_grad already; in a captured pass these tensors are what the plan counts."""
-    train = Train(steps=2, global_batch=4, micro_batch=2, sequence_length=12, dtype=Dtype.float32)
-    recipe, found = Recipe(train=train, quantize=Quantize(calibration_samples=1)), {}
-    with WORLD["world_of_one"]() as opened:
-        module = WORLD["training"](opened, recipe)
-        for name, parameter in module.gpt.named_parameters():
-            parameter.register_hook(lambda gradient, name=name: found.update({name: gradient.nbytes}))
-        module.training_step(WORLD["batches"](), 0)
-        matrices = {name: p.nbytes for name, p in module.gpt.named_parameters() if p.dim() == 2}
-    assert {name: found[name] for name in matrices} == matrices
-    linears, tables = parameters_of_stage(Architecture.dense("", WORLD["SHAPE"]), Layout.of(recipe), 0)
-    assert sum(matrices.values()) == 4 * (linears + tables)
-
-
 STAGES = json.loads((Path(__file__).parent.parent / "docs/evidence/four-gpus-stages.json").read_text())
 PIPELINES = [(layout, arm) for layout in ("tp2pp2", "pp4") for arm in STAGES["steps"][layout]]
 
@@ -170,7 +154,8 @@ PIPELINES = [(layout, arm) for layout in ("tp2pp2", "pp4") for arm in STAGES["st
 def test_pipelines_of_four_gpus_take_what_was_measured(layout, arm):
     found = {"size": STAGES["size"], "steps": {layout: {arm: STAGES["steps"][layout][arm]}}}
     (row,) = plan_check.of_steps(found, GPUS["H200"])
-    assert abs(row.memory_error) <= plan_check.MEMORY
+    # The graphs measured here kept a tensor of every weight's size, which captured passes no longer make.
+    assert abs(row.memory_error) <= plan_check.MEMORY or arm in ("bf16_graphs", "nvfp4_graphs")
     assert abs(row.seconds_error) <= plan_check.SECONDS or arm == "nvfp4"  # waits for Python at TP2 x PP2
 
 
@@ -187,14 +172,13 @@ def pools(size=None, layout="pp4", **changes) -> float:
 
 def test_what_graphs_take_of_a_pipeline():
     """Four pairs on the first stage: three more gradients on their way, and four times what is a pair's own."""
-    end, down, table = (2 * n for n in (SIZE.sequence * SIZE.hidden, SIZE.ffn * SIZE.hidden, SIZE.vocab * SIZE.hidden))
+    end, table = (2 * n for n in (SIZE.sequence * SIZE.hidden, SIZE.vocab * SIZE.hidden))
     passing = 2 * (3 * SIZE.sequence * SIZE.ffn) + 2 * end
-    assert pools() == 4 * (down + table + 2 * end) + 3 * passing
+    assert pools() == 4 * (table + 2 * end) + 3 * passing
     assert pools(cuda_graphs=CudaGraphs.never) == pools(recompute=True) == 0
     assert pools(layout="tp4") == 0  # one graph: its pool holds what the plain path would
-    # Short sequences free too little for the tensors of all weights to take its place.
-    short = replace(SIZE, sequence=128)
-    assert pools(short) > 4 * (2 * SIZE.layers * SIZE.layer_parameters / 4 - 4e8)
+    # No weight but the embedding's leaves a tensor of its size.
+    assert pools(replace(SIZE, sequence=128)) < 4 * (table + 8 * end / 32) + 3 * passing / 32
     # Steps in BF16 ahead of quantized ones have graphs of their own, which stay.
     assert pools(fake_quant_after_steps=5) > 2 * pools()
     assert pools(layout="tp4", fake_quant_after_steps=5) > 0
@@ -207,7 +191,7 @@ def test_a_pipeline_too_large_for_its_graphs_is_told_so():
     said = {
         gib: judge(recipe, model, layout, replace(GPUS["H200"], memory_gib=gib)).problem or "" for gib in (12, 20, 24)
     }
-    assert said[12].startswith("needs 19 GiB per GPU of")
+    assert said[12].startswith("needs 18 GiB per GPU of")
     assert said[12].endswith(" GiB)")  # nor would it fit without them
     assert said[20].endswith("; train.cuda_graphs=never needs 16 GiB")
     assert said[24] == ""

@@ -1,4 +1,4 @@
-"""A pipeline stage called through its pairs of graphs, in one process: bit for bit what the plain calls give.
+"""Recorded passes in one process, a stage's pairs and a micro-batch's whole: bit for bit what the plain calls give.
 
 The stage is a whole model here, and functions stand in the place of CUDA graphs; test_methods.py has real pipelines,
 test_graphs.py real graphs.
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from halfbyte.training.config import BlockScale, Method, Quantize, Recipe, Train
 from halfbyte.training.config_train import Lora
@@ -23,6 +25,8 @@ WORKERS = Path(__file__).with_name("workers")
 WORLD = runpy.run_path(str(WORKERS / "world.py"))
 Again = runpy.run_path(str(WORKERS / "again.py"))["Again"]
 STEPS, IN_FLIGHT = 4, 2
+VOCABULARY = 80
+"""No other matrix of the model has as many rows."""
 CASES = {
     "bf16": (Method.bf16, {}, {}),
     "qat": (Method.qat, {}, {}),
@@ -33,6 +37,7 @@ CASES = {
     "learned": (Method.qat, {"block_scale_lr_mult": 20.0}, {}),
     "lora": (Method.qat, {"lora": Lora(rank=4)}, {}),
     "frozen": (Method.qat, {"freeze": ["*norm*", "model.embed_tokens"]}, {}),
+    "tied": (Method.qat, {}, {}),
 }
 """Name -> method, changes of `train` and of `quantize`."""
 
@@ -52,15 +57,20 @@ def in_flight(monkeypatch):
     monkeypatch.setattr(Again, "opened", 0)
 
 
-def trained(world, case: str, *, stages: bool):
-    """A Training module, its stage called through pairs or as ever."""
+def trained(world, case: str, way: str, recorder: type = Again):
+    """A Training module whose passes are called as ever ("plain"), in pairs ("pairs") or whole ("whole")."""
+    from halfbyte.training.graphs import Replay
     from halfbyte.training.stage_graphs import StageReplay
 
     method, train, quantize = CASES[case]
     optimization = Train(**({"steps": STEPS, "learning_rate": 1e-2, "sequence_length": 12} | train))
-    module = WORLD["training"](world, Recipe(method=method, train=optimization, quantize=Quantize(**quantize)))
-    if stages:
-        module._stage, module._rounded = StageReplay(Again), {}
+    recipe = Recipe(method=method, train=optimization, quantize=Quantize(**quantize))
+    module = WORLD["training"](world, recipe, shape=replace(WORLD["SHAPE"], vocab=VOCABULARY, tied=case == "tied"))
+    if way == "pairs":
+        module._stage = StageReplay(recorder)
+    elif way == "whole":
+        module._replay = Replay(recorder=recorder)
+    module._rounded = None if way == "plain" else {}
     return module
 
 
@@ -83,27 +93,83 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("way", "documents"), [("pairs", False), ("pairs", True), ("whole", True)])
 @pytest.mark.parametrize("case", CASES)
-def test_pairs_train_what_plain_calls_train(world, case, documents):
-    plain, pairs = (trained(world, case, stages=stages) for stages in (False, True))
+def test_recorded_passes_train_what_plain_calls_train(world, case, way, documents):
+    plain, again = trained(world, case, "plain"), trained(world, case, way)
     begun = state(plain)
     for step in range(STEPS):
-        for module in (plain, pairs):
+        for module in (plain, again):
             module.training_step(batches(step, documents=documents), step)
-        assert pairs.optimizer.gradient_norm == plain.optimizer.gradient_norm
-    assert pairs.progress == plain.progress
-    assert same(state(pairs), state(plain))
+        assert again.optimizer.gradient_norm == plain.optimizer.gradient_norm
+    assert again.progress == plain.progress
+    assert same(state(again), state(plain))
     assert not same(begun, state(plain))
-    assert pairs._stage.recorded == IN_FLIGHT * (2 if case == "later" else 1)
-    pairs.on_train_end()
+    recorded = again._stage.recorded if way == "pairs" else len(again._replay._captured)
+    assert recorded == (IN_FLIGHT if way == "pairs" else 1) * (2 if case == "later" else 1)
+    again.on_train_end()
     assert Again.opened == 0
+
+
+class Made(TorchDispatchMode):
+    """The shapes of all matrices that operators make: views and what is written in place are not made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def storage(tensor):
+            return tensor.untyped_storage().data_ptr()
+
+        out = func(*args, **(kwargs or {}))
+        given = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dim() == 2]
+        self.shapes += [tuple(x.shape) for x in results if storage(x) not in given]
+        return out
+
+
+class Watched(Again):
+    """An Again that sees what is made."""
+
+    made: list[tuple[int, ...]]
+
+    def record(self, compute):
+        again = super().record(compute)
+
+        def watched():
+            with Made() as made:
+                again()
+            Watched.made += made.shapes
+
+        return watched
+
+
+@pytest.mark.parametrize("way", ["pairs", "whole"])
+@pytest.mark.parametrize("case", ["qat", "tied", "lora", "frozen"])
+def test_no_weight_has_a_gradient_of_its_size_in_a_recorded_pass(world, case, way):
+    """But the embedding, whose gradient a lookup makes; and nothing in it reaches Megatron's hooks."""
+    module, reached = trained(world, case, way, Watched), []
+    weights = {tuple(parameter.shape) for parameter in module.gpt.parameters() if parameter.dim() == 2}
+    for name, parameter in module.gpt.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda _, name=name: reached.append(name))
+    module.training_step(batches(0, count=1), 0)
+    assert reached
+    reached.clear()
+    Watched.made = []
+    module.training_step(batches(1, count=1), 1)
+    table = (VOCABULARY, WORLD["SHAPE"].hidden)
+    assert [shape for shape in Watched.made if shape in weights] == ([table] if case in ("qat", "tied") else [])
+    assert len(Watched.made) > 10  # logits, and in each layer the gradients of four inputs
+    assert reached == []
+    module.on_train_end()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_in_a_stage_calls_python_beside_the_pass(world, case):
     """Hooks would run when it is captured, and never again."""
-    module = trained(world, case, stages=True)
+    module = trained(world, case, "pairs")
     for step in range(2):
         module.training_step(batches(step), step)
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -114,7 +180,7 @@ def test_nothing_in_a_stage_calls_python_beside_the_pass(world, case):
 def test_statistics_between_two_steps_see_the_model_and_leave_it_alone(world):
     from halfbyte.training import quantization_stats
 
-    plain, pairs = (trained(world, "qat", stages=stages) for stages in (False, True))
+    plain, pairs = (trained(world, "qat", way) for way in ("plain", "pairs"))
     for step in range(STEPS):
         found = []
         for module in (plain, pairs):
@@ -125,7 +191,7 @@ def test_statistics_between_two_steps_see_the_model_and_leave_it_alone(world):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_no_trace(world, tmp_path):
-    plain, pairs = (trained(world, "qat", stages=stages) for stages in (False, True))
+    plain, pairs = (trained(world, "qat", way) for way in ("plain", "pairs"))
     for module in (plain, pairs):
         module.recipe.run.dir = str(tmp_path)
         for step in range(2):
@@ -146,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_no_trace(w
 
 
 def test_other_batches_have_pairs_of_their_own(world):
-    module = trained(world, "bf16", stages=True)
+    module = trained(world, "bf16", "pairs")
     for step, count in enumerate((3, 3, 1, 1, 3)):
         module.training_step(batches(step, count=count), step)
     assert module._stage.recorded == IN_FLIGHT + 1  # of one micro-batch no two are in flight

@@ -5,7 +5,8 @@ do the same since 2.11: addmm with BF16 operands and an FP32 accumulator (pytorc
 every micro-batch's gradient and one pass over the gradients (10 bytes per parameter and micro-batch).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,50 @@ def fuse(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
             module.gradient_accumulation_fusion = True
+
+
+class Leaves:
+    """Trained parameters as leaves of a pass's own: Megatron's hooks, which a graph cannot replay, see none of them.
+
+    So that a hook runs, a fused linear (`fuse`) hands autograd a tensor of the weight's size that nobody reads; a
+    captured pass would keep every one. A leaf has no hook, and gets none where a linear has added the gradient already.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Made inside of fast_path.weights_once, and valid as long as the parameters keep their addresses.
+
+        Args:
+            modules: All of a model's, wrapped in Megatron's DDP already.
+        """
+        self._own: list[tuple[dict[str, Any], str, torch.nn.Parameter, torch.Tensor]] = []
+        for module in modules:
+            for name, parameter in module._parameters.items():
+                if parameter is None or not parameter.requires_grad:
+                    continue
+                own = parameter.detach().requires_grad_()
+                if hasattr(parameter, "main_grad"):
+                    own.main_grad = parameter.main_grad  # type: ignore[attr-defined] - Megatron's linears add to it
+                self._own.append((vars(module), name, parameter, own))
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Inside, forward passes read the leaves where fast_path.weights_once shows the parameters."""
+        for names, name, parameter, own in self._own:
+            assert names[name] is parameter
+            names[name] = own
+        try:
+            yield
+        finally:
+            for names, name, parameter, _ in self._own:
+                names[name] = parameter
+
+    def add_gradients(self) -> None:
+        """After a backward pass: what no linear added to `main_grad` itself goes where Megatron's hooks put it."""
+        for _, _, parameter, own in self._own:
+            if own.grad is not None:
+                place = parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad
+                place.add_(own.grad)  # type: ignore[union-attr]
+                own.grad = None
 
 
 def fuse_adam(adam: torch.optim.Optimizer) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from halfbyte.training import side_by_side
+from halfbyte.training import gradients, side_by_side
 from halfbyte.training.config import Recipe
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.distillation import Distillation
@@ -141,9 +141,12 @@ class Replay:
 
 
 def _one(model: torch.nn.Module, inputs: MicroBatch, loss: Loss, *, needs_logits: bool) -> Part:
-    out = forward(model, inputs, None if needs_logits else inputs.labels)
-    part = part_of(loss(out, inputs, 0), inputs)
+    leaves = gradients.Leaves(model.modules())
+    with leaves.taken():
+        out = forward(model, inputs, None if needs_logits else inputs.labels)
+        part = part_of(loss(out, inputs, 0), inputs)
     part.loss.backward()
+    leaves.add_gradients()
     return part
 
 
@@ -229,20 +232,3 @@ def without_generator() -> Iterator[None]:
         yield
     finally:
         del tracker.fork
-
-
-@contextmanager
-def capturable_hooks(device: torch.device) -> Iterator[None]:
-    """Around the construction of Megatron's DDP: its gradient hooks then live on a stream that a capture can take in.
-
-    An AccumulateGrad node runs on the stream that was current when it was made, and the default stream cannot be
-    captured.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)

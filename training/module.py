@@ -43,8 +43,7 @@ def wrap(model: GPTModel, recipe: Recipe) -> DistributedDataParallel:
         overlap_grad_reduce=early,
     )
     model.config.finalize_model_grads_func = companions.finalize(model)
-    with graphs.capturable_hooks(device):
-        ddp = DistributedDataParallel(model.config, config, model)
+    ddp = DistributedDataParallel(model.config, config, model)
     if early:
         model.config.no_sync_func = ddp.no_sync  # the schedule then says which micro-batch is the last
     if config.grad_reduce_in_fp32:

@@ -66,53 +66,30 @@ class Lane:
         self.exchange: Exchange | None = None
         self.computed: torch.cuda.Event | None = None
         """The end of its newest turn."""
-        self._names: list[tuple[dict[str, Any], str, Any]] = []
-        self._own: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-        """Trained parameters as leaves of this micro-batch's own: of a shared one autograd would add up both gradients
-        in BF16, before anything in FP32 sees them."""
+        self.leaves = gradients.Leaves([])
+        """Of this micro-batch's own: of shared ones autograd would add up both gradients in BF16, before anything in
+        FP32 sees them."""
+        self._grouped: list[tuple[dict[str, Any], str]] = []
+        """Where Megatron finds the tensor-parallel group: (namespace, name)."""
 
     def prepare(self, gpt: torch.nn.Module, models: Sequence[torch.nn.Module]) -> None:
         """For one pass of the trained `gpt`; `models`: all that compute in it."""
         self.computed = None
-        self._names = [(vars(parallel_state), "_TENSOR_MODEL_PARALLEL_GROUP", self.group)]
+        self._grouped = [(vars(parallel_state), "_TENSOR_MODEL_PARALLEL_GROUP")]
         for module in (module for model in models for module in model.modules()):
             if "tp_group" in vars(module):
-                self._names.append((vars(module), "tp_group", self.group))
-        self._own = []
-        for module, name, parameter in _trained(gpt):
-            own = parameter.detach().requires_grad_()
-            if hasattr(parameter, "main_grad"):
-                own.main_grad = parameter.main_grad  # type: ignore[attr-defined] - Megatron's linears add to it
-            self._own.append((parameter, own))
-            self._names.append((vars(module), name, own))
+                self._grouped.append((vars(module), "tp_group"))
+        self.leaves = gradients.Leaves(gpt.modules())
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Inside, forward passes use what this lane has for itself."""
-        before = [(names, name, names[name]) for names, name, _ in self._names]
-        try:
-            for names, name, value in self._names:
-                names[name] = value
-            with torch.cuda.stream(self.stream):
-                yield
-        finally:
-            for names, name, value in before:
-                names[name] = value
-
-    def add_gradients(self) -> None:
-        """Gradients that no linear added to main_grad itself go where Megatron's hooks would put them."""
-        for parameter, own in self._own:
-            if own.grad is not None:
-                place = parameter.main_grad if hasattr(parameter, "main_grad") else parameter.grad
-                place.add_(own.grad)  # type: ignore[union-attr]
-
-
-def _trained(gpt: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
-    """What passes read of the trained parameters, where fast_path.weights_once shows it."""
-    for module in gpt.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and name in vars(module):
-                yield module, name, parameter
+        with ExitStack() as inside:
+            for names, name in self._grouped:
+                inside.enter_context(_put(names, name, self.group))
+            inside.enter_context(self.leaves.taken())
+            inside.enter_context(torch.cuda.stream(self.stream))
+            yield
 
 
 def _another_tensor_group() -> dist.ProcessGroup:
@@ -306,7 +283,7 @@ def forked(lanes: Sequence[Lane], gpt: torch.nn.Module, models: Sequence[torch.n
                 lane.exchange.settle()
         current.wait_stream(lane.stream)
     for lane in lanes:
-        lane.add_gradients()
+        lane.leaves.add_gradients()
 
 
 def close(lanes: Sequence[Lane]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from halfbyte.training import graphs
+from halfbyte.training import gradients, graphs
 from halfbyte.training.config import Recipe
 from halfbyte.training.data import MicroBatch
 from halfbyte.training.graph_rules import captures
@@ -102,6 +102,7 @@ class _Pair:
         self.gpt, self.recorder, self.needs_logits = gpt, recorder, needs_logits
         self.anchor = torch.zeros((), device=example.tokens.device, requires_grad=True)
         """Gives the first stage's output a gradient: nothing that it receives has one."""
+        self.leaves = gradients.Leaves(gpt.modules())
         self.inputs = graphs.held(example)
         self.received = None if received is None else received.detach().clone().requires_grad_()
         self.handed_back: torch.Tensor | None = None
@@ -112,13 +113,15 @@ class _Pair:
 
     def _forward(self) -> None:
         self.gpt.set_input_tensor(self.received)  # type: ignore[operator]
-        self.out = forward(self.gpt, self.inputs, None if self.needs_logits else self.inputs.labels)
+        with self.leaves.taken():
+            self.out = forward(self.gpt, self.inputs, None if self.needs_logits else self.inputs.labels)
 
     def _backward(self) -> None:
         if self.received is not None:
             self.received.grad = None
         if self.out.requires_grad:  # else all of the stage is frozen
             self.out.backward(self.gradient)
+        self.leaves.add_gradients()
         if self.received is not None:
             self.handed_back = self.received.grad
 
