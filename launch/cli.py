@@ -1,7 +1,7 @@
 """The `halfbyte` command. Heavy imports happen inside the commands: --help answers at once.
 
-Exit codes: 0 done, 2 bad usage or recipe, 3 gate or comparison failed, 4 inconclusive, 5 a process hung, 1 anything
-else. Every problem is one line on stderr.
+Exit codes: 0 done, 2 bad usage or recipe, 3 gate or comparison failed, 4 inconclusive, 5 a process hung, 6 one was
+lost, 1 anything else. Every problem is one line on stderr.
 """
 
 import argparse

@@ -21,9 +21,9 @@ from typing import Any
 from halfbyte.launch.console import Console
 from halfbyte.training import environment, logs, retention
 from halfbyte.training.config import Judges, Method, Recipe
-from halfbyte.training.errors import FAILED, OK, UserError
+from halfbyte.training.errors import CAUSE, FAILED, LOST, OK, UserError
 from halfbyte.training.files import damage, read_json, write_json
-from halfbyte.training.interrupt import Stop
+from halfbyte.training.interrupt import Interrupted, Stop
 
 STAGES = ("calibrate", "evaluate", "train", "gate", "export", "verify")
 SCORED = ("calibrate", "evaluate", "train", "gate")
@@ -213,15 +213,27 @@ def _work(folder: Path, words: Sequence[str], flags: Sequence[str], *, in_file: 
             stop.close()
     except UserError as error:
         _report(folder, str(error), error.code)
+        if not isinstance(error, Interrupted):  # it may be stopped because another one failed
+            _leave_cause(folder, error.code)
         return error.code
     except BaseException as error:  # noqa: BLE001 - the process ends here: one line says why, a file has the traceback
-        message = _memory(error) or f"{type(error).__name__}: {_line(error)}"
+        full = _memory(error)
+        message = full or f"{type(error).__name__}: {_line(error)}"
         died = _lost(error)
-        details = _report(folder, message, FAILED, died=died).with_suffix(".txt")
+        code = LOST if died else FAILED
+        details = _report(folder, message, code, died=died).with_suffix(".txt")
         with suppress(OSError):  # where there is no room for it, its line has to do
             details.write_text(traceback.format_exc())
-            _report(folder, f"{message} (traceback: {details})", FAILED, died=died)
-        return FAILED
+            _report(folder, f"{message} (traceback: {details})", code, died=died)
+        if full:
+            _leave_cause(folder, code)
+        return code
+
+
+def _leave_cause(folder: Path, code: int) -> None:
+    """Leave an exit code that no peer's end can have brought about, unless another process was first."""
+    with suppress(OSError), (folder / "errors" / CAUSE).open("x") as file:
+        file.write(f"{code}\n")
 
 
 def _line(error: BaseException) -> str:

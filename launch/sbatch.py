@@ -3,7 +3,8 @@
 Slurm tells the script two minutes before the time limit (USR1) and on preemption (TERM), then the processes as well.
 The script has Slurm send SIGTERM to the processes, which save and end; a preempted job starts again by itself, one that
 ran out of time is put back into the queue by the script, or, in an array, the next job goes on and only the last one is
-put back. What dies or hangs is started again within the job.
+put back. What dies or hangs is started again within the job, and then by the next job of an array; what would only come
+again (a bad recipe, a full disk, the gate) takes the rest of an array out of the queue.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from halfbyte.training.config import Recipe
 from halfbyte.training.config_launch import GRACE_S
-from halfbyte.training.errors import HUNG, RecipeError
+from halfbyte.training.errors import CAUSE, FINAL, LOST, RecipeError
 from halfbyte.training.hardware import GPUS
 from halfbyte.training.run_rules import read_paths
 
@@ -38,17 +39,29 @@ trap 'ending=preempted' TERM
 
 attempt=0
 while true; do
+  rm -f @CAUSE@
   srun @SRUN@ &
   step=$!
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done
   wait "$step"
   code=$?
-  # @HUNG@: hung; above 128: killed. Anything else would only happen again.
-  if [ "$code" -ne @HUNG@ ] && [ "$code" -le 128 ]; then break; fi
+  # srun has the highest code of all, of processes that it ended itself as well; the first that knew why left its own.
+  if [ "$code" -ne 0 ] && [ -s @CAUSE@ ]; then code=$(cat @CAUSE@); fi
+  # 1 to @FINAL@ would only come again. Above: a process hung, was killed or lost its GPU, or it is Slurm's own error.
+  if [ "$code" -le @FINAL@ ]; then break; fi
   if [ -n "$ending" ] || [ "$attempt" -ge @RESTARTS@ ]; then break; fi
   attempt=$((attempt + 1))
   echo "restart $attempt of @RESTARTS@ from the newest checkpoint (srun ended with $code)" >&2
 done"""
+END_OF_ARRAY = f"""\
+# The jobs that wait for their turn would repeat it; after anything else the next one goes on. The last one is held
+# first: of a job that is cancelled before Slurm has split it off the array, dependents believe that it ended well.
+if [ "$code" -ge 1 ] && [ "$code" -le {FINAL} ] && [ -z "$ending" ]; then
+  echo "ended with $code, which would only come again: the array's waiting jobs are taken out of the queue" >&2
+  last=$SLURM_ARRAY_TASK_MAX
+  [ "$SLURM_ARRAY_TASK_ID" -eq "$last" ] || scontrol hold "${{SLURM_ARRAY_JOB_ID}}_$last"
+  scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
+fi"""
 REQUEUE = f"""\
 if [ "$ending" = time ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_REQUEUES} ]; then
   scontrol requeue "@JOB@"
@@ -192,7 +205,8 @@ def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None
     launch = recipe.launch
     srun = shlex.join(["--kill-on-bad-exit=1", *container_options(recipe, here), *job.command])
     port = launch.port or f"$(({BASE_PORT} + SLURM_JOB_ID % {PORTS}))"
-    values = {"SRUN": srun, "RESTARTS": launch.max_restarts, "HUNG": HUNG}
+    cause = shlex.quote(str(Path(recipe.run.dir) / "errors" / CAUSE))
+    values = {"SRUN": srun, "RESTARTS": launch.max_restarts, "FINAL": FINAL, "CAUSE": cause}
     values["JOB"] = "$SLURM_JOB_ID" if job.array == 1 else WITHIN_ARRAY
     forward, requeue = FORWARD, REQUEUE
     for name, value in values.items():
@@ -208,13 +222,14 @@ def text(recipe: Recipe, job: Job, *, programs: str | None, revision: str | None
             *([f"export PATH={shlex.quote(programs)}:$PATH"] if programs else []),
             # srun does not take it from the job by itself (since Slurm 22.05)
             *([f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}"] if launch.cpus_per_task else []),
+            f"export SLURM_EXIT_ERROR={LOST}",  # of srun itself, which is 1 otherwise
             'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
             f"export MASTER_ADDR MASTER_PORT={port}",
             "",
             NCCL,
             "",
             forward,
-            *([LAST_OF_ARRAY] if job.array > 1 else []),
+            *([END_OF_ARRAY, LAST_OF_ARRAY] if job.array > 1 else []),
             requeue,
             'exit "$code"',
             "",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from halfbyte.training.config import Recipe
-from halfbyte.training.errors import FAILED, OK, UserError
+from halfbyte.training.errors import CAUSE, FAILED, LOST, OK, UserError
 
 RESOLVED = "resolved.yaml"
 LOCK = ".lock"
@@ -165,7 +165,7 @@ def _arguments(recipe: Recipe, stages: Sequence[str], allow_failed_gate: bool) -
 
 def clear_errors(folder: Path) -> None:
     """Remove what workers of an earlier start reported."""
-    for pattern in ("rank*", "stalled*"):
+    for pattern in ("rank*", "stalled*", CAUSE):
         for path in (folder / "errors").glob(pattern):
             path.unlink()
 
@@ -249,7 +249,7 @@ def explain(
     if killed and not received:
         name = signal.Signals(-failures[killed[0]][0]).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        raise Died(f"rank {killed[0]} was killed by {name}{hint}")
+        raise Died(f"rank {killed[0]} was killed by {name}{hint}", LOST)
     # The agent stops the others when one has failed: what they say then is no cause.
     causes = [report for report in reports.values() if received or report["code"] != OK]
     if causes:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.launch import sbatch
+from halfbyte.training.config import Recipe
+
 PROGRAM = Path(__file__).with_name("workers") / "one_node_slurm.sh"
 OPTIONS = (
     *("launch.gpus=false", "launch.gpus_per_node=2", "launch.partition=low", "launch.time=10"),
@@ -26,7 +29,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """Environment of commands that talk to a Slurm on this machine."""
     folder = tmp_path_factory.mktemp("slurm")
@@ -64,3 +67,29 @@ def test_preempted_requeued_resumed_done(halfbyte, slurm, tmp_path):
     assert done.returncode == 0, done.stderr
     losses = [json.loads((folder / "train.json").read_text())["losses"] for folder in (run, straight)]
     assert losses[0] == losses[1]  # exactly
+
+
+def test_what_would_only_come_again_ends_its_array_and_what_depends_on_it(slurm, tmp_path):
+    """The script itself, with a small program in halfbyte's place: a lost process is tried again, a bad file is not."""
+    made, run = Recipe(), tmp_path / "my run"
+    made.run.name, made.run.dir, made.launch.max_restarts = "x", str(run), 0
+    made.launch.gpus, made.launch.partition = False, "low"
+    (tmp_path / "halfbyte").write_text(
+        f"#!/bin/bash\ncd '{run}'\necho >> starts\n[ $(wc -l < starts) = 1 ] && exit 6\nexit 2\n"
+    )
+    (tmp_path / "halfbyte").chmod(0o755)
+    run.mkdir()
+    (job,) = sbatch.jobs(made, run / "submit.yaml", 1, array=4)
+    script = run / "submit.sbatch"
+    script.write_text(sbatch.text(made, job, programs=str(tmp_path), revision=None, here=tmp_path))
+
+    def slurm_says(*command: str) -> str:
+        done = subprocess.run(command, check=True, env=os.environ | slurm, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    number = slurm_says("sbatch", "--parsable", str(script))
+    after = ["--partition=low", f"--dependency=afterok:{number}_4", "--kill-on-invalid-dep=yes", "--output=/dev/null"]
+    dependent = slurm_says("sbatch", "--parsable", *after, "--wrap=true")
+    wait_for(lambda: not slurm_says("squeue", "--noheader"), "end", 60)
+    assert (run / "starts").read_text() == "\n\n"
+    assert "JobState=CANCELLED Reason=DependencyNeverSatisfied" in slurm_says("scontrol", "show", "job", dependent)

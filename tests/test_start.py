@@ -13,10 +13,22 @@ import pytest
 import torch
 
 from halfbyte.launch import pipeline
-from halfbyte.launch.start import Died, explain, inside_launcher, launch
+from halfbyte.launch.start import Died, clear_errors, explain, inside_launcher, launch
 from halfbyte.training import resolve
 from halfbyte.training.config import Recipe
-from halfbyte.training.errors import FAILED, GATE_FAILED, GATE_INCONCLUSIVE, HUNG, OK, USAGE, UserError
+from halfbyte.training.errors import (
+    CAUSE,
+    FAILED,
+    GATE_FAILED,
+    GATE_INCONCLUSIVE,
+    HUNG,
+    LOST,
+    OK,
+    USAGE,
+    RecipeError,
+    UserError,
+)
+from halfbyte.training.interrupt import Interrupted
 
 WORKER = """\
 import json, os, pathlib, signal, sys, time
@@ -115,7 +127,7 @@ def test_verdicts_come_back_as_exit_codes(recipe, code, capfd):
     ("part", "code", "says"),
     [
         ("reports", USAGE, "data.jsonl line 3: not JSON"),  # the earliest, not the lowest rank
-        ("killed", FAILED, r"rank 1 was killed by SIGKILL \(out of memory\?\)"),  # not what its peer noticed
+        ("killed", LOST, r"rank 1 was killed by SIGKILL \(out of memory\?\)"),  # not what its peer noticed
         ("exits", FAILED, "rank 0 ended with code 1 and left no message"),
     ],
 )
@@ -139,7 +151,7 @@ def test_what_died_is_started_again_but_not_for_ever(recipe, tmp_path, capfd):
 REPORTS = {
     "hung": ({"message": "rank 1 hangs", "code": HUNG, "died": True}, Died),
     "a full disk": ({"message": "not saved", "code": FAILED, "died": False}, UserError),
-    "a lost device": ({"message": "uncorrectable ECC error", "code": FAILED, "died": True}, Died),
+    "a lost device": ({"message": "uncorrectable ECC error", "code": LOST, "died": True}, Died),
 }
 
 
@@ -312,3 +324,35 @@ def test_a_full_gpu_is_one_line_with_a_remedy_and_no_reason_to_start_again(fails
     assert "lower train.micro_batch" in report["message"]
     assert "\n" not in report["message"]
     assert not report["died"]
+    assert (tmp_path / "errors" / CAUSE).read_text() == f"{FAILED}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "cause"),
+    [
+        (RecipeError(["data.train: missing"]), USAGE, True),
+        (UserError("no space left"), FAILED, True),
+        (Interrupted("stopped by SIGTERM: finished stages are kept"), FAILED, False),  # perhaps by srun
+        (Interrupted("stopped by SIGTERM: checkpoint saved", announced=True), OK, False),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), LOST, False),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error"), LOST, False),
+        (RuntimeError("Connection closed by peer"), FAILED, False),
+    ],
+)
+def test_a_worker_leaves_a_cause_that_is_no_peers_end(error, code, cause, recipe, tmp_path, monkeypatch):
+    """srun's own code may be that of a process that it killed because this one had failed."""
+
+    def stages(*_, **__):
+        raise error
+
+    monkeypatch.setattr(resolve, "load", lambda *_: recipe)
+    monkeypatch.setattr(pipeline, "run_stages", stages)
+    assert pipeline.worker([str(tmp_path / "resolved.yaml"), "train"]) == code
+    left = tmp_path / "errors" / CAUSE
+    assert (left.read_text() if left.exists() else None) == (f"{code}\n" if cause else None)
+    if cause:  # who comes second does not overwrite it
+        monkeypatch.setattr(pipeline, "run_stages", lambda *_, **__: full())
+        pipeline.worker([str(tmp_path / "resolved.yaml"), "train"])
+        assert left.read_text() == f"{code}\n"
+    clear_errors(tmp_path)
+    assert not list((tmp_path / "errors").glob("cause"))

@@ -37,6 +37,7 @@ GOLDEN = """\
 
 set -uo pipefail
 export PATH=/opt/halfbyte/bin:$PATH
+export SLURM_EXIT_ERROR=6
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
@@ -50,13 +51,16 @@ trap 'ending=preempted' TERM
 
 attempt=0
 while true; do
+  rm -f runs/llama/errors/cause
   srun --kill-on-bad-exit=1 halfbyte run 'runs/my llama/submit.yaml' &
   step=$!
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done
   wait "$step"
   code=$?
-  # 5: hung; above 128: killed. Anything else would only happen again.
-  if [ "$code" -ne 5 ] && [ "$code" -le 128 ]; then break; fi
+  # srun has the highest code of all, of processes that it ended itself as well; the first that knew why left its own.
+  if [ "$code" -ne 0 ] && [ -s runs/llama/errors/cause ]; then code=$(cat runs/llama/errors/cause); fi
+  # 1 to 4 would only come again. Above: a process hung, was killed or lost its GPU, or it is Slurm's own error.
+  if [ "$code" -le 4 ]; then break; fi
   if [ -n "$ending" ] || [ "$attempt" -ge 3 ]; then break; fi
   attempt=$((attempt + 1))
   echo "restart $attempt of 3 from the newest checkpoint (srun ended with $code)" >&2
@@ -176,14 +180,14 @@ def test_of_jobs_in_a_row_only_the_last_goes_back_into_the_queue(task, requeued,
 def test_the_script_restarts_what_died_and_hands_signals_on(tmp_path):
     """The file itself under bash, with small programs in the place of Slurm's."""
     made = recipe(data=1)
-    made.run.dir, made.launch.max_restarts = str(tmp_path), 2
+    made.run.dir, made.launch.max_restarts = str(tmp_path), 3
     (job,) = sbatch.jobs(made, tmp_path / "submit.yaml", 1)
     script = tmp_path / "submit.sbatch"
     script.write_text(sbatch.text(made, job, programs=str(tmp_path), revision=None, here=HERE))
-    # Killed, hung, and then it works until SIGTERM comes, on which it saves.
+    # Killed, hung, a lost GPU, and then it works until SIGTERM comes, on which it saves.
     srun = """
         echo start >> $0.log
-        case $(wc -l < $0.log) in 1) kill -9 $$ ;; 2) exit 5 ;; esac
+        case $(wc -l < $0.log) in 1) kill -9 $$ ;; 2) exit 5 ;; 3) exit $SLURM_EXIT_ERROR ;; esac
         trap 'echo saved >> $0.log; exit 0' TERM
         echo $$ > $0.pid
         kill -USR1 $PPID
@@ -197,13 +201,47 @@ def test_the_script_restarts_what_died_and_hands_signals_on(tmp_path):
     slurm = os.environ | {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "4711"}
     done = subprocess.run(["bash", script], env=slurm, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "srun.log").read_text().split() == ["start"] * 3 + ["saved"]
+    assert (tmp_path / "srun.log").read_text().split() == ["start"] * 4 + ["saved"]
     restarts = [line for line in done.stderr.splitlines() if line.startswith("restart")]
     assert restarts == [
-        "restart 1 of 2 from the newest checkpoint (srun ended with 137)",
-        "restart 2 of 2 from the newest checkpoint (srun ended with 5)",
+        "restart 1 of 3 from the newest checkpoint (srun ended with 137)",
+        "restart 2 of 3 from the newest checkpoint (srun ended with 5)",
+        "restart 3 of 3 from the newest checkpoint (srun ended with 6)",
     ]
     assert (tmp_path / "scontrol.log").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 4711"]
+
+
+@pytest.mark.parametrize(
+    ("srun", "code", "starts", "withdrawn"),
+    [
+        ("exit 0", 0, 1, False),
+        ("exit 2", 2, 1, True),  # a bad recipe
+        ("exit 3", 3, 1, True),  # the gate
+        ("echo 1 > errors/cause; kill -9 $$", 1, 1, True),  # a full disk; srun killed who waited for that process
+        ("kill -9 $$", 137, 2, False),  # the next job may get a better node
+        ("exit 6", 6, 2, False),
+        ("kill -USR1 $PPID; sleep 0.2; exit 1", 1, 1, False),  # time was up in a stage that has nothing to save
+    ],
+)
+def test_an_array_repeats_only_what_may_end_otherwise(srun, code, starts, withdrawn, tmp_path):
+    made = recipe(data=1)
+    made.run.dir, made.launch.max_restarts = str(tmp_path / "my run"), 1
+    (job,) = sbatch.jobs(made, tmp_path / "submit.yaml", 1, array=3)
+    errors = tmp_path / "my run" / "errors"
+    errors.mkdir(parents=True)
+    (errors / "cause").write_text("2\n")  # of an earlier start
+    fake(tmp_path / "srun", f"cd '{tmp_path}/my run'; echo >> starts; {srun}")
+    fake(tmp_path / "scontrol", f'echo "$@" >> {tmp_path}/asked')
+    fake(tmp_path / "scancel", f'echo "$@" >> {tmp_path}/asked')
+    slurm = {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "13", "SLURM_ARRAY_JOB_ID": "12"}
+    slurm |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "3"}
+    script = sbatch.text(made, job, programs=str(tmp_path), revision=None, here=HERE)
+    done = subprocess.run(["bash", "-c", script], env=os.environ | slurm, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "my run" / "starts").read_text() == "\n" * starts
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert (asked[-2:] == ["hold 12_3", "--state=PENDING 12"]) is withdrawn
+    assert ("which would only come again" in done.stderr) is withdrawn
 
 
 @pytest.mark.parametrize(

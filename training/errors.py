@@ -6,6 +6,11 @@ USAGE = 2
 GATE_FAILED = 3
 GATE_INCONCLUSIVE = 4
 HUNG = 5
+LOST = 6
+FINAL = GATE_INCONCLUSIVE
+"""Up to this code the same command would only end the same way; beyond it the next start may well go on."""
+CAUSE = "cause"
+"""File in a run's errors folder: exit code of the first process that knew why it ended; srun has the highest of all."""
 
 
 class UserError(Exception):
