@@ -44,7 +44,12 @@ class Candidate:
 
 
 def judge(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Candidate:
-    """A layout that divides the model, with memory and time, and the reason why it does not fit, if so."""
+    """A layout that divides the model, with memory and time, and why it does not fit, with what to do, if so."""
+    return _with_remedy(recipe, model, _tried(recipe, model, layout, gpu), gpu)
+
+
+def _tried(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Candidate:
+    """The same without the remedy that needs the memory of a second recipe."""
     memory = memory_per_rank(recipe, model, layout)
     total, problem = sum(memory.values()), None
     scored = evaluated(recipe, model, layout)
@@ -52,7 +57,7 @@ def judge(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Cand
         largest = max(memory, key=lambda part: memory[part])
         problem = (
             f"{NEEDS}{total / GIB:.0f} GiB per GPU of {gpu.usable / GIB:.0f}, most of it {largest} "
-            f"({memory[largest] / GIB:.0f} GiB){_without_graphs(recipe, model, layout, gpu)}"
+            f"({memory[largest] / GIB:.0f} GiB)"
         )
     elif scored > gpu.usable:
         problem = (
@@ -62,13 +67,15 @@ def judge(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> Cand
     return Candidate(layout, memory, step_time(recipe, model, layout, gpu), problem)
 
 
-def _without_graphs(recipe: Recipe, model: Architecture, layout: Layout, gpu: Gpu) -> str:
-    """The remedy of a layout that is too large with CUDA graphs, where it fits without."""
-    if layout.at_once(recipe) > 1:
-        return ""  # these run in graphs only
+def _with_remedy(recipe: Recipe, model: Architecture, tried: Candidate, gpu: Gpu) -> Candidate:
+    """Where a layout trains in too much memory with CUDA graphs and fits without, its problem says so as well."""
+    if tried.spare(gpu) >= 0 or tried.layout.at_once(recipe) > 1:  # the latter run in graphs only
+        return tried
     plain = replace(recipe, train=replace(recipe.train, cuda_graphs=CudaGraphs.never))
-    total = max(sum(memory_per_rank(plain, model, layout).values()), evaluated(plain, model, layout))
-    return f"; train.cuda_graphs=never needs {total / GIB:.0f} GiB" if total <= gpu.usable else ""
+    total = max(sum(memory_per_rank(plain, model, tried.layout).values()), evaluated(plain, model, tried.layout))
+    if total > gpu.usable:
+        return tried
+    return replace(tried, problem=f"{tried.problem}; train.cuda_graphs=never needs {total / GIB:.0f} GiB")
 
 
 def best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> tuple[Candidate | None, dict[str, str]]:
@@ -97,13 +104,13 @@ def best(recipe: Recipe, model: Architecture, gpu: Gpu, gpus: int) -> tuple[Cand
                 layout: next(side_by_side_problems(layout.written_into(recipe)), "")
                 for layout in _choices(recipe, plain)
             }
-            tried = [judge(recipe, model, layout, gpu) for layout, problem in odd.items() if not problem]
+            tried = [_tried(recipe, model, layout, gpu) for layout, problem in odd.items() if not problem]
             fitting = [candidate for candidate in tried if candidate.problem is None]
             if not tried:
                 refused[name] = next(iter(odd.values()))
             elif not fitting:
                 smallest = min(tried, key=lambda candidate: sum(candidate.memory.values()))
-                refused[name] = smallest.problem or ""
+                refused[name] = _with_remedy(recipe, model, smallest, gpu).problem or ""
             found += fitting
     roomy = [candidate for candidate in found if candidate.spare(gpu) >= SPARE]
     return min(roomy or found, key=lambda candidate: candidate.step.seconds, default=None), refused

@@ -11,6 +11,7 @@ import torch
 
 from halfbyte.bench import plan as bench
 from halfbyte.bench import plan_check
+from halfbyte.launch import plan_search
 from halfbyte.launch.plan_memory import SAMPLED, memory_per_rank
 from halfbyte.launch.plan_model import Architecture, Layout
 from halfbyte.launch.plan_search import judge
@@ -195,6 +196,25 @@ def test_a_pipeline_too_large_for_its_graphs_is_told_so():
     assert said[12].endswith(" GiB)")  # nor would it fit without them
     assert said[20].endswith("; train.cuda_graphs=never needs 16 GiB")
     assert said[24] == ""
+
+
+def test_a_search_works_out_the_remedy_of_what_it_prints_only(monkeypatch):
+    """Of TP x PP the smallest layout is named; memory without graphs, a second recipe's, is asked of no other."""
+    seen = []
+
+    def counted(recipe, model, layout):
+        seen.append((layout, recipe.train.cuda_graphs))
+        return memory_per_rank(recipe, model, layout)
+
+    monkeypatch.setattr(plan_search, "memory_per_rank", counted)
+    recipe = bench.recipe(SIZE, bench.LAYOUTS["pp4"], bench.ARMS["nvfp4"])
+    tiny = replace(GPUS["H200"], memory_gib=RESERVE_GIB + 1)
+    found, refused = plan_search.best(recipe, Architecture.dense("", bench.shape_of(SIZE)), tiny, 4)
+    named = [name for name, reason in refused.items() if reason.startswith(plan_search.NEEDS)]
+    again = [layout for layout, graphs in seen if graphs is CudaGraphs.never]
+    assert found is None
+    assert [f"TP{layout.tensor} PP{layout.pipeline}" for layout in again] == named
+    assert len(seen) - len(again) > 3 * len(again) > 0
 
 
 def test_what_runs_in_graphs_only_is_not_told_to_do_without():
