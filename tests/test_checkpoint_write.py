@@ -19,8 +19,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from halfbyte.training import checkpoint, checkpoint_write, integrity, optimizer_state, retention, saving
+from halfbyte.training import (
+    checkpoint,
+    checkpoint_content,
+    checkpoint_write,
+    integrity,
+    optimizer_state,
+    retention,
+    saving,
+)
 from halfbyte.training.checkpoint_memory import HostMemory
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import StoppedTogether, UserError
@@ -29,16 +38,38 @@ from halfbyte.training.interrupt import Interrupted, Stop
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
 
 
-@pytest.fixture(scope="module")
-def module():
+def one_step(opened, *, distributed: bool = True) -> Any:
     """A Training module that has taken one step."""
+    recipe = Recipe(method=Method.qat)
+    recipe.train.learning_rate, recipe.train.distributed_optimizer = 1e-2, distributed
+    trained = WORLD["training"](opened, recipe)
+    trained.training_step(WORLD["batches"](), 0)
+    return trained
+
+
+@pytest.fixture(scope="module")
+def opened():
     with WORLD["world_of_one"]() as opened:
-        recipe = Recipe(method=Method.qat)
-        recipe.train.learning_rate = 1e-2
         checkpoint.tolerate_plain_adam()
-        trained = WORLD["training"](opened, recipe)
-        trained.training_step(WORLD["batches"](), 0)
-        yield trained
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def module(opened):
+    return one_step(opened)
+
+
+@pytest.fixture
+def plans(monkeypatch) -> list[Path]:
+    """The folders for which Megatron was asked what a checkpoint holds."""
+    found, planned = [], checkpoint_write.planned
+
+    def noted(content, folder, host):
+        found.append(folder)
+        return planned(content, folder, host)
+
+    monkeypatch.setattr(checkpoint_write, "planned", noted)
+    return found
 
 
 @pytest.fixture
@@ -46,9 +77,9 @@ def slow_disk(monkeypatch):
     """A checkpoint's thread waits before it writes until the event is set."""
     free, write = threading.Event(), checkpoint_write.Write._write_shards
 
-    def late(self, buckets):
+    def late(self):
         assert free.wait(30)
-        write(self, buckets)
+        return write(self)
 
     monkeypatch.setattr(checkpoint_write.Write, "_write_shards", late)
     return free
@@ -85,8 +116,8 @@ def content(folder: Path) -> dict[str, Any]:
     return found | {"tensors": index.state_dict_metadata, "places": index.storage_data}
 
 
-def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, copied_last, monkeypatch, tmp_path):
-    """Saved in the background, and in the foreground before: memory and plan are kept from save to save."""
+def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, copied_last, plans, tmp_path):
+    """Saved in the background, and in the foreground before, where Megatron plans every save."""
     host = HostMemory()
     for step in (1, 2, 3, 4):
         before, behind = (tmp_path / name / f"step_{step:08d}" for name in ("before", "behind"))
@@ -111,8 +142,84 @@ def test_a_step_during_the_write_changes_no_byte_of_it(module, slow_disk, copied
         assert integrity.damage(behind) is None
         assert retention.latest(behind.parent) == behind
         assert write.seconds > 0
-    assert host.plan.validated_cache_reuse
+    assert [path.parent.name for path in plans] == ["before", "behind", "before", "before", "before"]
     assert content(behind) != content(behind.with_name("step_00000001"))
+
+
+def saved_twice(module, host, folder: Path) -> bool:
+    """Whether a save with what the host kept of those before equals one without, in every byte; losses grow by each."""
+    plain = {"losses": [0.5] * len(list(folder.glob("*/step*"))), "callbacks": {}, "empty": []}
+    before, behind = folder / "before" / "step_00000001", folder / "behind" / "step_00000001"
+    checkpoint.save(trainable(module), plain, before)
+    checkpoint.begin(trainable(module), plain, behind, host).finish()
+    same = content(before) == content(behind)
+    before.rename(before.with_name(f"step_{len(list(before.parent.iterdir())):08d}"))
+    return same
+
+
+def freeze(module) -> None:
+    module.gpt.decoder.layers[0].mlp.linear_fc1.weight.requires_grad_(False)
+
+
+def switch_off(module) -> None:
+    """As sensitivity.py does; it is in ModelOpt's object, whose bytes change."""
+    module.gpt.decoder.layers[0].mlp.linear_fc1.input_quantizer.disable()
+
+
+def move(module) -> None:
+    """A parameter's values at another place."""
+    norm = module.gpt.decoder.final_layernorm.weight
+    norm.data = norm.data.clone()
+
+
+def calibrate(module) -> None:
+    """Another maximum in the place of the old one."""
+    quantizer = module.gpt.decoder.layers[0].mlp.linear_fc1.input_quantizer
+    quantizer._amax = quantizer._amax * 2
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_save_is_planned_again_when_what_it_stores_has_changed(opened, plans, tmp_path, distributed):
+    module, host = one_step(opened, distributed=distributed), HostMemory()
+
+    def planned() -> int:
+        plans.clear()
+        assert saved_twice(module, host, tmp_path)
+        return len(plans) - 1  # the save without a record is always planned
+
+    assert planned() == 1
+    for change in (freeze, switch_off, move, calibrate):
+        module.training_step(WORLD["batches"](7), 0)
+        assert planned() == 0
+        change(module)
+        assert planned() == 1
+    module.gpt.decoder.layers[1].mlp.linear_fc1.input_quantizer._amax.mul_(2)  # a value, which every save takes anew
+    assert planned() == 0
+
+
+def test_without_all_ranks_nothing_is_repeated(monkeypatch, tmp_path):
+    for other in (True, False):
+        monkeypatch.setattr(
+            checkpoint_write.dist,
+            "all_gather_object",
+            lambda votes, mine, other=other: votes.__setitem__(slice(None), [mine, (None, other)]),
+        )
+        monkeypatch.setattr(checkpoint_write.dist, "get_world_size", lambda: 2)
+        assert checkpoint_write._agreed(None, tmp_path, vote=True) is other
+
+
+@pytest.mark.parametrize("what", ["values", "tensors"])
+def test_what_cannot_be_repeated_is_planned_every_time(module, plans, monkeypatch, tmp_path, what):
+    """An optimizer with more to store than we know; a tensor that a plan computed for itself."""
+    if what == "values":
+        monkeypatch.setattr(optimizer_state, "common", lambda optimizer: {})
+    else:
+        monkeypatch.setattr(checkpoint_content.Content, "storages", lambda self: set())
+    host = HostMemory()
+    assert saved_twice(module, host, tmp_path)
+    assert saved_twice(module, host, tmp_path)
+    assert host.record is None
+    assert len(plans) == 4
 
 
 def test_what_one_rank_need_not_gather_is_what_megatron_gathers(module, monkeypatch, tmp_path):
@@ -204,7 +311,7 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(module, monkeyp
                 raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
 
     owner, name = {
-        "shards": (checkpoint_write.filesystem_async, "_write_item"),
+        "shards": (filesystem_async, "_write_item"),
         "sums": (integrity, "digests"),
         "index": (checkpoint_write, "save_config"),
         "name": (integrity, "write"),
@@ -235,9 +342,15 @@ class Disk:
             step=step,
             seconds=2.0,
             done=False,
+            handed_over=False,
+            hand_over=lambda: self.hand_over(step),
             finish=lambda: self.events.append(f"finish {step}"),
             wait_until_copied=lambda: self.events.append(f"wait {step}"),
         )
+
+    def hand_over(self, step: int) -> None:
+        self.events.append(f"hand over {step}")
+        self.write.handed_over = True
 
     def reserve(self, host) -> None:
         assert host.empty
@@ -265,20 +378,32 @@ def trained(module, tmp_path):
             callback.on_train_batch_end(trainer, done)
         return disk.events[before:]
 
-    steps.callback, steps.disk, steps.saves, steps.recipe = callback, disk, done.saves, recipe
+    steps.callback, steps.disk, steps.saves, steps.recipe, steps.module = callback, disk, done.saves, recipe, done
     steps.fail = lambda error: callback.on_exception(trainer, done, error)
     return steps
 
 
 def test_at_most_one_save_is_under_way(trained):
-    assert trained(2) == ["begin 2, copied"]
-    assert trained(1, written=True) == ["finish 2"]  # as soon as all ranks have written
+    trained.recipe.train.steps, trained.recipe.checkpoint.every_steps = 13, 4
+    assert trained(4) == ["begin 4, copied"]
+    assert trained(1) == []
+    assert trained(1, written=True) == ["hand over 4"]  # as soon as all ranks have written
+    assert trained(1) == ["finish 4"]  # and as soon as rank 0 has added index and name
     assert trained.saves == [
-        {"step": 2, "seconds": 2.0, "stall_seconds": pytest.approx(0.5, abs=0.5), "wait_seconds": 0.0}
+        {"step": 4, "seconds": 2.0, "stall_seconds": pytest.approx(0.5, abs=0.5), "wait_seconds": 0.0}
     ]
-    assert trained(2) == ["begin 4, copied"]
-    assert trained(1) == ["finish 4", "begin 6, copied"]  # the next one waits
-    assert trained(3) == ["finish 6", "begin 8, copied", "finish 8", "begin 9", "finish 9"]  # and so does the end
+    assert trained(2) == ["begin 8, copied"]
+    assert trained(3) == ["finish 8", "begin 12, copied"]  # the next one waits
+    assert trained(1) == ["finish 12", "begin 13", "finish 13"]  # and so does the end
+
+
+def test_a_checkpoint_that_is_handed_over_is_finished_when_rank_0_has_completed_it(trained):
+    trained.recipe.checkpoint.every_steps = 4
+    trained(4)
+    assert trained(1, written=True) == ["hand over 4"]
+    trained.disk.write.done = False  # rank 0's thread
+    assert trained(1) == []
+    assert trained(1, written=True) == ["finish 4"]
 
 
 def test_a_save_that_finds_the_one_before_unwritten_waits_for_it_and_a_line_says_once_what_to_set(trained, capsys):
@@ -297,7 +422,8 @@ def test_a_save_that_finds_the_one_before_unwritten_waits_for_it_and_a_line_says
         assert trained(2) == ["finish 2", "begin 4, copied"]
         disk.write.finish = partial(slowly, 4)
         assert trained(2) == ["finish 4", "begin 6, copied"]
-        assert trained(1, written=True) == ["finish 6"]
+        assert trained(1, written=True) == ["hand over 6"]
+        assert trained(1) == ["finish 6", "begin 8, copied"]  # written: nothing waits
     assert capsys.readouterr().err == (
         "warning: checkpoint.every_steps = 2: the save after step 2 took 2.0 s, longer than the 2 steps to the next "
         "one, which waited 1.5 s for it; set checkpoint.every_steps=9 or more\n"
@@ -310,7 +436,7 @@ def test_an_update_waits_until_what_it_changes_is_copied(trained):
     hook()
     trained(2)
     hook()
-    assert trained(1, written=True) == ["finish 2"]
+    trained.callback._finish(trained.module)
     hook()
     assert trained.disk.events == ["begin 2, copied", "wait 2", "finish 2"]
 
@@ -333,11 +459,12 @@ def test_what_need_not_stay_is_deleted_beside_training(trained, monkeypatch):
 
     monkeypatch.setattr(retention, "prune", lambda *_: ["old"])
     monkeypatch.setattr(retention, "delete", delete)
-    trained(2)
-    assert trained(1, written=True) == ["finish 2"]
+    trained.recipe.checkpoint.every_steps = 4
+    trained(4)
+    assert trained(2, written=True) == ["hand over 4", "finish 4"]
     assert deleted == []
     free.set()
-    trained(1)  # the next save waits for it
+    trained(2)  # the next save waits for it
     assert deleted == [["old"]]
 
 

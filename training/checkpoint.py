@@ -9,8 +9,6 @@ save and load.
 
 import pickle
 import random
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from halfbyte.training import gradients, optimizer_state, untrusted
+from halfbyte.training import gradients, untrusted
+from halfbyte.training.checkpoint_content import Content, Trainable
 from halfbyte.training.checkpoint_memory import HostMemory
 from halfbyte.training.checkpoint_write import Write
 from halfbyte.training.checkpoint_write import begin as start
@@ -43,14 +42,6 @@ DAMAGED = (
 """What reading a damaged checkpoint raises."""
 
 
-@dataclass
-class Trainable:
-    """What a checkpoint stores besides plain values: this rank's model and, in training, its Megatron optimizer."""
-
-    model: torch.nn.Module
-    optimizer: Any | None = None
-
-
 def begin(trainable: Trainable, plain: dict[str, Any], path: Path, host: HostMemory | None = None) -> Write:
     """Start to write one checkpoint, which `finish` of what is returned completes; both are collective.
 
@@ -64,13 +55,12 @@ def begin(trainable: Trainable, plain: dict[str, Any], path: Path, host: HostMem
     Raises:
         UserError: the disk is full or not writable; what was there before stays.
     """
-    buffers = {buffer.data_ptr() for buffer in trainable.model.buffers()}  # a forward pass may change them
-    return start(lambda: _state(trainable, loading=False) | {"plain": plain, "rng": _rng()}, path, host, buffers)
+    return start(Content(trainable, plain), path, host)
 
 
 def reserve(trainable: Trainable, host: HostMemory) -> None:
     """Begin to take the memory that `begin` will copy to; after the first step, which makes the optimizer's state."""
-    host.reserve(_state(trainable, loading=False))
+    host.reserve(trainable.state(loading=False))
 
 
 def save(trainable: Trainable, plain: dict[str, Any], path: Path) -> None:
@@ -88,7 +78,7 @@ def load(trainable: Trainable, path: Path) -> dict[str, Any]:
         _give_state(trainable.optimizer)
     try:
         untrusted.check_index(path)
-        loaded: Any = dist_checkpointing.load(_state(trainable, loading=True), str(path))
+        loaded: Any = dist_checkpointing.load(trainable.state(loading=True), str(path))
     except DAMAGED as error:
         raise UserError(f"checkpoint {path}: cannot be loaded ({why(error)}); remove it to use an older one") from error
     trainable.model.load_state_dict(loaded["model"], strict=False)
@@ -109,18 +99,6 @@ def why(error: BaseException) -> str:
         error = next((cause for cause, _ in error.failures.values()), error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _state(trainable: Trainable, *, loading: bool) -> dict[str, Any]:
-    weights = trainable.model.sharded_state_dict(prefix="")  # type: ignore[operator]
-    if trainable.optimizer is None:
-        return {"model": weights}
-    # The distributed optimizer refuses its default sharding in 0.19; the plain one takes no such argument.
-    sharded = any(isinstance(part, DistributedOptimizer) for part in gradients.parts(trainable.optimizer))
-    kind = {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}} if sharded else {}
-    with nullcontext() if loading else optimizer_state.ungathered(trainable.optimizer):
-        state = trainable.optimizer.sharded_state_dict(weights, is_loading=loading, **kind)
-    return {"model": weights, "optimizer": state}
 
 
 def _give_state(optimizer: Any) -> None:
@@ -144,10 +122,6 @@ def tolerate_plain_adam() -> None:
         return put(self, param, {"step": None, **tensors})
 
     DistributedOptimizer._set_main_param_and_optimizer_states = _without_step
-
-
-def _rng() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "numpy": numpy.random.get_state(), "python": random.getstate()}
 
 
 def _set_rng(state: dict[str, Any]) -> None:

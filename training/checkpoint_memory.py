@@ -1,33 +1,15 @@
-"""What the saves of one start have in common: memory for the copies that are written, and Megatron's plan."""
+"""What the saves of one start have in common: memory for the copies that are written, and a record of the first."""
 
 import threading
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.metadata import Metadata
 
-
-class Plan(TorchDistSaveShardedStrategy):
-    """Megatron's way to save, with what completes a checkpoint at hand.
-
-    Its own last steps take five collectives, and a disk that is full at the index leaves the other ranks waiting.
-
-    Attributes:
-        writer: Of the save that was planned last.
-        index: What the whole checkpoint holds, on rank 0.
-    """
-
-    writer: FileSystemWriterAsync
-    index: Metadata
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, async_strategy: str) -> Any:
-        self.writer, self.index = writer, save_state_dict_ret[1]
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, async_strategy)
+if TYPE_CHECKING:
+    from halfbyte.training.checkpoint_record import Record
 
 
 class HostMemory:
@@ -38,22 +20,21 @@ class HostMemory:
     memory is kept from save to save: on a CPU fresh memory costs more than the copy, on a GPU pinning it does.
 
     Attributes:
-        saves: How many were staged in it, the same on every rank.
-        plan: From the third save on it neither makes nor gathers what the first two agreed on.
+        record: What the last save that Megatron planned holds, for those after it.
     """
 
     def __init__(self) -> None:
-        self.saves = 0
-        self.plan = Plan(cached_metadata=True)
+        self.record: Record | None = None
         self._kept: dict[Any, torch.Tensor] = {}
-        self._due: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._now: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._later: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._stream: torch.cuda.Stream | None = None
         self._reservation: threading.Thread | None = None
 
     @property
     def empty(self) -> bool:
         """Whether nothing was staged or reserved yet."""
-        return self.saves == 0 and self._reservation is None
+        return not self._kept and self._reservation is None
 
     def reserve(self, state: dict[str, Any]) -> None:
         """Begin to take the memory that `stage` will need, in a thread: pinning it takes longer than filling it.
@@ -80,29 +61,36 @@ class HostMemory:
         if self._reservation is not None:
             self._reservation.join()
             self._reservation = None
-        self._due = []
+        self._now, self._later = [], []
         for part in _written(state):
             source = part.data.detach()  # the values of now: fast_path.py points parameters elsewhere during a pass
             part.data = self._place(_index(part), source)
-            if source.data_ptr() in at_once:
-                part.data.copy_(source)
-            else:
-                self._due.append((part.data, source))
-        self.saves += 1
-        if self._stream is None and any(source.is_cuda for _, source in self._due):
+            (self._now if source.data_ptr() in at_once else self._later).append((part.data, source))
+        self.stage_again()
+
+    def stage_again(self) -> None:
+        """Note the tensors of the last `stage` once more, which have other values by now."""
+        for kept, source in self._now:
+            kept.copy_(source, non_blocking=True)
+        if self._stream is None and any(source.is_cuda for _, source in self.staged):
             self._stream = torch.cuda.Stream()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
+            torch.cuda.current_stream().synchronize()
+
+    @property
+    def staged(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(copy, tensor of the training) of all that was staged last."""
+        return [*self._now, *self._later]
 
     def copy(self) -> None:
         """Copy what was staged; returns when all is there. No tensor of it may change meanwhile."""
-        due, self._due = self._due, []
         if self._stream is None:
-            for kept, source in due:
+            for kept, source in self._later:
                 kept.copy_(source)
             return
         with torch.cuda.stream(self._stream):  # beside what the GPU computes
-            for kept, source in due:
+            for kept, source in self._later:
                 kept.copy_(source, non_blocking=True)
         self._stream.synchronize()
 

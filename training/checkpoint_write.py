@@ -1,31 +1,30 @@
 """One checkpoint on its way to the disk: planned by all ranks together, written by a thread of each, finished together.
 
-Megatron's dist_checkpointing plans what every rank writes and splits a save into what needs all ranks and what does not
-(an AsyncRequest). What does not, the writing, happens in a thread: it reads host memory only, so that neither CUDA
-nor a process is forked, and file writes, fsync and SHA-256 leave Python's lock to the training. The folder has a
-temporary name until all ranks have written; then come the index, integrity.json, the name, and the link `last`.
+Megatron's dist_checkpointing plans what every rank writes (checkpoint_record.py). The writing happens in a thread: it
+reads host memory only, so that neither CUDA nor a process is forked, and file writes, fsync and SHA-256 leave Python's
+lock to the training. The folder has a temporary name until all ranks have written; then a thread of rank 0 adds the
+index, integrity.json, the name, and the link `last`.
 """
 
 import os
-import queue
+import pickle
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.storage import WriteResult
 
 from halfbyte.training import integrity, retention
-from halfbyte.training.checkpoint_memory import HostMemory, Plan
+from halfbyte.training.checkpoint_content import Content
+from halfbyte.training.checkpoint_memory import HostMemory
+from halfbyte.training.checkpoint_record import Shards, planned
 from halfbyte.training.errors import UserError
 
 FAILURES = (OSError, RuntimeError, CheckpointingException, CheckpointException)
@@ -41,20 +40,22 @@ class Write:
     Attributes:
         path: The checkpoint's folder once it is complete.
         seconds: From `begin` to the end of `finish`.
+        handed_over: Whether rank 0 knows what all ranks have written.
     """
 
-    def __init__(
-        self, path: Path, plan: Plan, request: AsyncRequest, buckets: list[Any], host: HostMemory | None, began: float
-    ):
-        self.path, self._plan, self._request, self._host, self._began = path, plan, request, host, began
-        self.seconds = 0.0
-        self._results: list[WriteResult] = []
-        self._digests: Digests = {}
+    def __init__(self, path: Path, shards: Shards, host: HostMemory | None, began: float):
+        self.path, self._shards, self._host, self._began = path, shards, host, began
+        self.seconds, self.handed_over = 0.0, False
+        self._written = b""
         self._failure: BaseException | None = RuntimeError("the thread that writes ended early; see logs/")
         self._copied = threading.Event()
+        self._thread = self._start(self._write)
+
+    def _start(self, work: Callable[..., None], *args: Any) -> threading.Thread:
         # A daemon: a process that ends for another reason leaves the folder without its name, as kill -9 does.
-        self._thread = threading.Thread(target=self._write, args=(buckets,), name="checkpoint", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=work, args=args, name="checkpoint", daemon=True)
+        thread.start()
+        return thread
 
     @property
     def step(self) -> int:
@@ -63,71 +64,83 @@ class Write:
 
     @property
     def done(self) -> bool:
-        """Whether this rank has written; every rank has to before `finish` returns at once."""
+        """Whether nothing is being written by this rank; if so on every rank, the next call below returns at once."""
         return not self._thread.is_alive()
 
     def wait_until_copied(self) -> None:
         """Return when the tensors may change; an optimizer step has to wait for this."""
         self._copied.wait()
 
+    def hand_over(self) -> None:
+        """Wait for all ranks, and let a thread of rank 0 complete the checkpoint; collective."""
+        self._thread.join()
+        first = dist.get_rank() == 0
+        parts: list[Any] | None = [b""] * dist.get_world_size() if first else None
+        dist.gather_object(self._written, parts)  # nothing where that failed
+        self.handed_over = True
+        # All files must stand before the rename makes the checkpoint visible.
+        if parts is not None and all(parts):
+            self._failure = RuntimeError("the thread that completes it ended early; see logs/")
+            self._thread = self._start(self._add_name, parts)
+
     def finish(self) -> None:
-        """Wait for all ranks, then give the checkpoint its name; collective.
+        """Wait until the checkpoint has its name; collective.
 
         Raises:
             UserError: on every rank: the disk is full or not writable; what was there before stays.
         """
+        if not self.handed_over:
+            self.hand_over()
         self._thread.join()
-        first = dist.get_rank() == 0
-        parts: list[Any] | None = [None] * dist.get_world_size() if first else None
-        dist.gather_object((self._failure is None, self._results, self._digests), parts)
-        failure = self._failure
-        # All files must stand before the rename makes the checkpoint visible.
-        if parts is not None and all(written for written, _, _ in parts):
-            failure = _complete(self.path, self._plan, parts)
-        _agreed(failure, self.path)
+        _agreed(self._failure, self.path)
         self.seconds = time.perf_counter() - self._began
 
-    def _write(self, buckets: list[Any]) -> None:
-        """The thread."""
+    def _write(self) -> None:
+        """The thread that writes this rank's files."""
         try:
             try:
                 if self._host is not None:
                     self._host.copy()
             finally:
                 self._copied.set()
-            self._write_shards(buckets)
+            results = self._write_shards()
             folder = _temporary(self.path)
             own = [name for name in integrity.written_by(folder, dist.get_rank()) if name.startswith("__")]
-            self._digests = integrity.digests(folder, own)
+            self._written = pickle.dumps((results, integrity.digests(folder, own)))
             self._failure = None
         except FAILURES as error:
             self._failure = error
 
-    def _write_shards(self, buckets: list[Any]) -> None:
+    def _write_shards(self) -> list[WriteResult]:
         """Write this rank's files, as Megatron's own async_fn does, which forgets why a write failed."""
-        if self._request.async_fn is None:  # nothing to write on this rank
-            return
-        transforms, _ = self._request.async_fn.args  # type: ignore[attr-defined] - a functools.partial
-        for number, bucket in enumerate(buckets):
+        results: list[WriteResult] = []
+        for number, bucket in enumerate(self._shards.buckets):
             made: Any = FileSystemWriterAsync.write_preloaded_data(
-                transforms, number, bucket, None, None, use_fsync=True
+                [self._shards.writer.transforms], number, bucket, None, None, use_fsync=True
             )
             if isinstance(made[1], Exception):
                 raise made[1]
-            self._results += made[1]
+            results += made[1]
+        return results
+
+    def _add_name(self, parts: list[bytes]) -> None:
+        """The thread of rank 0 that completes a checkpoint whose shards stand."""
+        try:
+            _complete(self.path, self._shards, [pickle.loads(part) for part in parts])
+            self._failure = None
+        except FAILURES as error:
+            self._failure = error
 
 
-def begin(
-    state: Callable[[], dict[str, Any]], path: Path, host: HostMemory | None = None, at_once: Collection[int] = ()
-) -> Write:
-    """Plan a checkpoint and start to write it; collective over all ranks.
+def begin(content: Content, path: Path, host: HostMemory | None = None) -> Write:
+    """Plan a checkpoint, or repeat the plan of one before it, and start to write it; collective over all ranks.
 
     Args:
-        state: Makes Megatron's sharded state dict of this rank.
+        content: What this rank saves.
         path: Final folder, `<run.dir>/checkpoints/step_NNNNNNNN`.
-        host: Takes copies of all tensors, which may change as soon as `wait_until_copied` has returned. None copies
-            nothing that is in host memory already: nothing may change before `finish` has returned.
-        at_once: Addresses of tensors that may change as soon as this returns.
+        host: Takes copies of all tensors, which may change as soon as `wait_until_copied` has returned, those of
+            `content.buffers()` as soon as this returns. None copies nothing that is in host memory already: nothing
+            may change before `finish` has returned.
 
     Raises:
         UserError: on every rank: the disk is full or not writable; what was there before stays.
@@ -140,68 +153,53 @@ def begin(
             temporary.mkdir(parents=True)
         except OSError as error:
             failure = error
-    _agreed(failure, path)
-    # Of this save alone. Megatron would make one in a process of its own, which outlives a worker that is killed.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    plan, request, buckets = Plan() if host is None else host.plan, None, None
+    record = None if host is None else host.record
+    fits = record is not None and record.fits(content)
+    if _agreed(failure, path, fits) and record is not None:
+        return Write(path, record.again(content, temporary), host, began)
+    shards = None
     try:
-        content = state()
-        if host is not None:
-            host.stage(content, at_once)
-        request = dist_checkpointing.save(
-            content,
-            str(temporary),
-            plan,
-            # All ranks compare what each of them would write, which stays what it was in a run's first save.
-            validate_access_integrity=host is None or host.saves == 1,
-            async_sharded_save=True,
-            async_strategy="mcore",
-        )
-        assert request is not None
-        buckets = None if request.preload_fn is None else request.preload_fn()  # what is still on the GPU
+        shards = planned(content, temporary, host)
     except FAILURES as error:
         failure = error
     _agreed(failure, path)
-    assert request is not None
-    return Write(path, plan, request, buckets or [], host, began)
+    assert shards is not None
+    return Write(path, shards, host, began)
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _complete(path: Path, plan: Plan, parts: list[tuple[bool, list[WriteResult], Digests]]) -> BaseException | None:
-    """Give a checkpoint whose shards stand its index, sums and name; rank 0 only. Returns why that failed."""
+def _complete(path: Path, shards: Shards, parts: list[tuple[list[WriteResult], Digests]]) -> None:
+    """Add index, sums and name to what all ranks have written."""
     temporary = _temporary(path)
-    digests = {name: value for _, _, own in parts for name, value in own.items()}
-    try:
-        plan.writer.finish(plan.index, [results for _, results, _ in parts])
-        save_config(CheckpointingConfig(plan.backend, plan.version), str(temporary))
-        digests |= integrity.digests(temporary, sorted(set(integrity.written_by(temporary, 0)) - digests.keys()))
-        integrity.write(temporary, digests)
-        for file in [*temporary.iterdir(), temporary]:
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        retention.point(path)
-    except FAILURES as error:
-        return error
-    return None
+    digests = {name: value for _, own in parts for name, value in own.items()}
+    assert shards.index is not None
+    shards.writer.finish(shards.index, [results for results, _ in parts])
+    save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
+    digests |= integrity.digests(temporary, sorted(set(integrity.written_by(temporary, 0)) - digests.keys()))
+    integrity.write(temporary, digests)
+    for file in [*temporary.iterdir(), temporary]:
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    retention.point(path)
 
 
-def _agreed(failure: BaseException | None, path: Path) -> None:
-    """Go on if no rank failed; collective.
+def _agreed(failure: BaseException | None, path: Path, vote: bool = False) -> bool:
+    """Go on if no rank failed; collective. Returns whether every rank votes True.
 
     Raises:
         UserError: on every rank, with why the first rank that failed did.
     """
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, None if failure is None else _reason(failure))
-    failed = [reason for reason in reasons if reason is not None]
+    votes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(votes, (None if failure is None else _reason(failure), vote))
+    failed = [reason for reason, _ in votes if reason is not None]
     if not failed:
-        return
+        return all(vote for _, vote in votes)
     if dist.get_rank() == 0:
         shutil.rmtree(_temporary(path), ignore_errors=True)
     free = shutil.disk_usage(_existing(path)).free / 1e9

@@ -20,6 +20,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from halfbyte.training import gradients
 
+FORMAT = "fully_reshardable"
+"""Megatron's name of it."""
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes in a tensor, one per axis."""
 
@@ -35,6 +38,24 @@ def ungathered(optimizer: Any) -> Iterator[None]:
     finally:
         for part in sharded:
             del part.sharded_param_state_fully_reshardable
+
+
+def common(optimizer: Any) -> dict[Any, Any]:
+    """What Megatron's `sharded_state_dict` holds without its tensors: hyperparameters, steps, in its order."""
+    found = [_common(part) for part in gradients.parts(optimizer)]
+    return found[0] if len(found) == 1 else dict(enumerate(found))
+
+
+def _common(part: Any) -> dict[str, Any]:
+    state = part.state_dict()
+    if isinstance(part, DistributedOptimizer):
+        return state | {"param_state_sharding_type": FORMAT}
+    state.pop("fp32_from_fp16_params", None)
+    adam = state.get("optimizer", state)  # the FP32 optimizer's is torch's own
+    adam["state"] = {"common_step": part._extract_common_per_param_step(adam)}
+    for group in adam["param_groups"]:
+        del group["params"]
+    return state
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:

@@ -7,6 +7,7 @@ linear here, so they share one format and one scale from the start and nothing h
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,16 @@ def enabled_quantizers(model: torch.nn.Module) -> Iterator[tuple[str, TensorQuan
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.is_enabled:
             yield name, module
+
+
+def settings(model: torch.nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """(name, attributes) of every quantizer, as ModelOpt stores them in a checkpoint; compare two with `==`."""
+    left_out = vars(torch.nn.Module()).keys() | TensorQuantizer._skip_properties_for_save_restore
+    return [
+        (name, {key: copy.copy(value) for key, value in vars(module).items() if key not in left_out})
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer)
+    ]
 
 
 def refresh_scales(model: torch.nn.Module, quantize: Quantize) -> None:

@@ -51,8 +51,12 @@ class Checkpoints(Callback):
         due = last or (every > 0 and step % every == 0)
         if due and busy:
             self._wait(pl_module, step, tells=not last)
-        elif not busy:
+        elif due or (self._write is not None and self._write.handed_over and not busy):
             self._finish(pl_module)
+        elif self._write is not None and not busy:
+            pl_module.phase = "completing a checkpoint"
+            with self._stalled():
+                self._write.hand_over()
         if due:
             self._begin(trainer, pl_module, step, copied=not last)
         elif self._wants_memory(step):
