@@ -44,6 +44,10 @@ def test_a_slow_rank_is_named_beside_those_that_wait_for_it(found):
         (line,) = found[layout]["slow"]
         assert line.startswith("rank 2 on ")
     assert found["pp4"]["slow"] == []
+    blamed, (line,) = found["slow group"]
+    assert [name[:10] for name in blamed] == ["rank 2 on ", "rank 3 on "]  # which is wrong of rank 3
+    assert line.startswith("one of the tensor-parallel ranks 2, 3 on ")
+    assert "makes all of them take 0.5 s without waiting, 10.00 x the median of their pipeline stage" in line
 
 
 @pytest.mark.parametrize("layout", FOUR)

@@ -8,11 +8,18 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from halfbyte.training import stragglers
-from halfbyte.training.stragglers import RankTime, WaitClock, compare, slow_ranks
+from halfbyte.training.stragglers import RankTime, WaitClock, compare, slow_groups
 
 
 def times(*seconds: float, stages: tuple[int, ...] = ()) -> list[RankTime]:
-    return [RankTime(stage, s) for stage, s in zip(stages or (0,) * len(seconds), seconds, strict=True)]
+    """Of ranks that can be told apart."""
+    placed = zip(stages or (0,) * len(seconds), seconds, strict=True)
+    return [RankTime(stage, rank, own) for rank, (stage, own) in enumerate(placed)]
+
+
+def pairs(*seconds: float, stages: tuple[int, ...] = ()) -> list[RankTime]:
+    """Of ranks of which every two are a tensor-parallel group inside CUDA graphs."""
+    return [RankTime(t.stage, t.group // 2, t.seconds) for t in times(*seconds, stages=stages)]
 
 
 @pytest.mark.parametrize(
@@ -29,7 +36,15 @@ def times(*seconds: float, stages: tuple[int, ...] = ()) -> list[RankTime]:
     ],
 )
 def test_who_is_slow(ranks, slow):
-    assert list(slow_ranks(ranks, 1.2)) == slow
+    assert list(slow_groups(ranks, 1.2)) == [(rank,) for rank in slow]
+
+
+def test_who_cannot_be_told_apart_is_not_blamed_alone():
+    """Rank 5 of TP2 DP4 is slow; rank 4 waits for it inside a graph, which looks like work."""
+    seconds = (1.0, 1.0, 1.0, 1.0, 1.5, 1.6, 1.0, 1.0)
+    assert slow_groups(pairs(*seconds), 1.2) == {(4, 5): 1.6}
+    # TP2 PP2: every stage has one group, and nobody to compare it with.
+    assert slow_groups(pairs(1.0, 1.0, 1.9, 2.0, stages=(0, 0, 1, 1)), 1.2) == {}
 
 
 @pytest.fixture
@@ -64,13 +79,13 @@ def test_the_clock_sees_waiting_only_and_leaves_torch_as_it_was(group, monkeypat
 
 def test_what_is_said(group, monkeypatch):
     monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
-    assert compare(0.5, torch.device("cpu"), 1.2) == (
+    assert compare(0.5, torch.device("cpu"), 1.2, apart=True) == (
         {"median_seconds": 0.5, "largest_seconds": 0.5, "slowest_rank": 0},
         [],
     )
-    monkeypatch.setattr(stragglers, "slow_ranks", lambda ranks, ratio: {0: 1.5})
+    monkeypatch.setattr(stragglers, "slow_groups", lambda ranks, ratio: {(0,): 1.5})
     monkeypatch.setattr(stragglers.socket, "gethostname", lambda: "node7")
-    _, lines = compare(0.5, torch.device("cpu"), 1.2)
+    _, lines = compare(0.5, torch.device("cpu"), 1.2, apart=True)
     assert lines == ["rank 0 on node7 takes 0.5 s without waiting, 1.50 x the median of its pipeline stage"]
 
 

@@ -163,6 +163,35 @@ def test_prometheus_sees_the_last_checkpoint_of_all(run, tmp_path, monkeypatch):
     assert [record["step"] for record in sinks.read_metrics(tmp_path / sinks.METRICS)] == [5, 6, 7]
 
 
+def test_where_graphs_hide_waiting_the_report_says_so_once(run, monkeypatch):
+    asked = []
+
+    def compared(seconds, device, ratio, *, apart):
+        asked.append(apart)
+        return {"median_seconds": 1.0}, []
+
+    monkeypatch.setattr(telemetry, "compare", compared)
+    monkeypatch.setattr(telemetry, "WaitClock", lambda device: SimpleNamespace(start=int, stop=int))
+    monkeypatch.setattr(telemetry, "peak_gpu_bytes", lambda *_: 0)
+    monkeypatch.setattr(telemetry, "gpu_of", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "")
+    run.recipe.telemetry.stragglers_every_steps = 1
+    run.runtime.world, run.runtime.device = 2, torch.device("cuda")
+    for tensor, graphs, said in ((2, "auto", 1), (2, "never", 0), (1, "auto", 0)):
+        run.recipe.parallel.tensor, run.recipe.parallel.data = tensor, 2 // tensor
+        run.recipe.train.cuda_graphs = CudaGraphs(graphs)
+        run.watched = telemetry.Telemetry(run.recipe, run.runtime, SHAPE, run.said.append)
+        run.module.progress.losses.clear()
+        for _ in range(2):
+            run.watched.on_train_batch_start(run.trainer, run.module)
+            run.module.progress.losses.append(1.0)
+            run.watched.on_train_batch_end(run.trainer, run.module, None, [None], 0)
+        assert asked == [said == 0] * 2
+        assert run.said == [f"  step 1: {telemetry.GRAPHS_HIDE}"] * said
+        asked.clear()
+        run.said.clear()
+
+
 def test_memory_of_graphs_counts_while_they_rest(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)

@@ -2,7 +2,8 @@
 
 In synchronous training every rank takes the same time for a step, because the fast ones wait inside collectives. What
 tells them apart is the time outside: the slow rank is the one that waits least. Pipeline stages do different work, so
-a rank is compared with those of its own stage.
+a rank is compared with those of its own stage. What a CUDA graph replays cannot be timed inside: where its passes hold
+tensor-parallel collectives, fast and slow ranks of such a group take equally long, and only groups can be compared.
 """
 
 import functools
@@ -80,50 +81,76 @@ class WaitClock:
 
 @dataclass(frozen=True)
 class RankTime:
-    """One rank's step: its pipeline stage, and its seconds without waiting."""
+    """One rank's step.
+
+    Attributes:
+        stage: Its pipeline stage.
+        group: Number of those in its stage that it cannot be told apart from.
+        seconds: Its seconds without waiting.
+    """
 
     stage: int
+    group: int
     seconds: float
 
 
-def slow_ranks(times: Sequence[RankTime], ratio: float) -> dict[int, float]:
-    """Ranks that take more than `ratio` times the (lower) median of their pipeline stage -> how many times it."""
+def slow_groups(times: Sequence[RankTime], ratio: float) -> dict[tuple[int, ...], float]:
+    """Groups that take more than `ratio` times the (lower) median of their pipeline stage.
+
+    Args:
+        times: Of every rank, in their order.
+        ratio: From how many medians on a group is slow.
+
+    Returns:
+        Ranks of a slow group, mostly a single one -> how many medians its slowest rank takes.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for rank, time_of in enumerate(times):
+        groups.setdefault((time_of.stage, time_of.group), []).append(rank)
+    seconds = {key: max(times[rank].seconds for rank in ranks) for key, ranks in groups.items()}
     stages: dict[int, list[float]] = {}
-    for time_of in times:
-        stages.setdefault(time_of.stage, []).append(time_of.seconds)
-    medians = {stage: statistics.median_low(seconds) for stage, seconds in stages.items()}
-    factors = {rank: time_of.seconds / max(medians[time_of.stage], 1e-9) for rank, time_of in enumerate(times)}
-    return {rank: factor for rank, factor in factors.items() if factor > ratio}
+    for (stage, _), own in seconds.items():
+        stages.setdefault(stage, []).append(own)
+    medians = {stage: statistics.median_low(own) for stage, own in stages.items()}
+    factors = {tuple(ranks): seconds[key] / max(medians[key[0]], 1e-9) for key, ranks in groups.items()}
+    return {ranks: factor for ranks, factor in factors.items() if factor > ratio}
 
 
-def compare(seconds: float, device: torch.device, ratio: float) -> tuple[dict[str, float], list[str]]:
+def compare(seconds: float, device: torch.device, ratio: float, *, apart: bool) -> tuple[dict[str, float], list[str]]:
     """Compare all ranks' own seconds of a step; collective.
 
     Args:
         seconds: This rank's.
         device: Where collectives want their tensors.
         ratio: From how many medians on a rank is named.
+        apart: Whether this rank's waiting for its tensor-parallel peers was seen. Else their group is compared as one.
 
     Returns:
-        Metrics (median and largest seconds without waiting, the slowest rank), and a line per slow rank with its host.
+        Metrics (median and largest seconds without waiting, with `apart` the slowest rank), and a line per slow rank,
+        or group, with its hosts.
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    mine = torch.tensor([stage, seconds], dtype=torch.float64, device=device)
-    every = torch.empty(2 * dist.get_world_size(), dtype=torch.float64, device=device)
+    group = dist.get_rank() if apart else parallel_state.get_data_parallel_rank()
+    mine = torch.tensor([stage, group, seconds], dtype=torch.float64, device=device)
+    every = torch.empty(3 * dist.get_world_size(), dtype=torch.float64, device=device)
     dist.all_gather_into_tensor(every, mine)
-    times = [RankTime(int(stage), own) for stage, own in every.view(-1, 2).tolist()]
-    slow, hosts = slow_ranks(times, ratio), [""] * len(times)
+    times = [RankTime(int(stage), int(group), own) for stage, group, own in every.view(-1, 3).tolist()]
+    slow, hosts = slow_groups(times, ratio), [""] * len(times)
     if slow:  # the same on every rank
         dist.all_gather_object(hosts, socket.gethostname())
     slowest = max(range(len(times)), key=lambda rank: times[rank].seconds)
     metrics = {
         "median_seconds": statistics.median(t.seconds for t in times),
         "largest_seconds": times[slowest].seconds,
-        "slowest_rank": slowest,
     }
-    lines = [
-        f"rank {rank} on {hosts[rank]} takes {times[rank].seconds:.3g} s without waiting, {factor:.2f} x the median of "
-        "its pipeline stage"
-        for rank, factor in slow.items()
-    ]
-    return metrics, lines
+    lines = [_line(ranks, [hosts[rank] for rank in ranks], times, factor) for ranks, factor in slow.items()]
+    return metrics | ({"slowest_rank": slowest} if apart else {}), lines
+
+
+def _line(ranks: Sequence[int], hosts: Sequence[str], times: Sequence[RankTime], factor: float) -> str:
+    seconds, where = max(times[rank].seconds for rank in ranks), ", ".join(dict.fromkeys(hosts))
+    much = f"{seconds:.3g} s without waiting, {factor:.2f} x the median of"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} on {where} takes {much} its pipeline stage"
+    names = ", ".join(map(str, ranks))
+    return f"one of the tensor-parallel ranks {names} on {where} makes all of them take {much} their pipeline stage"

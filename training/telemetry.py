@@ -23,6 +23,11 @@ from halfbyte.training.stragglers import WaitClock, compare
 
 IN_LIGHTNING = ("step", "time", "loss", "learning_rate", "gradient_norm")
 """What Lightning's loggers have from the training step itself, or count by."""
+GRAPHS_HIDE = (
+    "slow ranks are looked for among tensor-parallel groups, not inside them: CUDA graphs replay their passes, and "
+    "waiting inside a graph is not seen (train.cuda_graphs=never shows it)"
+)
+"""Said once, in the first step in which ranks are compared."""
 
 
 class Telemetry(Callback):
@@ -44,6 +49,10 @@ class Telemetry(Callback):
         self.sinks: list[Sink] = []
         self._started = 0.0
         self._waits: WaitClock | None = None
+        graphs = runtime.device.type == "cuda" and captures(recipe)
+        self._apart = not graphs or recipe.parallel.tensor == 1
+        """Whether tensor-parallel ranks wait for each other outside CUDA graphs, where it is seen."""
+        self._compared_before = False
         self._saves = 0
         """How many of the module's were written."""
 
@@ -95,8 +104,9 @@ class Telemetry(Callback):
         if self._waits is None:
             return {}, []
         own, self._waits = seconds - self._waits.stop(), None
-        metrics, lines = compare(own, self.runtime.device, self.recipe.telemetry.straggler_ratio)
-        return {"ranks": metrics}, lines
+        metrics, lines = compare(own, self.runtime.device, self.recipe.telemetry.straggler_ratio, apart=self._apart)
+        first, self._compared_before = not self._compared_before, True
+        return {"ranks": metrics}, [*([GRAPHS_HIDE] if first and not self._apart else []), *lines]
 
     def _rounding(self, pl_module: Any, batch: MicroBatch) -> tuple[dict[str, Any], list[str]]:
         """Metrics and lines about quantization, in a step that it is due in; collective."""

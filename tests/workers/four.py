@@ -1,7 +1,7 @@
 """What the benchmarks of four GPUs do, on a small model: steps in FP32, exports in float64.
 
 Usage: start.py four.py FOLDER, alone or in four ranks. FOLDER/<ranks>.json gets
-{layout: {"measured", "files", "early", "slow"}}.
+{layout: {"measured", "files", "early", "slow"}}, that of four "slow group" as well.
 """
 
 import dataclasses
@@ -44,7 +44,15 @@ def said_of_a_slow_rank() -> list[str]:
     time.sleep(0.5 if dist.get_rank() == 2 else 0.05)
     dist.all_reduce(torch.ones(1))
     seconds = time.perf_counter() - began
-    return compare(seconds - clock.stop(), torch.device("cpu"), 3.0)[1]
+    return compare(seconds - clock.stop(), torch.device("cpu"), 3.0, apart=True)[1]
+
+
+def said_of_a_slow_group() -> list[list[str]]:
+    """The report under TP2 DP2 where rank 3 waits for rank 2 inside a graph: told apart, and together; collective."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(2, 1)
+    seconds = 0.05 if dist.get_rank() < 2 else 0.5
+    return [compare(seconds, torch.device("cpu"), 3.0, apart=apart)[1] for apart in (True, False)]
 
 
 def main(folder: Path) -> None:
@@ -66,5 +74,7 @@ def main(folder: Path) -> None:
         files = layout_bytes.exported(SMALL, layout, exact, folder, steps=2)
         slow = said_of_a_slow_rank() if layout.gpus > 1 else []
         found[name] = {"measured": measured, "files": files, "early": early, "slow": slow}
+    if ranks == 4:
+        found["slow group"] = said_of_a_slow_group()
     on_first_rank(runtime, lambda: write_json(folder / f"{ranks}.json", found))
     close_runtime()
