@@ -152,20 +152,21 @@ def _lanes(recipe: Recipe, shape: ModelShape, layout: Layout) -> float:
 def _pools(recipe: Recipe, model: Architecture, layout: Layout, stage: int) -> float:
     """Bytes of a pipeline stage's pairs of graphs (training/stage_graphs.py) beyond those of the plain path.
 
-    Each pair has a pool, in which a micro-batch's activations wait as they do without graphs. Also its own are: what
-    goes back through a layer, which otherwise all micro-batches share; the tensors at the stage's ends and their
-    gradients; and the embedding's gradient, which a lookup makes whole and which is larger than any tensor that is
-    freed before it. Linears' gradients go into `main_grad` as they are computed (gradients.Leaves).
+    Each pair has a pool, in which a micro-batch's activations wait as they do without graphs; backward passes share
+    another one, in which lies what goes back through a layer (counted in `logits`). Beyond that: the tensors at the
+    stage's ends and their gradients, each pair's own, and once the embedding's gradient, which a lookup makes whole and
+    which is larger than any tensor that is freed before it. Linears' gradients go into `main_grad` as they are
+    computed (gradients.Leaves).
     """
     shape, width = model.sizes, WIDTH[recipe.train.dtype]
     count = min(layout.pipeline - stage, layout.micro_batches(recipe))
     _, tables = parameters_of_stage(model, layout, stage)
     embedding = width * trained_shares(recipe, shape).whole * tables if stage == 0 else 0.0
-    own = embedding + (2 if stage == 0 else 4) * _end(recipe, shape, layout)
+    ends = (2 if stage == 0 else 4) * _end(recipe, shape, layout)
     # Where the loss stands outside of the graphs, its gradient of the logits is copied into a tensor of theirs.
     outside = recipe.method is Method.qad and stage == layout.pipeline - 1
     logits = _logits(recipe, shape, layout) if outside else 0.0
-    return count * own + (count - 1) * _passing(recipe, shape, layout) + logits
+    return count * ends + embedding + logits
 
 
 def evaluation_memory(recipe: Recipe, model: Architecture, layout: Layout) -> tuple[float, float]:

@@ -29,7 +29,10 @@ class Recorder(Protocol):
     """Makes a computation on fixed tensors repeatable."""
 
     def record(self, compute: Callable[[], None]) -> Callable[[], None]:
-        """What computes it again; the tensors that `compute` made stay where they are."""
+        """What computes it again; the tensors that `compute` made stay where they are.
+
+        Computing it again may overwrite what later ones of the same recorder made.
+        """
         ...
 
     def close(self) -> None:
