@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from halfbyte.training import retention
@@ -46,6 +47,7 @@ class Outcome:
         losses: Of every step; none where training did not end.
         kills: What was done to it.
         restarts: How often it started itself again.
+        saves: `checkpoints` of train.json, without the last, which training waits for.
     """
 
     folder: Path
@@ -55,14 +57,15 @@ class Outcome:
     losses: list[float]
     kills: list[Kill]
     restarts: int
+    saves: list[dict[str, float]]
 
 
 def left_by(folder: Path, code: int, seconds: float, kills: list[Kill], restarts: int) -> Outcome:
     """Read what a run of `halfbyte train` left."""
     path = folder / "train.json"
-    train = read_json(path) if path.exists() else {"losses": [], "seconds_per_step": []}
+    train = read_json(path) if path.exists() else {"losses": [], "seconds_per_step": [], "checkpoints": []}
     start = max(0.0, seconds - sum(train["seconds_per_step"]))
-    return Outcome(folder, code, seconds, start, train["losses"], kills, restarts)
+    return Outcome(folder, code, seconds, start, train["losses"], kills, restarts, train["checkpoints"][:-1])
 
 
 def moment(step: int, *, saving: bool) -> str:
@@ -103,7 +106,7 @@ def judge(outcomes: Sequence[Outcome], model: Path) -> dict[str, Any]:
     Returns:
         "runs": of each run its name, code, seconds, restarts, final loss, kills; "spread": distance of the undisturbed
         two, None without them; "disturbed": distance of the third from the nearer of them, None unless it ended;
-        "lost_per_kill": seconds, None without kills.
+        "lost_per_kill": seconds, None without kills; "saves": `cost_of_saves`.
     """
     ended = [run for run in outcomes if run.code == OK]
     spread = distance(ended[0], ended[1], model) if len(ended) > 1 else None
@@ -125,7 +128,30 @@ def judge(outcomes: Sequence[Outcome], model: Path) -> dict[str, Any]:
         }
         for run in outcomes
     ]
-    return {"runs": runs, "spread": spread, "disturbed": disturbed, "lost_per_kill": lost}
+    saves = cost_of_saves([save for run in outcomes for save in run.saves])
+    return {"runs": runs, "spread": spread, "disturbed": disturbed, "lost_per_kill": lost, "saves": saves}
+
+
+def cost_of_saves(saves: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+    """What saves beside training cost it; None without any.
+
+    Args:
+        saves: Of each its seconds, stall_seconds of them in training's way, wait_seconds of these for the one before.
+
+    Returns:
+        "number"; "seconds", "stall_seconds" and "share", stall over seconds: medians; "longest_stall": seconds;
+        "waited": how many the next save had to wait for.
+    """
+    if not saves:
+        return None
+    return {
+        "number": len(saves),
+        "seconds": median(save["seconds"] for save in saves),
+        "stall_seconds": median(save["stall_seconds"] for save in saves),
+        "share": median(save["stall_seconds"] / save["seconds"] for save in saves),
+        "longest_stall": max(save["stall_seconds"] for save in saves),
+        "waited": sum(save["wait_seconds"] > 0 for save in saves),
+    }
 
 
 def verdict(content: Mapping[str, Any], *, gpu: bool) -> bool:
@@ -160,6 +186,14 @@ def document(content: Mapping[str, Any], about: Mapping[str, str]) -> str:
             lines += ["", f"Differences, {title}: {apart}."]
     if content["lost_per_kill"] is not None:
         lines += ["", f"Lost per kill: {content['lost_per_kill']:.1f} s."]
+    if content["saves"] is not None:
+        cost = content["saves"]
+        lines += [
+            "",
+            f"Saves beside training: {cost['number']}; medians: {cost['seconds']:.2f} s, of which training stood still "
+            f"for {cost['stall_seconds']:.3f} s ({cost['share']:.1%}); at most {cost['longest_stall']:.3f} s. "
+            f"The next save had to wait for {cost['waited']} of them.",
+        ]
     kills = [kill for run in content["runs"] for kill in run["kills"]]
     if kills:
         head = ("kill", "after, s", "rank", "in", "newest checkpoint", "steps repeated")

@@ -25,8 +25,8 @@ for rank in "0102":
 """Starts a worker again when it is killed; done with the fourth kill."""
 
 
-def outcome(folder, losses=(2.0, 1.0), seconds=40.0, kills=()):
-    return soak_table.Outcome(folder, 0, seconds, 10.0, list(losses), list(kills), len(kills))
+def outcome(folder, losses=(2.0, 1.0), seconds=40.0, kills=(), saves=()):
+    return soak_table.Outcome(folder, 0, seconds, 10.0, list(losses), list(kills), len(kills), list(saves))
 
 
 def test_workers_are_killed_in_training_and_in_saves_until_the_run_ends(tmp_path):
@@ -124,8 +124,21 @@ def test_the_table_says_what_a_kill_costs(judged):
     assert "| 1 | 9 | 0 | save | 1 | 1 |" in text
 
 
+def test_the_table_says_what_saves_cost_training_without_the_last_one_which_it_waits_for(tmp_path):
+    """Saves of 1 s, 2 s and 4 s; the last, of 9 s, is in the foreground."""
+    stalls = {1.0: (0.1, 0.0), 2.0: (0.1, 0.0), 4.0: (3.0, 2.5), 9.0: (9.0, 0.0)}
+    saves = [{"seconds": s, "stall_seconds": stall, "wait_seconds": wait} for s, (stall, wait) in stalls.items()]
+    train = {"losses": [2.0], "seconds_per_step": [1.0], "checkpoints": saves}
+    (tmp_path / "train.json").write_text(json.dumps(train))
+    run = soak_table.left_by(tmp_path, 0, 20.0, [], 0)
+    text = soak_table.document(soak_table.judge([run], tmp_path), {})
+    assert "Saves beside training: 3; medians: 2.00 s, of which training stood still for 0.100 s (10.0%); at" in text
+    assert "at most 3.000 s. The next save had to wait for 1 of them." in text
+    assert soak_table.cost_of_saves([]) is None
+
+
 def test_a_soak_that_was_cut_off_keeps_what_it_has(monkeypatch, tmp_path):
-    runs = iter([outcome(tmp_path / "undisturbed_1"), soak_table.Outcome(tmp_path / "b", -9, 5.0, 5.0, [], [], 0)])
+    runs = iter([outcome(tmp_path / "undisturbed_1"), soak_table.Outcome(tmp_path / "b", -9, 5.0, 5.0, [], [], 0, [])])
     monkeypatch.setattr(soak, "write_model", lambda folder, gpu: folder)
     monkeypatch.setattr(soak, "run", lambda *_: next(runs))
     out = tmp_path / "soak.md"
