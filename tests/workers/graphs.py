@@ -44,6 +44,7 @@ CASES = {
     "qat_nvfp4": {"method": Method.qat},
     "qat_mxfp4": {"method": Method.qat, "quantize": Quantize(format=Format.mxfp4)},
     "qat_later": {"method": Method.qat, "after": 2},
+    "qat_frozen": {"method": Method.qat, "freeze": ["*norm*", "model.embed_tokens", "lm_head"]},
     "qad": {"method": Method.qad},
     "qad_topk": {"method": Method.qad, "distill": Distill(top_k=8, hidden=0.1)},
     "qat_lsq": {"method": Method.qat, "scales": 30.0},
@@ -71,6 +72,7 @@ def recipe(case: dict, layout: Parallel, *, graphs: bool, at_once: int = 1) -> R
             fake_quant_after_steps=case.get("after", 0),
             block_scale_lr_mult=case.get("scales", 0.0),
             lora=case.get("lora", Lora()),
+            freeze=case.get("freeze", []),
         ),
     )
 
