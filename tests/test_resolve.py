@@ -476,6 +476,7 @@ def test_resume_allows_what_does_not_touch_the_past():
     """Every leaf is either free to change or reported; the free ones are written out here a second time."""
     free = {"description", "run.dir", "run.name", "run.project", "run.wandb", "model.fetch", "model.config"}
     free |= {"train.steps", "train.micro_batch", "train.recompute", "train.distributed_optimizer"}
+    free |= {"train.cuda_graphs", "train.micro_batches_at_once"}  # bit for bit the same steps
     free |= {"evaluate.tokens_per_batch"}
     groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "sensitivity.", "generate.", "launch.")
     groups += ("telemetry.",)

@@ -33,6 +33,8 @@ MAY_CHANGE = (
     "train.steps",
     "train.micro_batch",
     "train.recompute",
+    "train.cuda_graphs",
+    "train.micro_batches_at_once",
     "train.distributed_optimizer",
     "checkpoint.*",
     "evaluate.tokens_per_batch",
