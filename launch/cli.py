@@ -42,16 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     set_process_environment()
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        return USAGE
-    if rest:  # key=value after an option: argparse stops at the option
-        args.overrides += rest
     try:
+        args = _parsed(argv)
         code = args.command(args)
         sys.stdout.flush()
         return code
@@ -71,6 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command and what it was given; where that is bad usage the process ends."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value after an option: argparse stops at the option
+        args.overrides += rest
+    return args
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as everything else here does; its subparsers are of this class as well."""
 
@@ -85,7 +88,7 @@ def _overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="halfbyte", description="A BF16 language model becomes a verified FP4 checkpoint.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
-    parser.set_defaults(command=None)
+    parser.set_defaults(command=lambda _: parser.print_help(sys.stderr) or USAGE)
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name, command, help_text, *, recipe=False, run_dir=False, gate=False):
@@ -167,13 +170,14 @@ class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from importlib.metadata import version
 
-        print(f"halfbyte {version('halfbyte')}")
-        parser.exit()
+        print(f"halfbyte {version('halfbyte')}", flush=True)
+        parser.exit(OK)
 
 
 def _run(args: argparse.Namespace) -> int:
     from halfbyte.launch.pipeline import SCORED, STAGES
     from halfbyte.launch.start import RESOLVED, holding, is_first, launch
+    from halfbyte.training.logs import lasting_output
     from halfbyte.training.resolve import save
     from halfbyte.training.unread import unread
 
@@ -184,8 +188,9 @@ def _run(args: argparse.Namespace) -> int:
         )
     resumes = _fits_its_folder(recipe)
     if is_first():
-        for line in [*unread(recipe), *([f"resuming {recipe.run.dir}"] if resumes else [])]:
-            print(line, flush=True)
+        with lasting_output():
+            for line in [*unread(recipe), *([f"resuming {recipe.run.dir}"] if resumes else [])]:
+                print(line, flush=True)
     with holding(Path(recipe.run.dir)):
         # By every process that srun started: each writes the same, and none has to wait.
         save(recipe, Path(recipe.run.dir) / RESOLVED)

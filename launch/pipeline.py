@@ -191,7 +191,7 @@ def worker(argv: Sequence[str]) -> int:
     """
     words, flags = [w for w in argv if not w.startswith("--")], [w for w in argv if w.startswith("--")]
     folder = Path(words[0]).parent
-    with logs.captured(folder, environment.coordinates()[0]) as in_file:
+    with logs.captured(folder, environment.coordinates()[0]) as in_file, logs.lasting_output():
         code = _work(folder, words, flags, in_file=in_file)
         logs.OWN.info("ends with code %d", code)
     return code

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -134,6 +134,18 @@ def forks(environment):
     made = Forks(environment | {"CUDA_VISIBLE_DEVICES": ""})
     yield made
     made.close()
+
+
+@pytest.fixture
+def nobody_reads(monkeypatch) -> Callable[[], None]:
+    """Makes standard output a pipe whose reader has gone; to be called in the test, for pytest sets it before that."""
+
+    def leave() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+
+    return leave
 
 
 @pytest.fixture

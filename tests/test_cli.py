@@ -233,6 +233,14 @@ def test_no_command_shows_the_help(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["--version"], ["recipes"], ["check", "tiny"]])
+def test_who_has_read_enough_is_no_error(argv, capsys, nobody_reads):
+    """`halfbyte check tiny | head -1`: neither a line about it nor another exit code."""
+    nobody_reads()
+    assert cli.main(argv) == OK
+    assert capsys.readouterr() == ("", "")
+
+
 def test_help_answers_at_once():
     before = os.times()
     subprocess.run([sys.executable, "-m", "halfbyte.launch.cli", "--help"], check=True, capture_output=True)

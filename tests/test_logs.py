@@ -54,6 +54,23 @@ def test_the_terminal_stays_clean_and_the_file_has_it_all(tmp_path):
     assert again.count("rank 3 starts") == 2
 
 
+@pytest.mark.parametrize("lost", ["pipe", "disk"])
+def test_a_run_outlives_who_reads_it(lost, nobody_reads, monkeypatch, caplog):
+    """`halfbyte run ... | head -1` ended in the middle of its work, hours of training included."""
+    if lost == "disk":
+        monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115 - monkeypatch takes it back
+    else:
+        nobody_reads()
+    with logs.lasting_output():
+        for line in ("first", "second"):
+            Console(loud=True).say(line)
+        assert not sys.stdout.isatty()
+    sys.stdout.close()  # what waits in its buffer is gone as well
+    reason = "No space left on device" if lost == "disk" else "Broken pipe"
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [f"standard output is lost ({reason}): the run goes on, and its lines stand here"]
+
+
 def test_where_there_can_be_no_file_nothing_changes(tmp_path):
     (tmp_path / "logs").write_text("in the way")
     out, err = speak(tmp_path)

@@ -214,6 +214,10 @@ def test_all_problems_at_once_and_no_followups():
         ("train:\n  steps: [1\n", "bad.yaml, line"),
         ("train:\n  steps: 1\n  steps: 2\n", "bad.yaml, line 3"),
         ("- a\n- b\n", "holds a list"),
+        ("3\n", "or a single value, not keys"),
+        ("steps\n", "or a single value, not keys"),
+        (f"x: {'[' * 2000}{']' * 2000}\n", "not valid YAML"),
+        ("x: &a [*a]\n", "not valid YAML"),
         ("run:\n  name: x\n", "model.path: missing"),
         ("evaluate:\n  tasks:\n    - name: a\n", "evaluate.tasks.0.data: missing"),
         ("evaluate:\n  tasks:\n    - 5\n", "evaluate.tasks.0 = 5 (bad.yaml line 3)"),
@@ -224,6 +228,11 @@ def test_yaml_problems_name_the_line(tmp_path, text, says):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     assert any(says in line for line in problems(recipe=str(file)))
+
+
+def test_a_line_shows_the_beginning_of_a_long_value():
+    (line,) = problems(f"train.optimiser={'a' * 5000}")
+    assert line.startswith(f"train.optimiser = {'a' * 200}...: no such key")
 
 
 def test_missing_recipe_lists_what_ships():
@@ -470,33 +479,6 @@ def test_the_bf16_control_differs_in_nothing_else():
         "run.name",
         "run.dir",
     }
-
-
-def test_resume_allows_what_does_not_touch_the_past():
-    """Every leaf is either free to change or reported; the free ones are written out here a second time."""
-    free = {"description", "run.dir", "run.name", "run.project", "run.wandb", "model.fetch", "model.config"}
-    free |= {"train.steps", "train.micro_batch", "train.recompute", "train.distributed_optimizer"}
-    free |= {"train.cuda_graphs", "train.micro_batches_at_once"}  # bit for bit the same steps
-    free |= {"evaluate.tokens_per_batch"}
-    groups = ("parallel.", "checkpoint.", "gate.", "export.", "verify.", "sensitivity.", "generate.", "launch.")
-    groups += ("telemetry.",)
-    old = resolve("tiny", [])
-    for key, value in rules.leaves(old):
-        new = copy.deepcopy(old)
-        *path, last = key.split(".")
-        owner = new
-        for name in path:
-            owner = getattr(owner, name)
-        other = ([] if value else ["x"]) if isinstance(value, list) else f"{value}x"
-        setattr(owner, last, other)
-        found = resume_problems(old, new)
-        if key in free or key.startswith(groups):
-            assert found == [], key
-        else:
-            assert len(found) == 1, key
-            assert found[0].startswith(f"{key} = ")
-            assert "new run.dir" in found[0]
-    assert resume_problems(old, copy.deepcopy(old)) == []
 
 
 def test_of_a_changed_task_only_the_changed_field_is_said():

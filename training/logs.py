@@ -1,7 +1,7 @@
 """One log file per process, <run.dir>/logs/rank<N>.log: everything that libraries say, and every line of the run.
 
-A terminal gets the run's own lines only. What anything writes to the standard error stream goes to the file: Python's
-warnings and log records, C++ libraries, a crash's last words. Torch-free.
+A terminal gets the run's own lines only, and may go away while the run goes on. What anything writes to the standard
+error stream goes to the file: Python's warnings and log records, C++ libraries, a crash's last words. Torch-free.
 """
 
 import io
@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -34,6 +34,51 @@ class _Stderr(io.TextIOBase):
 
     def fileno(self) -> int:
         return _STDERR
+
+
+class _Stdout(io.TextIOBase):
+    """Standard output that may go away: who read it has ended (| head, a closed terminal), or its disk is full."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError as error:
+            OWN.warning("standard output is lost (%s): the run goes on, and its lines stand here", error.strerror)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what waits in its buffer would fail again, at the latest at exit
+            os.close(nowhere)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within this context nothing ends because what it prints cannot be delivered."""
+    before = sys.stdout
+    if before is not None:  # Python's word for a descriptor that was closed from the start
+        sys.stdout = _Stdout(before)
+    try:
+        yield
+    finally:
+        sys.stdout = before
 
 
 def log_file(folder: Path, rank: int) -> Path:
@@ -96,7 +141,8 @@ def to_file() -> bool:
 def tell(text: str) -> None:
     """Print one line on the terminal's standard error stream, also while that is redirected, and log it."""
     OWN.info(text)
-    if _terminal:
-        os.write(_terminal[-1], f"{text}\n".encode())
-    else:
-        print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # it may be gone, as standard output may
+        if _terminal:
+            os.write(_terminal[-1], f"{text}\n".encode())
+        else:
+            print(text, file=sys.stderr, flush=True)

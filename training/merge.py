@@ -27,6 +27,8 @@ from halfbyte.training.run_rules import INPUT_PATHS
 
 BASE = "base"
 """The key of a recipe file that names the recipe it differs from."""
+SHOWN = 200
+"""Most characters of a value that a line about it shows."""
 TASKS = "evaluate.tasks"
 TASK_KEY = re.compile(r"evaluate\.tasks\.([^.]+)\.(\w+)")
 PLACE = re.compile(r"\$\{(recipe|package):([^}]+)\}")
@@ -152,17 +154,19 @@ def _from_yaml(path: Path) -> list[tuple[str, Any, str]]:
     """(dotted key, value, place in the file) of every entry; a file that cannot be parsed is one problem."""
     try:
         text = path.read_text()
-        content = OmegaConf.to_container(OmegaConf.create(text))
-        lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(_lines(tree))
+        has_keys = tree is None or isinstance(tree, yaml.MappingNode)  # None: an empty file
+        content = OmegaConf.to_container(OmegaConf.create(text)) if has_keys else None
     except OSError as error:
         raise RecipeError([f"{path}: cannot be read ({error.strerror}); give a recipe file"]) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError([f"{path}, line {line}: not valid YAML ({error.problem}); fix the line"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
         raise RecipeError([f"{path}: not valid YAML ({str(error).splitlines()[0]}); fix the file"]) from error
     if not isinstance(content, dict):
-        raise RecipeError([f"{path}: holds a list, not keys; write key: value lines"])
+        raise RecipeError([f"{path}: holds a list or a single value, not keys; write key: value lines"])
     return [
         (key, value, f" ({path.name} line {lines[key]})" if key in lines else "")
         for key, value in _flatten("", content)
@@ -349,7 +353,8 @@ def _expected(hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as the user wrote it in YAML."""
+    """A value as the user wrote it in YAML, as far as a line has room for it."""
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -19,6 +19,7 @@ from halfbyte.training.errors import RecipeError, UserError
 from halfbyte.training.files import at_home
 from halfbyte.training.merge import merge
 from halfbyte.training.model_source import MODEL_RECORD, UNPACKED
+from halfbyte.training.retention import latest, step_of
 from halfbyte.training.rules import leaves, problems
 
 MAY_CHANGE = (
@@ -161,11 +162,20 @@ def resume_problems(old: Recipe, new: Recipe) -> list[str]:
     if (Path(new.run.dir) / MODEL_RECORD).is_file():
         now = dict(leaves(new))
         before = {key: value for key, value in before.items() if key not in MOVABLE or None in (value, now[key])}
-    return [
+    changed = [
         f"{key} = {value}: the run at {old.run.dir} has {before[key]}; keep that value or choose a new run.dir"
         for key, value in _resumable(new)
         if key in before and _ordered(value) != _ordered(before[key])
     ]
+    return [*changed, *_fewer_steps(old, new)]
+
+
+def _fewer_steps(old: Recipe, new: Recipe) -> Iterator[str]:
+    """A problem if train.steps was lowered below what the run's newest checkpoint has."""
+    newest, steps = latest(Path(new.run.dir) / "checkpoints"), new.train.steps
+    if newest is not None and step_of(newest) > steps != old.train.steps:
+        remedy = f"give at least {step_of(newest)}, or choose a new run.dir"
+        yield f"train.steps = {steps}: the run at {new.run.dir} has a checkpoint after step {step_of(newest)}; {remedy}"
 
 
 def _resumable(recipe: Recipe) -> Iterator[tuple[str, Any]]:
