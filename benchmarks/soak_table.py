@@ -136,11 +136,11 @@ def cost_of_saves(saves: Sequence[Mapping[str, float]]) -> dict[str, float] | No
     """What saves beside training cost it; None without any.
 
     Args:
-        saves: Of each its seconds, stall_seconds of them in training's way, wait_seconds of these for the one before.
+        saves: Of each its seconds, stall_seconds of them in training's way, wait_seconds of these (saving.py).
 
     Returns:
         "number"; "seconds", "stall_seconds" and "share", stall over seconds: medians; "longest_stall": seconds;
-        "waited": how many the next save had to wait for.
+        "waited": how many waited for the deletion of an old one, or had the next one wait.
     """
     if not saves:
         return None
@@ -192,7 +192,7 @@ def document(content: Mapping[str, Any], about: Mapping[str, str]) -> str:
             "",
             f"Saves beside training: {cost['number']}; medians: {cost['seconds']:.2f} s, of which training stood still "
             f"for {cost['stall_seconds']:.3f} s ({cost['share']:.1%}); at most {cost['longest_stall']:.3f} s. "
-            f"The next save had to wait for {cost['waited']} of them.",
+            f"{cost['waited']} waited for the deletion of an old one, or the next one had to wait for them.",
         ]
     kills = [kill for run in content["runs"] for kill in run["kills"]]
     if kills:

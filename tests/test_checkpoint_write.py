@@ -287,6 +287,23 @@ def test_reserved_memory_is_what_a_save_fills_and_buffers_are_copied_at_once():
     assert (staged["w"].data == 2).all()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_tensors_are_noted_again_with_the_values_that_they_have_by_then(device):
+    weight, maximum = torch.ones(4, 2, device=device), torch.ones(3, device=device)
+    staged = {"w": ShardedTensor.from_rank_offsets("w", weight), "m": ShardedTensor.from_rank_offsets("m", maximum)}
+    host = HostMemory()
+    host.stage(staged, at_once={maximum.data_ptr()})
+    host.copy()
+    weight += 1
+    maximum += 1
+    host.stage_again()
+    weight += 1
+    maximum += 1
+    host.copy()
+    assert (staged["w"].data == 3).all()
+    assert staged["m"].data.tolist() == [2.0] * 3
+
+
 def test_what_was_written_in_the_background_is_loaded(module, tmp_path):
     path = tmp_path / "step_00000001"
     write = checkpoint.begin(trainable(module), {"at": 7}, path, HostMemory())
@@ -447,6 +464,7 @@ def test_memory_to_pin_is_taken_after_the_first_step_if_a_save_needs_it(trained,
     for device, reserved in (("cpu", False), ("cuda", reserves)):
         trained.callback.runtime = dataclasses.replace(trained.callback.runtime, device=torch.device(device))
         assert ("reserve" in trained(1)) is reserved
+        assert every == 1 or (trained.callback._stall > 0) is reserved
     assert trained(1) == (["begin 3, copied"] if every == 3 else ["finish 2", "begin 3, copied"] if every == 1 else [])
 
 
@@ -463,9 +481,11 @@ def test_what_need_not_stay_is_deleted_beside_training(trained, monkeypatch):
     trained(4)
     assert trained(2, written=True) == ["hand over 4", "finish 4"]
     assert deleted == []
-    free.set()
+    threading.Timer(0.1, free.set).start()
     trained(2)  # the next save waits for it
     assert deleted == [["old"]]
+    trained(2, written=True)
+    assert [0.0 < save["wait_seconds"] <= save["stall_seconds"] for save in trained.saves[:2]] == [False, True]
 
 
 def test_a_signal_waits_for_both_saves(trained):

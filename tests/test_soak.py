@@ -133,7 +133,7 @@ def test_the_table_says_what_saves_cost_training_without_the_last_one_which_it_w
     run = soak_table.left_by(tmp_path, 0, 20.0, [], 0)
     text = soak_table.document(soak_table.judge([run], tmp_path), {})
     assert "Saves beside training: 3; medians: 2.00 s, of which training stood still for 0.100 s (10.0%); at" in text
-    assert "at most 3.000 s. The next save had to wait for 1 of them." in text
+    assert "at most 3.000 s. 1 waited for" in text
     assert soak_table.cost_of_saves([]) is None
 
 

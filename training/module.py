@@ -107,7 +107,7 @@ class Training(pl.LightningModule):
         self.progress = Progress()
         self.saves: list[dict[str, float]] = []
         """Of every checkpoint that this start completed: step, seconds, stall_seconds of them in training's way, and
-        wait_seconds of these, in which the next save waited for this one."""
+        wait_seconds of these, in which it waited for an old one's deletion, or the next save for it."""
         self.phase = "start"
         """What is being done, for the watchdog."""
         # Plain attributes in a list: Lightning must not walk, move or save these modules.

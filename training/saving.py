@@ -32,6 +32,8 @@ class Checkpoints(Callback):
         self._deletion: threading.Thread | None = None
         self._stall = 0.0
         """Seconds that training has stood still for the save that is under way."""
+        self._waited = 0.0
+        """Of them, for the deletion of an old one."""
         self._told = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -51,16 +53,15 @@ class Checkpoints(Callback):
         due = last or (every > 0 and step % every == 0)
         if due and busy:
             self._wait(pl_module, step, tells=not last)
-        elif due or (self._write is not None and self._write.handed_over and not busy):
+        elif due:
             self._finish(pl_module)
-        elif self._write is not None and not busy:
-            pl_module.phase = "completing a checkpoint"
-            with self._stalled():
-                self._write.hand_over()
+        elif not busy:
+            self._advance(pl_module)
         if due:
             self._begin(trainer, pl_module, step, copied=not last)
         elif self._wants_memory(step):
-            trainer.strategy.reserve(self._host)  # type: ignore[attr-defined]
+            with self._stalled():
+                trainer.strategy.reserve(self._host)  # type: ignore[attr-defined]
         if stopping and step < self.recipe.train.steps:
             reason = self.stop.requested or "another rank"
             (by_hand,) = agree(self.stop.requested == "SIGINT")
@@ -98,12 +99,23 @@ class Checkpoints(Callback):
         pl_module.phase = "checkpoint"
         host = self._host if copied else None
         with self._stalled():
-            self._wait_for_deletion()  # the disk need not hold one more checkpoint than before
+            self._waited = self._wait_for_deletion()  # the disk need not hold one more checkpoint than before
             trainer.save_checkpoint(self.folder / retention.folder_name(step), storage_options=host)
         self._write = trainer.strategy.write  # type: ignore[attr-defined]
         if host is None:
             self._finish(pl_module)
             self._wait_for_deletion()
+
+    def _advance(self, pl_module: Any) -> None:
+        """Take the save that is under way, if one is, a step further: all ranks are ready, nobody waits."""
+        if self._write is None:
+            return
+        if self._write.handed_over:
+            self._finish(pl_module)
+            return
+        pl_module.phase = "completing a checkpoint"
+        with self._stalled():
+            self._write.hand_over()
 
     def _wait(self, pl_module: Any, step: int, *, tells: bool) -> None:
         """Wait for a save that the next one found still being written; a line says so, once in a start."""
@@ -112,7 +124,7 @@ class Checkpoints(Callback):
         started, steps = time.perf_counter(), step - self._write.step
         self._finish(pl_module)
         waited, save = time.perf_counter() - started, pl_module.saves[-1]
-        save["wait_seconds"] = waited
+        save["wait_seconds"] += waited
         if tells and self.runtime.first and not self._told:
             self._told = True
             enough = math.ceil(steps * save["seconds"] / max(save["seconds"] - waited, 1e-9))
@@ -134,13 +146,17 @@ class Checkpoints(Callback):
                 removed = retention.prune(self.folder, self.recipe.checkpoint, pl_module.progress.losses)
                 self._deletion = threading.Thread(target=retention.delete, args=(removed,), daemon=True)
                 self._deletion.start()
-        save = {"step": write.step, "seconds": write.seconds, "stall_seconds": self._stall, "wait_seconds": 0.0}
-        pl_module.saves.append(save)
-        self._stall = 0.0
+        cost = {"stall_seconds": self._stall, "wait_seconds": self._waited}
+        pl_module.saves.append({"step": write.step, "seconds": write.seconds} | cost)
+        self._stall = self._waited = 0.0
 
-    def _wait_for_deletion(self) -> None:
-        if self._deletion is not None:
-            self._deletion.join()
+    def _wait_for_deletion(self) -> float:
+        """Returns how long that took, seconds."""
+        if self._deletion is None or not self._deletion.is_alive():
+            return 0.0
+        started = time.perf_counter()
+        self._deletion.join()
+        return time.perf_counter() - started
 
     @contextmanager
     def _stalled(self) -> Iterator[None]:

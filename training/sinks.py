@@ -31,7 +31,7 @@ HELP = {
     "checkpoint/step": "Optimizer steps in the last checkpoint that was completed.",
     "checkpoint/seconds": "From its begin until it was complete, seconds.",
     "checkpoint/stall_seconds": "Of them, training stood still for it.",
-    "checkpoint/wait_seconds": "Of these, the next save waited for this one, which was still being written.",
+    "checkpoint/wait_seconds": "Of these, it waited for the deletion of an old one, or the next save for it.",
     "memory_bytes": "Peak memory of rank 0 so far: tensors on a GPU (with graphs all it holds), the process on a CPU.",
 }
 """Metric -> what a Prometheus server shows about it; others are exported without."""
