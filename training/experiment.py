@@ -202,7 +202,7 @@ def fit(module: Training, recipe: Recipe, runtime: Runtime, stop: Stop, shape: M
     with quiet():
         watched = Telemetry(recipe, runtime, shape, _say)
         trainer = make_trainer(recipe, runtime, [bar, watched, Checkpoints(recipe, runtime, stop)])
-    gc.freeze()  # what was imported and built is no garbage: Megatron collects in every save, 0.7 s without this
+    gc.freeze()  # what was imported and built is no garbage: Megatron collects in a planned save, 0.7 s without this
     try:
         with stop.graceful(), quiet(), watchdog.watching():
             trainer.fit(module, ckpt_path=trainer.ckpt_path)
