@@ -166,7 +166,10 @@ def test_each_weights_gradient_takes_micro_batches_in_their_order(crew, monkeypa
 
 
 class Neighbours:
-    """Symmetric memory of threads: every rank's tensors in one list, and a barrier that some reach late."""
+    """Symmetric memory of threads: every rank's tensors in one list, and a barrier that some reach late.
+
+    As torch's, it writes addresses into memory of the current stream at once: nothing may run there any more.
+    """
 
     def __init__(self, ranks):
         self.ranks, self.made = ranks, [[] for _ in range(ranks)]
@@ -177,7 +180,14 @@ class Neighbours:
         self.made[self.local.rank].append(torch.zeros(size, dtype=dtype))
         return self.made[self.local.rank][-1]
 
+    def current_stream(self, device):
+        def synchronize():
+            self.local.idle = True
+
+        return SimpleNamespace(synchronize=synchronize)
+
     def rendezvous(self, memory, group):
+        assert self.local.idle
         number = len(self.made[self.local.rank]) - 1
         noise = random.Random(self.local.rank)
 
@@ -201,6 +211,7 @@ def test_every_rank_gets_every_part_and_the_sum_of_its_own(monkeypatch):
     world = Neighbours(ranks)
     monkeypatch.setattr(copy_engines, "symmetric_memory", world)
     monkeypatch.setattr(torch.cuda, "Stream", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "current_stream", world.current_stream)
     wholes = torch.randn(rounds, ranks, *shape, generator=torch.Generator().manual_seed(1))
     wrong: list[str] = []
 

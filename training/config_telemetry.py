@@ -9,7 +9,7 @@ class Telemetry:
 
     tensorboard: bool = False
     """Write the same metrics to <run.dir>/tensorboard."""
-    quantization_every_steps: int = 100
+    quantization_every_steps: int = 200
     """Compare every quantized weight and linear's input with its rounded value every N steps, on one micro-batch;
     0 never does."""
     stragglers_every_steps: int = 100

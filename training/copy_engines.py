@@ -67,6 +67,9 @@ class Exchange:
         self.rank, self.ranks = group.rank(), group.size()
         self.stream = torch.cuda.Stream(whole.device, priority=-2)
         sizes = self.numel // self.ranks, self.numel
+        # torch puts each buffer's addresses into memory of the current stream without waiting for it: a kernel that had
+        # that memory before and has not run yet would write over them.
+        torch.cuda.current_stream(whole.device).synchronize()
         self._places = [[self._shared(group, size, whole) for _ in range(2)] for size in sizes]
         self._turn = [0, 0]
 

@@ -43,7 +43,7 @@ class Seen:
 
 
 def see(x: torch.Tensor, rounded: torch.Tensor, limit: torch.Tensor | None, calibrated: torch.Tensor | None) -> Seen:
-    """Compare a tensor with its rounded value, piece by piece.
+    """Compare a tensor with its rounded value, piece by piece, without waiting for the GPU.
 
     Args:
         x: Any shape and float dtype.
@@ -53,16 +53,16 @@ def see(x: torch.Tensor, rounded: torch.Tensor, limit: torch.Tensor | None, cali
     """
     sums, amax = torch.zeros(4, dtype=torch.float64, device=x.device), torch.zeros((), device=x.device)
     values, fakes = x.flatten().split(CHUNK), rounded.flatten().split(CHUNK)
-    limit = torch.tensor(torch.inf, device=x.device) if limit is None else limit
+    limit = torch.full((), torch.inf, device=x.device) if limit is None else limit
     ends = limit.flatten().split(CHUNK) if limit.dim() else [limit] * len(values)
     for part, fake, end in zip(values, fakes, ends, strict=True):
         part = part.float()
         magnitude = part.abs()
         clipped = (magnitude > end).sum()
         error = (fake.float() - part).square().sum()
-        sums += torch.stack([error, part.square().sum(), clipped, torch.tensor(part.numel(), device=x.device)]).double()
+        sums += torch.stack([error, part.square().sum(), clipped, torch.full_like(error, part.numel())]).double()
         amax = torch.maximum(amax, magnitude.max())
-    return Seen(sums, amax, torch.tensor(float("nan"), device=x.device) if calibrated is None else calibrated.float())
+    return Seen(sums, amax, torch.full_like(amax, torch.nan) if calibrated is None else calibrated.float())
 
 
 def measure(model: torch.nn.Module, batch: MicroBatch, quantize: Quantize) -> dict[str, dict[str, dict[str, float]]]:
