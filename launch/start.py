@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from halfbyte.training.config import Recipe
+from halfbyte.training.environment import coordinates, launcher
 from halfbyte.training.errors import CAUSE, FAILED, LOST, OK, UserError
 
 RESOLVED = "resolved.yaml"
@@ -33,12 +34,12 @@ class Died(UserError):
 
 def inside_launcher() -> bool:
     """Whether torchrun or a multi-task srun started this process."""
-    return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1)
+    return launcher() is not None
 
 
 def is_first() -> bool:
     """Whether this is the process that prepares the run folder: rank 0, or the only one so far."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0") if inside_launcher() else "0") == "0"
+    return coordinates()[0] == 0
 
 
 @contextmanager
@@ -137,7 +138,7 @@ def run_here(recipe: Recipe, stages: Sequence[str], *, allow_failed_gate: bool =
     from halfbyte.launch.pipeline import worker
 
     folder = Path(recipe.run.dir)
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank = coordinates()[0]
     own = folder / "errors" / f"rank{rank}.json"
     with suppress(OSError):  # it may not be there; where it cannot be removed, the worker fails and says why
         own.unlink()

@@ -149,7 +149,8 @@ def test_run_needs_weights(calls, capsys):
 
 
 def test_processes_under_srun_do_not_fetch(calls, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     assert cli.main(["run", "tiny"]) == USAGE
     assert "halfbyte fetch tiny" in errors(capsys)[0]
 

@@ -14,7 +14,7 @@ import torch
 
 from halfbyte.launch import pipeline
 from halfbyte.launch.start import Died, clear_errors, explain, inside_launcher, launch
-from halfbyte.training import resolve
+from halfbyte.training import environment, resolve
 from halfbyte.training.config import Recipe
 from halfbyte.training.errors import (
     CAUSE,
@@ -274,10 +274,31 @@ def test_inside_torchrun_or_srun(monkeypatch, variables, inside):
     assert inside_launcher() is inside
 
 
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "0"}, r"WORLD_SIZE is not set, but RANK says that .* or unset RANK: halfbyte then starts its own"),
+        ({"RANK": "first"}, "RANK = 'first' is no number, but RANK says"),
+        ({"RANK": "-1"}, "RANK = '-1' is no number"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "many"}, "SLURM_NTASKS = 'many' is no number, but SLURM_PROCID says"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "SLURM_LOCALID is not set, but SLURM_PROCID says"),
+    ],
+)
+def test_another_programs_variables_are_named(monkeypatch, variables, says):
+    """A pod or a shell that has RANK of its own: the launcher's variables come together or not at all."""
+    for name in (*environment.TORCHRUN, *environment.SRUN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{says}") as caught:
+        environment.coordinates()
+    assert caught.value.code == USAGE
+
+
 @pytest.mark.parametrize(("rank", "speaks"), [(0, False), (1, True)])
 def test_under_srun_only_the_first_to_fail_speaks(recipe, tmp_path, monkeypatch, rank, speaks):
-    monkeypatch.setenv("SLURM_PROCID", str(rank))
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    for name, value in {"PROCID": rank, "NTASKS": 2, "LOCALID": rank}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
     called = []
 
     def worker(argv):

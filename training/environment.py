@@ -9,16 +9,46 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from halfbyte.training.errors import USAGE, UserError
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+
+
+def launcher() -> tuple[str, str, str, str] | None:
+    """Names of the variables in which the program that started this process says what it is one of; None: of nothing.
+
+    Raises:
+        UserError: SLURM_NTASKS is no number.
+    """
+    if TORCHRUN[0] in os.environ:
+        return TORCHRUN
+    return SRUN if SRUN[0] in os.environ and _number("SLURM_NTASKS", 1) > 1 else None
+
 
 def coordinates() -> tuple[int, int, int, int]:
-    """(rank, world, local rank, local world) from torchrun's or Slurm's variables; (0, 1, 0, 1) without either."""
-    env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        local_world = int(env.get("SLURM_NTASKS_PER_NODE", "1"))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), local_world
-    return 0, 1, 0, 1
+    """(rank, world, local rank, local world) from torchrun's or Slurm's variables; (0, 1, 0, 1) without either.
+
+    Raises:
+        UserError: one of them is missing, as where another program has set RANK for itself, or no number.
+    """
+    names = launcher()
+    if names is None:
+        return 0, 1, 0, 1
+    rank, world, local_rank, local_world = names
+    return _number(rank), _number(world), _number(local_rank), _number(local_world, 1 if names is SRUN else None)
+
+
+def _number(name: str, default: int | None = None) -> int:
+    value = os.environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not (value.isascii() and value.isdigit()):
+        first = (TORCHRUN if name in TORCHRUN else SRUN)[0]
+        remedy = f"start all processes with torchrun or srun, or unset {first}: halfbyte then starts its own"
+        problem = "is not set" if value is None else f"= {value!r} is no number"
+        raise UserError(f"{name} {problem}, but {first} says that a launcher started this process: {remedy}", USAGE)
+    return int(value)
 
 
 def set_process_environment() -> None:
