@@ -29,12 +29,14 @@ from halfbyte.training import (
     integrity,
     optimizer_state,
     retention,
+    runtime,
     saving,
 )
 from halfbyte.training.checkpoint_memory import HostMemory
 from halfbyte.training.config import Method, Recipe
 from halfbyte.training.errors import StoppedTogether, UserError
 from halfbyte.training.interrupt import Interrupted, Stop
+from halfbyte.training.module import Training
 
 WORLD = runpy.run_path(str(Path(__file__).with_name("workers") / "world.py"))
 
@@ -198,6 +200,33 @@ def test_a_save_is_planned_again_when_what_it_stores_has_changed(opened, plans, 
         assert planned() == 1
     module.gpt.decoder.layers[1].mlp.linear_fc1.input_quantizer._amax.mul_(2)  # a value, which every save takes anew
     assert planned() == 0
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_bf16_weights_and_their_fp32_originals_are_saved_from_the_record_too(
+    opened, plans, monkeypatch, tmp_path, distributed
+):
+    """As a GPU trains; only forward and backward are left out, which not every CPU has in BF16."""
+    host_device = type(runtime._HostDevice())  # world_of_one keeps the one that it has entered
+    usual = host_device.__torch_function__
+
+    def names_bf16(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs and args[0].dtype is torch.bfloat16:
+            return "torch.cuda.BFloat16Tensor"  # by which Megatron's optimizer tells them
+        return usual(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(host_device, "__torch_function__", names_bf16)
+    recipe, bf16 = Recipe(method=Method.bf16), dataclasses.replace(opened, dtype=torch.bfloat16)
+    recipe.train.distributed_optimizer = distributed
+    gpt = WORLD["random_model"](bf16, recipe)
+    module, host = Training(gpt, teacher=None, recipe=recipe, runtime=bf16, data=None), HostMemory()
+    for _ in range(3):
+        for parameter in gpt.parameters():
+            parameter.main_grad.normal_()
+        module.optimizer.megatron.step()
+        assert saved_twice(module, host, tmp_path)
+    assert {source.dtype for _, source in host.staged} == {torch.bfloat16, torch.float32}
+    assert len(plans) == 3 + 1
 
 
 def test_without_all_ranks_nothing_is_repeated(monkeypatch, tmp_path):
