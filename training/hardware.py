@@ -100,8 +100,8 @@ class Reached:
         attention: Of the BF16 peak, in torch's fused attention, forward and backward; fitted to whole steps.
         memory: Of the memory bandwidth: Adam's 28 bytes a parameter took 9.8 ms for 1.13 G parameters on an H200.
         nvlink: Of NVLink's rate, in collectives of some ten MB; fitted to whole steps on two H200.
-        hidden: Of the time of tensor-parallel collectives, what micro-batches side by side hide; fitted to TP4 on four
-            H200, where they took 117 ms from a step.
+        hidden: Of the time of tensor-parallel collectives, what micro-batches side by side hide; fitted to two at once
+            at TP2 on two H200, where they took 165 ms from a step.
         network: Of the network's rate. An assumption: nothing was measured over a network.
         layer: Seconds of Python per layer and micro-batch, forward and backward, where no CUDA graph replays them, on
             the slow cores of the machines that were measured; the GPU waits when it is faster. Fitted to SmolLM2.
@@ -112,7 +112,7 @@ class Reached:
     attention: float = 0.33
     memory: float = 0.676
     nvlink: float = 0.40
-    hidden: float = 0.31
+    hidden: float = 0.66
     network: float = 0.80
     layer: float = 2.3e-3
     update: float = 0.8e-3
