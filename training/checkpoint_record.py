@@ -67,13 +67,12 @@ class Record:
         return self.fingerprint == content.fingerprint()
 
     def again(self, content: Content, folder: Path) -> Shards:
-        """As `planned` without asking Megatron, for content that fits; no collective.
+        """As `planned` without asking Megatron, for content that fits; no collective, and nothing of the disk.
 
         Args:
             content: What is saved.
             folder: Where to.
         """
-        folder.mkdir(exist_ok=True)  # as a plan does: another node may not have seen it
         self.host.stage_again()
         common = content.common() if dist.get_rank() == 0 else b""
         buckets = [

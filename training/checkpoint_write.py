@@ -103,8 +103,9 @@ class Write:
                     self._host.copy()
             finally:
                 self._copied.set()
-            results = self._write_shards()
             folder = _temporary(self.path)
+            folder.mkdir(exist_ok=True)  # rank 0 has made it, which another node may not have seen
+            results = self._write_shards()
             own = [name for name in integrity.written_by(folder, dist.get_rank()) if name.startswith("__")]
             self._written = pickle.dumps((results, integrity.digests(folder, own)))
             self._failure = None
