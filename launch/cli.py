@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from halfbyte.launch import cli_model, cli_plan, cli_serving, tail
 from halfbyte.training.config import Recipe
-from halfbyte.training.environment import set_process_environment
+from halfbyte.training.environment import open_standard_streams, set_process_environment
 from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 from halfbyte.training.families import TINY
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    open_standard_streams()
     set_process_environment()
     try:
         args = _parsed(argv)
@@ -48,19 +49,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.code
+        return _failed(str(error), error.code)
     except KeyboardInterrupt:
-        print("error: stopped by SIGINT", file=sys.stderr)
-        return FAILED
-    except BrokenPipeError:  # whoever read the output has seen enough (| head); nothing may be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _failed("stopped by SIGINT", FAILED)
+    except BrokenPipeError:  # whoever read the output has seen enough (| head)
+        _lead_nowhere(sys.stdout)
         return OK
     except OSError as error:  # a folder that may not be read, a disk that is full: where no command says more
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}; mend that and give the command again", file=sys.stderr)
-        return FAILED
+        return _failed(f"{where}{error.strerror or error}; mend that and give the command again", FAILED)
+
+
+def _failed(message: str, code: int) -> int:
+    """Say what went wrong, a line per problem, and give the exit code back; where nobody listens, that has to do."""
+    try:
+        for line in message.splitlines():
+            print(f"error: {line}", file=sys.stderr)
+    except OSError:
+        _lead_nowhere(sys.stderr)
+    return code
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    """Let nothing fail at exit, when Python writes what still waits in a stream that takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """The command as a user meets it: exit codes, one line per problem, what `run` and the stage commands hand on."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -240,6 +241,32 @@ def test_who_has_read_enough_is_no_error(argv, capsys, nobody_reads):
     nobody_reads()
     assert cli.main(argv) == OK
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "streams", "code"),
+    [
+        ("--version", ">&-", OK),
+        ("check nope", ">&- 2>&-", USAGE),
+        ("check nope", "2>/dev/full", USAGE),
+        ("recipes", ">/dev/full", FAILED),
+    ],
+)
+def test_the_exit_code_stands_where_nobody_listens(words, streams, code, command):
+    done = subprocess.run(f"{command[0]} {words} {streams}", shell=True, capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    """What a library prints would end up in it, and it may be a checkpoint."""
+    code = (
+        "import os; from halfbyte.training.environment import open_standard_streams; open_standard_streams(); "
+        "file = open('numbers', 'w'); print('to nobody', flush=True); "
+        "file.write(f'{file.fileno()} {[os.get_inheritable(n) for n in range(3)]}')"
+    )
+    subprocess.run(f'{sys.executable} -c "{code}" <&- >&- 2>&-', shell=True, cwd=tmp_path, check=True)
+    assert re.fullmatch(r"[3-9] \[True, True, True\]", (tmp_path / "numbers").read_text())
 
 
 def test_help_answers_at_once():

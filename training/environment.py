@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,20 @@ def _number(name: str, default: int | None = None) -> int:
         problem = "is not set" if value is None else f"= {value!r} is no number"
         raise UserError(f"{name} {problem}, but {first} says that a launcher started this process: {remedy}", USAGE)
     return int(value)
+
+
+def open_standard_streams() -> None:
+    """Let a standard stream that was closed before the start (`>&-`) lead nowhere.
+
+    The next file to be opened would take its number, and what a library prints would end up in that file.
+    """
+    for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def set_process_environment() -> None:
