@@ -19,6 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from halfbyte.training import recipe_file
 from halfbyte.training.config import Recipe, Task
 from halfbyte.training.errors import RecipeError
 from halfbyte.training.files import at_home
@@ -151,26 +152,16 @@ class _Wrong(Exception):
 
 
 def _from_yaml(path: Path) -> list[tuple[str, Any, str]]:
-    """(dotted key, value, place in the file) of every entry; a file that cannot be parsed is one problem."""
-    try:
-        text = path.read_text()
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines = dict(_lines(tree))
-        has_keys = tree is None or isinstance(tree, yaml.MappingNode)  # None: an empty file
-        content = OmegaConf.to_container(OmegaConf.create(text)) if has_keys else None
-    except OSError as error:
-        raise RecipeError([f"{path}: cannot be read ({error.strerror}); give a recipe file"]) from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError([f"{path}, line {line}: not valid YAML ({error.problem}); fix the line"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
-        raise RecipeError([f"{path}: not valid YAML ({str(error).splitlines()[0]}); fix the file"]) from error
-    if not isinstance(content, dict):
-        raise RecipeError([f"{path}: holds a list or a single value, not keys; write key: value lines"])
+    """(dotted key, value, place in the file) of every entry; text is what stands there, as on the command line."""
+    file = recipe_file.read(path)
     return [
-        (key, value, f" ({path.name} line {lines[key]})" if key in lines else "")
-        for key, value in _flatten("", content)
+        (key, file.texts.get(key, value) if _is_text(key) and value is not None else value, file.places.get(key, ""))
+        for key, value in _flatten("", file.content)
     ]
+
+
+def _is_text(key: str) -> bool:
+    return _hint(key) in (str, str | None)
 
 
 def _from_override(override: str, merged: Merged) -> Iterator[tuple[str, Any, str]]:
@@ -180,7 +171,7 @@ def _from_override(override: str, merged: Merged) -> Iterator[tuple[str, Any, st
         what = "no such file, and not" if override.endswith((".yaml", ".yml")) else "not"
         merged.problems.append(f"{override}: {what} of the form key=value; write for example train.steps=100")
         return
-    if _hint(key) in (str, str | None):
+    if _is_text(key):
         value: Any = None if raw in ("", "null") else raw  # a path may hold what YAML would read as syntax
     else:
         try:
@@ -190,18 +181,6 @@ def _from_override(override: str, merged: Merged) -> Iterator[tuple[str, Any, st
             return
     for item, item_value in _flatten(key, value):
         yield item, item_value, ""
-
-
-def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted key -> line number, counted from 1."""
-    children: list[tuple[str, yaml.Node, yaml.Node]] = []
-    if isinstance(node, yaml.MappingNode):
-        children = [(f"{prefix}{key.value}", key, value) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        children = [(f"{prefix}{i}", value, value) for i, value in enumerate(node.value)]
-    for name, key, value in children:
-        yield name, key.start_mark.line + 1
-        yield from _lines(value, f"{name}.")
 
 
 def _flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
