@@ -26,7 +26,7 @@ import torch
 from again import Again
 from megatron.core import parallel_state
 
-from halfbyte.training import checkpoint, companions, environment, model, quantize, side_by_side
+from halfbyte.training import checkpoint, companions, environment, model, optimizer_state, quantize, side_by_side
 from halfbyte.training.config import Format, Method, Parallel, Quantize, Recipe, Train
 from halfbyte.training.config_distill import Distill, Divergence
 from halfbyte.training.config_train import Lora
@@ -169,7 +169,7 @@ def losses(
             trained = checkpoint.Trainable(student, module.optimizer.megatron)
             checkpoint.save(trained, {}, save)
             if recipe.train.dtype == "float32":
-                with mock.patch.object(checkpoint.optimizer_state, "ungathered", return_value=nullcontext()):
+                with mock.patch.object(optimizer_state, "ungathered", return_value=nullcontext()):
                     checkpoint.save(trained, {}, save.with_name(f"{save.name}.gathered"))
     found = module.progress.losses[0 if load_from is None else 1 :] + beside_weights(student)
     if at_once > 1:
