@@ -5,15 +5,14 @@ lost, 1 anything else. Every problem is one line on stderr.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from halfbyte.launch import cli_model, cli_plan, cli_serving, tail
 from halfbyte.training.config import Recipe
-from halfbyte.training.environment import open_standard_streams, set_process_environment
+from halfbyte.training.environment import lead_nowhere, open_standard_streams, set_process_environment
 from halfbyte.training.errors import FAILED, OK, USAGE, RecipeError, UserError
 from halfbyte.training.families import TINY
 
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("stopped by SIGINT", FAILED)
     except BrokenPipeError:  # whoever read the output has seen enough (| head)
-        _lead_nowhere(sys.stdout)
+        lead_nowhere(sys.stdout)
         return OK
     except OSError as error:  # a folder that may not be read, a disk that is full: where no command says more
         where = f"{error.filename}: " if error.filename else ""
@@ -66,13 +65,8 @@ def _failed(message: str, code: int) -> int:
         for line in message.splitlines():
             print(f"error: {line}", file=sys.stderr)
     except OSError:
-        _lead_nowhere(sys.stderr)
+        lead_nowhere(sys.stderr)
     return code
-
-
-def _lead_nowhere(stream: TextIO) -> None:
-    """Let nothing fail at exit, when Python writes what still waits in a stream that takes no more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -35,7 +35,8 @@ def submit(recipe: Recipe, nodes: int, *, array: int = 1, separate: bool = False
     folder = Path(recipe.run.dir)
     jobs = sbatch.jobs(recipe, folder / COPY, nodes, array=array, separate=separate)
     programs = None if recipe.launch.container else str(Path(sys.executable).parent)
-    texts = [sbatch.text(recipe, job, programs=programs, revision=revision(12), here=Path.cwd()) for job in jobs]
+    commit, here = revision(12), Path.cwd()
+    texts = [sbatch.text(recipe, job, programs=programs, revision=commit, here=here) for job in jobs]
     _check_queue(folder)
     save(recipe, folder / COPY)
     if not dry_run:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from halfbyte.training.environment import lead_nowhere
+
 OWN = logging.getLogger("halfbyte")
 """The run's own lines."""
 _STDERR = 2
@@ -64,9 +66,7 @@ class _Stdout(io.TextIOBase):
             call()
         except OSError as error:
             OWN.warning("standard output is lost (%s): the run goes on, and its lines stand here", error.strerror)
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # what waits in its buffer would fail again, at the latest at exit
-            os.close(nowhere)
+            lead_nowhere(self._stream)
 
 
 @contextmanager
