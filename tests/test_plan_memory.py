@@ -160,6 +160,14 @@ def test_pipelines_of_four_gpus_take_what_was_measured(layout, arm):
     assert abs(row.seconds_error) <= plan_check.SECONDS or arm == "nvfp4"  # waits for Python at TP2 x PP2
 
 
+def test_two_gpus_take_what_was_measured_with_graphs_and_micro_batches_at_once():
+    path = Path(__file__).parent.parent / "docs/evidence/two-gpus-side-by-side.json"
+    rows = list(plan_check.of_steps(json.loads(path.read_text()), GPUS["H200"]))
+    assert len(rows) == 10
+    assert all(abs(row.memory_error) <= plan_check.MEMORY for row in rows)
+    assert all(abs(row.seconds_error) <= plan_check.SECONDS for row in rows)
+
+
 def pools(size=None, layout="pp4", **changes) -> float:
     """What graphs take on the fullest rank."""
     size = size or SIZE
